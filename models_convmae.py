@@ -1,0 +1,257 @@
+"""ConvMAE: a masked autoencoder with a ConvViT encoder (arXiv 2205.03892, section 3)."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from models_convvit import CONV, LAYER_NORM, Block, ConvViTEncoder, conv_as_linear, to_nested_blocks
+from util.pos_embed import get_sincos_pos_embed
+
+
+class MaskedAutoencoderConvViT(ConvViTEncoder):
+    """Masked autoencoder: encodes the visible blocks only and predicts the removed pixels.
+
+    Args:
+        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, norm_layer: the
+            encoder's, see `ConvViTEncoder`.
+        decoder_embed_dim: width of the decoder.
+        decoder_depth: transformer blocks of the decoder.
+        decoder_num_heads: attention heads of the decoder.
+        norm_pix_loss: compare with patches normalised by their own mean and variance.
+
+    Raises:
+        ValueError: a size, stride or width that does not divide.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: Sequence[int | Sequence[int]] = (4, 2, 2),
+        in_chans: int = 3,
+        embed_dim: Sequence[int] = (256, 384, 768),
+        depth: Sequence[int] = (2, 2, 11),
+        num_heads: int = 12,
+        mlp_ratio: Sequence[float] = (4, 4, 4),
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        norm_pix_loss: bool = False,
+        norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
+    ) -> None:
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            norm_layer=norm_layer,
+        )
+        geometry = self.geometry
+        self.norm_pix_loss = norm_pix_loss
+
+        conv = CONV[geometry.ndim]
+        strides = [
+            tuple(map(math.prod, zip(*geometry.patch_size[stage:], strict=True)))
+            for stage in (1, 2)
+        ]
+        self.stage1_output_decode, self.stage2_output_decode = (
+            conv(dim, embed_dim[2], stride, stride)
+            for dim, stride in zip(embed_dim[:2], strides, strict=True)
+        )
+        self.norm = norm_layer(embed_dim[2])
+
+        self.decoder_embed = nn.Linear(embed_dim[2], decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(
+            torch.zeros(1, geometry.num_patches, decoder_embed_dim), requires_grad=False
+        )
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, 4, norm_layer=norm_layer)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, geometry.patch_pixels * in_chans)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Section 3.4 of the design: fixed sin-cos tables, xavier linear maps, MAE's mask token."""
+        grid = self.geometry.grid(3)
+        self.pos_embed.requires_grad_(False)
+        for table in (self.pos_embed, self.decoder_pos_embed):
+            values = get_sincos_pos_embed(table.shape[-1], grid)
+            table.data.copy_(torch.from_numpy(values).unsqueeze(0))
+        nn.init.xavier_uniform_(self.patch_embed3.proj.weight.data.flatten(1))
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """Images `[N, C, *img_size]` to patches `[N, L, patch_pixels * C]`.
+
+        A patch's values are in the order (row, column, channel).
+        """
+        patches = to_nested_blocks(imgs, [self.geometry.stride(3)])  # [N, *grid, *patch, C]
+        return patches.reshape(len(imgs), self.geometry.num_patches, -1)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """Patches `[N, L, patch_pixels * C]` to images `[N, C, *img_size]`, undoing `patchify`."""
+        geometry, ndim = self.geometry, self.geometry.ndim
+        x = x.reshape(len(x), *geometry.grid(3), *geometry.stride(3), self.in_chans)
+        # [N, *grid, *patch, C] -> [N, C, grid_1, patch_1, grid_2, patch_2, …]
+        order = [axis for d in range(ndim) for axis in (1 + d, 1 + ndim + d)]
+        return x.permute(0, -1, *order).reshape(len(x), self.in_chans, *geometry.img_size)
+
+    def random_masking(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose for each image the blocks to keep, uniformly at random (section 3.2).
+
+        Args:
+            imgs: `[N, …]`; only the number and the device matter.
+            mask_ratio: share of the `L` blocks to remove.
+            noise: `[N, L]`, the blocks with the smallest values stay; drawn if not given.
+
+        Returns:
+            ids_keep: `[N, int(L * (1 - mask_ratio))]`, the visible blocks.
+            mask: `[N, L]`, float, 0 keep, 1 removed.
+            ids_restore: `[N, L]`, the place of each block in the shuffled order.
+
+        Raises:
+            ValueError: a ratio that removes nothing or everything.
+        """
+        num_patches = self.geometry.num_patches
+        keep = int(num_patches * (1 - mask_ratio))
+        if not 0 < keep < num_patches:
+            raise ValueError(
+                f"mask_ratio {mask_ratio} keeps {keep} of {num_patches} patches: "
+                f"at least one must stay and one must go"
+            )
+        if noise is None:
+            noise = torch.rand(len(imgs), num_patches, device=imgs.device)
+        ids_shuffle = torch.argsort(noise, dim=1)
+        ids_restore = torch.argsort(ids_shuffle, dim=1)
+        mask = (ids_restore >= keep).float()
+        return ids_shuffle[:, :keep], mask, ids_restore
+
+    def forward_encoder(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask, encode what is visible, fuse the three stages (sections 3.2 and 3.3).
+
+        Args:
+            imgs: `[N, C, *img_size]`.
+            mask_ratio: share of blocks to remove.
+            noise: see `random_masking`.
+
+        Returns:
+            latent: `[N, visible, embed_dim[2]]`.
+            mask, ids_restore: see `random_masking`.
+        """
+        ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
+        stage1, stage2, x = self.forward_visible(imgs, ids_keep)
+        nesting = self.geometry.patch_size[1:2]  # a stage-3 token holds stage-2 cells of these
+        x = x + conv_as_linear(stage1, self.stage1_output_decode, nesting).flatten(1, 2)
+        x = x + conv_as_linear(stage2, self.stage2_output_decode).flatten(1, 2)
+        return self.norm(x), mask, ids_restore
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Predict every patch: latent `[N, visible, C]` to `[N, L, patch_pixels * C]`."""
+        x = self.decoder_embed(latent)
+        removed = ids_restore.shape[1] - x.shape[1]
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), removed, -1)
+        x = torch.cat([x, mask_tokens], dim=1)
+        x = torch.gather(x, 1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        x = x + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error over the removed patches, in float32.
+
+        Args:
+            imgs: `[N, C, *img_size]`.
+            pred: `[N, L, patch_pixels * C]`.
+            mask: `[N, L]`, 1 where removed.
+
+        Returns:
+            A scalar.
+        """
+        with torch.autocast(imgs.device.type, enabled=False):
+            target = self.patchify(imgs.float())
+            if self.norm_pix_loss:
+                mean = target.mean(dim=-1, keepdim=True)
+                var = target.var(dim=-1, keepdim=True)
+                target = (target - mean) / (var + 1e-6) ** 0.5
+            loss = F.mse_loss(pred.float(), target, reduction="none").mean(dim=-1)  # [N, L]
+            return (loss * mask).sum() / mask.sum()
+
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One pretraining forward pass.
+
+        Args:
+            imgs: `[N, C, *img_size]`.
+            mask_ratio: share of patches to remove.
+            noise: `[N, L]`, what decides the mask, see `random_masking`. If not given it is drawn
+                before anything else, so that a seed gives the published code's mask.
+
+        Returns:
+            loss: a scalar.
+            pred: `[N, L, patch_pixels * C]`, a prediction for every patch.
+            mask: `[N, L]`, 1 where removed.
+
+        Raises:
+            ValueError: images of another shape, or a ratio that leaves nothing.
+        """
+        self.check_input(imgs)
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        pred = self.forward_decoder(latent, ids_restore)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+def convmae_convvit_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:
+    """Ours, for the demo, the tests and a first look on a CPU. `kwargs` override any argument."""
+    sizes = dict(embed_dim=(48, 96, 192), depth=(1, 1, 4), num_heads=6)
+    decoder = dict(decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=6)
+    return MaskedAutoencoderConvViT(**{**sizes, **decoder, **kwargs})
+
+
+def convmae_convvit_small_patch16(**kwargs) -> MaskedAutoencoderConvViT:
+    """ConvMAE-S. `kwargs` override any argument of `MaskedAutoencoderConvViT`."""
+    sizes = dict(embed_dim=(128, 256, 384), depth=(2, 2, 11), num_heads=6)
+    return MaskedAutoencoderConvViT(**{**sizes, **kwargs})
+
+
+def convmae_convvit_base_patch16(**kwargs) -> MaskedAutoencoderConvViT:
+    """ConvMAE-B, the paper's main model. `kwargs` override any argument."""
+    sizes = dict(embed_dim=(256, 384, 768), depth=(2, 2, 11), num_heads=12)
+    return MaskedAutoencoderConvViT(**{**sizes, **kwargs})
+
+
+def convmae_convvit_large_patch16(**kwargs) -> MaskedAutoencoderConvViT:
+    """ConvMAE-L. `kwargs` override any argument of `MaskedAutoencoderConvViT`."""
+    sizes = dict(embed_dim=(384, 768, 1024), depth=(2, 2, 23), num_heads=16, mlp_ratio=(8, 8, 4))
+    return MaskedAutoencoderConvViT(**{**sizes, **kwargs})
+
+
+def convmae_convvit_huge_patch16(**kwargs) -> MaskedAutoencoderConvViT:
+    """ConvMAE-H. `kwargs` override any argument of `MaskedAutoencoderConvViT`."""
+    sizes = dict(embed_dim=(768, 1024, 1280), depth=(2, 2, 31), num_heads=16, mlp_ratio=(8, 8, 4))
+    return MaskedAutoencoderConvViT(**{**sizes, **kwargs})
+
+
+# The original repository's name for the base model.
+convmae_convvit_base_patch16_dec512d8b = convmae_convvit_base_patch16
+
+# Model name to factory, for command lines and checkpoints.
+MODELS = {name: value for name, value in vars().items() if name.startswith("convmae_convvit_")}
