@@ -1,7 +1,7 @@
 """ConvMAE: a masked autoencoder with a ConvViT encoder (arXiv 2205.03892, section 3)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -127,15 +127,9 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         Raises:
             ValueError: a ratio that removes nothing or everything.
         """
-        num_patches = self.geometry.num_patches
-        keep = int(num_patches * (1 - mask_ratio))
-        if not 0 < keep < num_patches:
-            raise ValueError(
-                f"mask_ratio {mask_ratio} keeps {keep} of {num_patches} patches: "
-                f"at least one must stay and one must go"
-            )
+        keep = self.geometry.visible_patches(mask_ratio)
         if noise is None:
-            noise = torch.rand(len(imgs), num_patches, device=imgs.device)
+            noise = torch.rand(len(imgs), self.geometry.num_patches, device=imgs.device)
         ids_shuffle = torch.argsort(noise, dim=1)
         ids_restore = torch.argsort(ids_shuffle, dim=1)
         mask = (ids_restore >= keep).float()
@@ -255,3 +249,33 @@ convmae_convvit_base_patch16_dec512d8b = convmae_convvit_base_patch16
 
 # Model name to factory, for command lines and checkpoints.
 MODELS = {name: value for name, value in vars().items() if name.startswith("convmae_convvit_")}
+
+
+def build_from_checkpoint(content: Mapping) -> MaskedAutoencoderConvViT:
+    """The model of a pretraining checkpoint, with its weights.
+
+    Args:
+        content: a checkpoint's contents: "model", the weights, and "args", a dict of this
+            framework or the original's Namespace.
+
+    Raises:
+        ValueError: no arguments, an unknown model, or weights that are not a whole autoencoder.
+    """
+    args = content.get("args")
+    args = args if isinstance(args, Mapping) else vars(args) if args is not None else {}
+    if "model" not in content or args.get("model") not in MODELS:
+        raise ValueError(
+            f"it is no pretraining checkpoint: its model is {args.get('model')!r}, "
+            f"not one of {', '.join(MODELS)}"
+        )
+    sizes = {"img_size": args.get("input_size"), "patch_size": args.get("patch_size")}
+    sizes |= {"in_chans": args.get("in_chans"), "norm_pix_loss": args.get("norm_pix_loss")}
+    model = MODELS[args["model"]](**{k: v for k, v in sizes.items() if v is not None})
+    missing = sorted(model.state_dict().keys() - content["model"].keys())
+    if missing:
+        raise ValueError(
+            f"it lacks {len(missing)} weights of a whole {args['model']} ({missing[0]}, …): an "
+            f"encoder alone cannot reconstruct"
+        )
+    model.load_state_dict(content["model"])
+    return model

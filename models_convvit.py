@@ -88,6 +88,20 @@ class Geometry:
         """Tokens of stage 3 (`L`)."""
         return math.prod(self.grid(3))
 
+    def visible_patches(self, mask_ratio: float) -> int:
+        """Stage-3 tokens that stay when a share of them is removed, `int(L * (1 - ratio))`.
+
+        Raises:
+            ValueError: a ratio that removes nothing or everything.
+        """
+        keep = int(self.num_patches * (1 - mask_ratio))
+        if not 0 < keep < self.num_patches:
+            raise ValueError(
+                f"mask_ratio {mask_ratio} keeps {keep} of {self.num_patches} patches: "
+                f"at least one must stay and one must go"
+            )
+        return keep
+
     @property
     def patch_pixels(self) -> int:
         """Input pixels under one stage-3 token."""

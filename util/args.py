@@ -1,0 +1,367 @@
+"""Command lines: the argument groups that the mains share, their checks, one-line errors."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from util.errors import UsageError
+
+# Flags that a resumed run may change; any other difference is another run. The batch is compared
+# as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
+MAY_CHANGE = frozenset(
+    {"accum_iter", "amp", "batch_size", "compile", "data_path", "demo", "device", "log_dir"}
+    | {"max_bad_images", "num_workers", "output_dir", "pin_mem", "print_freq", "resume"}
+    | {"save_freq", "save_steps"}
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help shows defaults and whose errors are one line."""
+
+    def __init__(self, **kwargs) -> None:
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with 2; an unknown flag gets the nearest known one."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flag = unknown.split()[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            message = f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else "")
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all)\n")
+
+
+def positive_int(text: str) -> int:
+    """1, 2, 3, …"""
+    value = _number(int, text, "a whole number")
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """0, 1, 2, …"""
+    value = _number(int, text, "a whole number")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """A finite number from 0."""
+    value = _number(float, text, "a number")
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number, not negative")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    value = non_negative_float(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = non_negative_float(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie between 0 and 1")
+    return value
+
+
+def mask_ratio(text: str) -> float:
+    """A number between 0 and 1, neither of them."""
+    value = share(text)
+    if value in (0, 1):
+        raise argparse.ArgumentTypeError(
+            f"{text} must lie above 0 and below 1: some patches must stay and some must go"
+        )
+    return value
+
+
+def _number(kind: type, text: str, name: str) -> int | float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
+
+
+class ChoiceOf:
+    """An argument type: one of the names, with the nearest one named in the error."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = sorted(names)
+
+    def __call__(self, text: str) -> str:
+        """The name itself."""
+        if text not in self.names:
+            near = difflib.get_close_matches(text, self.names, n=1, cutoff=0.0)
+            raise argparse.ArgumentTypeError(
+                f"unknown name {text!r}, did you mean {near[0]}? Known: {', '.join(self.names)}"
+            )
+        return text
+
+
+def add_switch(
+    group: argparse._ArgumentGroup, name: str, default: bool | None, help: str, no_help: str
+) -> None:
+    """Add `--name` and `--no_name`."""
+    group.add_argument(f"--{name}", action="store_true", default=default, help=help)
+    group.add_argument(
+        f"--no_{name}", dest=name, action="store_false", default=default, help=no_help
+    )
+
+
+def add_data_args(parser: Parser) -> None:
+    """Where the images are, and how they are read."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_path", type=Path, help="folder of images, nested or flat; its train/ if it has one"
+    )
+    group.add_argument(
+        "--input_size",
+        type=positive_int,
+        nargs="+",
+        default=[224],
+        metavar="PIXELS",
+        help="size of the model's input: one number, or height and width",
+    )
+    group.add_argument(
+        "--in_chans", type=int, choices=(1, 3, 4), default=3, help="channels: 1 gray, 3 RGB, 4 RGBA"
+    )
+    group.add_argument(
+        "--max_bad_images",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="share of files that may fail to decode; they are skipped",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=non_negative_int,
+        metavar="N",
+        help="loader processes per GPU (default: the CPU cores over the processes, at most 10)",
+    )
+    add_switch(
+        group,
+        "pin_mem",
+        None,
+        "page-locked memory for faster transfer to the GPU (default on CUDA)",
+        "plain memory",
+    )
+
+
+def add_optim_args(
+    parser: Parser,
+    *,
+    batch_size: int,
+    epochs: int,
+    warmup_epochs: int,
+    blr: float,
+    weight_decay: float,
+) -> None:
+    """Batch, schedule and optimizer, with a recipe's defaults."""
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "--batch_size",
+        type=positive_int,
+        default=batch_size,
+        metavar="N",
+        help="images per GPU and micro-batch; effective batch = batch_size x accum_iter x GPUs",
+    )
+    group.add_argument(
+        "--accum_iter",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="micro-batches per optimizer step",
+    )
+    group.add_argument(
+        "--epochs", type=positive_int, default=epochs, metavar="N", help="length of the run"
+    )
+    group.add_argument(
+        "--warmup_epochs",
+        type=non_negative_float,
+        default=warmup_epochs,
+        metavar="N",
+        help="epochs of linear warm-up",
+    )
+    group.add_argument(
+        "--blr",
+        type=positive_float,
+        default=blr,
+        metavar="LR",
+        help="base learning rate: lr = blr x effective batch / 256",
+    )
+    group.add_argument(
+        "--lr",
+        type=positive_float,
+        metavar="LR",
+        help="absolute peak learning rate (default: from --blr)",
+    )
+    group.add_argument(
+        "--min_lr",
+        type=non_negative_float,
+        default=0.0,
+        metavar="LR",
+        help="learning rate at the end",
+    )
+    group.add_argument(
+        "--weight_decay",
+        type=non_negative_float,
+        default=weight_decay,
+        metavar="WD",
+        help="AdamW's, none on biases and norms",
+    )
+    group.add_argument(
+        "--clip_grad",
+        type=positive_float,
+        metavar="NORM",
+        help="largest gradient norm (default: no clipping)",
+    )
+
+
+def add_run_args(parser: Parser) -> None:
+    """Output, resuming, device and precision."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--output_dir", type=Path, default=Path("output"), help="checkpoints, log.txt, pictures"
+    )
+    group.add_argument("--log_dir", type=Path, help="TensorBoard events (default: --output_dir)")
+    group.add_argument(
+        "--resume",
+        default="auto",
+        metavar="FILE",
+        help="checkpoint to go on from; auto: the last in --output_dir, if any; none: begin anew",
+    )
+    group.add_argument(
+        "--save_freq",
+        type=positive_int,
+        default=20,
+        metavar="EPOCHS",
+        help="keep checkpoint-<epoch>.pth every so many epochs",
+    )
+    group.add_argument(
+        "--save_steps",
+        type=non_negative_int,
+        default=0,
+        metavar="STEPS",
+        help="also write checkpoint.pth every so many steps within an epoch; 0: at its end only",
+    )
+    group.add_argument(
+        "--print_freq",
+        type=positive_int,
+        default=20,
+        metavar="STEPS",
+        help="steps between two log lines",
+    )
+    group.add_argument(
+        "--seed",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="of weights, masks, order and augmentation",
+    )
+    group.add_argument(
+        "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to run"
+    )
+    group.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "none"),
+        default="auto",
+        help="mixed precision; auto: bf16 where the GPU has it, else fp16 on CUDA, none elsewhere",
+    )
+    add_switch(
+        group,
+        "compile",
+        None,
+        "torch.compile the model (default on CUDA)",
+        "run without torch.compile",
+    )
+
+
+def complete(args: argparse.Namespace, device_type: str, processes: int) -> None:
+    """Fill in what depends on the machine: sizes, learning rate, workers, switches.
+
+    Raises:
+        UsageError: values that do not go together.
+    """
+    if len(args.input_size) > 2:
+        raise UsageError(f"--input_size takes one or two numbers, not {len(args.input_size)}")
+    if args.warmup_epochs >= args.epochs:
+        raise UsageError(
+            f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"
+        )
+    args.input_size = tuple(args.input_size if len(args.input_size) == 2 else args.input_size * 2)
+    args.effective_batch_size = args.batch_size * args.accum_iter * processes
+    if args.lr is None:
+        args.lr = args.blr * args.effective_batch_size / 256
+    if args.num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.num_workers = min(10, max(1, cores // local))
+    for switch in ("compile", "pin_mem"):
+        if getattr(args, switch) is None:
+            setattr(args, switch, device_type == "cuda")
+    args.log_dir = args.log_dir or args.output_dir
+
+
+def plain(args: argparse.Namespace) -> dict[str, object]:
+    """The arguments as plain values, as checkpoints hold them."""
+
+    def value(v: object) -> object:
+        if isinstance(v, Path):
+            return str(v)
+        return [value(x) for x in v] if isinstance(v, list | tuple) else v
+
+    return {name: value(v) for name, v in vars(args).items()}
+
+
+def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
+    """Refuse to resume a checkpoint of a run with another model or schedule.
+
+    Args:
+        args: this run's arguments, completed.
+        saved: the checkpoint's.
+
+    Raises:
+        UsageError: naming every flag that differs, with both values.
+    """
+    now = plain(args)
+    differing = [
+        f"--{name} {_show(saved.get(name))} there, {_show(value)} here"
+        for name, value in now.items()
+        if name not in MAY_CHANGE and saved.get(name) != value
+    ]
+    if differing:
+        raise UsageError(
+            f"the checkpoint to resume from belongs to another run ({'; '.join(differing)}): give "
+            f"the same flags, or another --output_dir to start a new run"
+        )
+
+
+def _show(value: object) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and try to write in it.
+
+    Raises:
+        UsageError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder} cannot be written: {error.strerror}") from error

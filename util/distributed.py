@@ -1,0 +1,151 @@
+"""Processes and devices of a run: torchrun's or SLURM's environment, NCCL or gloo, signals."""
+
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from util.errors import UsageError
+
+
+def rank() -> int:
+    """This process's number, 0 … world_size() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes of the run, over all nodes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """True in the one process that prints and writes files, before the group exists too."""
+    return (rank() if dist.is_initialized() else int(_environment().get("RANK", 0))) == 0
+
+
+def _environment() -> dict[str, str]:
+    """The launcher's RANK, LOCAL_RANK, WORLD_SIZE and master; empty without a launcher."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
+        return {
+            key: env[key]
+            for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            if key in env
+        }
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun
+        return {
+            "RANK": env["SLURM_PROCID"],
+            "LOCAL_RANK": env["SLURM_LOCALID"],
+            "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+            "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
+            # The same on every node of a job, different for two jobs on one node.
+            "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
+        }
+    return {}
+
+
+def _first_host(nodelist: str) -> str:
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", nodelist], check=True, capture_output=True, text=True
+    )
+    return hosts.stdout.split()[0]
+
+
+def init_processes(device: str = "auto") -> torch.device:
+    """Choose this process's device and join the process group, if a launcher started several.
+
+    Args:
+        device: auto (CUDA where there is one, then MPS, then CPU), cuda, mps or cpu.
+
+    Raises:
+        UsageError: the device does not exist here, or there are more processes than GPUs.
+    """
+    env = _environment()
+    local_rank = int(env.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available() and not env
+            else "cpu"
+        )
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError("--device cuda: no CUDA GPU is visible; use --device cpu or auto")
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} "
+                f"visible; start as many processes as GPUs (--nproc_per_node)"
+            )
+        torch.cuda.set_device(local_rank)
+    elif device == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: not available here; use --device cpu or auto")
+    if int(env.get("WORLD_SIZE", 1)) > 1:
+        os.environ.update(env)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+
+
+def wrap_model(model: nn.Module, device: torch.device, compile_model: bool) -> nn.Module:
+    """The model as it is trained: in DDP if there are several processes, compiled if wanted."""
+    if world_size() > 1:
+        model = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+    # Around DDP, so that the compiler splits the backward pass where communication can overlap.
+    return torch.compile(model) if compile_model else model
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def all_reduce_max(values: Tensor) -> Tensor:
+    """The maximum over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+def gather_objects(value: object) -> list:
+    """The value of each process, in order of rank."""
+    values = [value]
+    if world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def print_once(*values: object, error: bool = False) -> None:
+    """Print in the main process alone."""
+    if is_main_process():
+        print(*values, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGUSR1 came, for the training loop to save and leave."""
+
+    def __init__(self) -> None:
+        self.received: int = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process was signalled: the same answer in all of them (a collective)."""
+        flag = torch.tensor(float(self.received > 0), device=device)
+        return bool(all_reduce_max(flag).item())

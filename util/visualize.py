@@ -1,0 +1,188 @@
+"""Pictures: reconstructions of a masked autoencoder, and the loss curve.
+
+`python -m util.visualize --checkpoint FILE --images FILE… --output grid.png`
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+
+from util import args as arguments
+from util.checkpoint import load_file
+from util.datasets import denormalize, eval_transform, find_train_folder, list_images, load_image
+from util.errors import UsageError
+
+GRAY = 0.5  # what a removed patch looks like
+
+
+@torch.no_grad()
+def reconstruct(
+    model: nn.Module, imgs: Tensor, mask_ratio: float, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Mask images and fill them in again.
+
+    The model's mode and the random state stay as they are.
+
+    Args:
+        model: a `MaskedAutoencoderConvViT`.
+        imgs: `[N, C, H, W]`, normalised.
+        mask_ratio: share of patches to remove.
+        seed: of the masks.
+
+    Returns:
+        masked: `[N, C, H, W]` in [0, 1], removed patches gray.
+        filled: `[N, C, H, W]` in [0, 1], removed patches predicted, visible ones as they were.
+    """
+    noise = torch.rand(
+        len(imgs), model.geometry.num_patches, generator=torch.Generator().manual_seed(seed)
+    )
+    training = model.training
+    model.eval()
+    _, pred, mask = model(imgs, mask_ratio, noise.to(imgs.device))
+    model.train(training)
+
+    patches = model.patchify(imgs)
+    if model.norm_pix_loss:  # undo the normalisation of the target
+        mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+        pred = pred * (var + 1e-6) ** 0.5 + mean
+    removed = model.unpatchify(mask.unsqueeze(-1).expand_as(patches)).bool()
+    originals = denormalize(imgs)
+    masked = originals.masked_fill(removed, GRAY)
+    filled = torch.where(removed, denormalize(model.unpatchify(pred)).clamp(0, 1), originals)
+    return masked, filled
+
+
+def reconstruction_grid(
+    model: nn.Module, imgs: Tensor, mask_ratio: float, seed: int = 0, columns: int = 2
+) -> Tensor:
+    """Original, masked and filled side by side for each image.
+
+    Args:
+        model: see `reconstruct`.
+        imgs: `[N, C, H, W]`, normalised.
+        mask_ratio: share of patches to remove.
+        seed: of the masks.
+        columns: triples next to each other.
+
+    Returns:
+        `[3, height, width]` in [0, 1], on the CPU.
+    """
+    masked, filled = reconstruct(model, imgs, mask_ratio, seed)
+    triples = torch.stack([denormalize(imgs), masked, filled], dim=1)  # [N, 3, C, H, W]
+    triples = triples.flatten(0, 1)[:, :3].cpu()  # without alpha
+    if triples.shape[1] == 1:
+        triples = triples.expand(-1, 3, -1, -1)
+    # Small pictures are enlarged so that a person sees them.
+    scale = max(1, 96 // triples.shape[-1])
+    triples = triples.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    rows = [make_grid(triple, nrow=3, padding=4, pad_value=1) for triple in triples.split(3)]
+    return make_grid(rows, nrow=columns, padding=8, pad_value=1)
+
+
+def load_images(paths: Sequence[Path], img_size: tuple[int, int], in_chans: int) -> Tensor:
+    """Files as a normalised batch `[N, C, H, W]`, resized and cropped from the centre.
+
+    Raises:
+        UsageError: a file that cannot be decoded.
+    """
+    transform = eval_transform(img_size, in_chans)
+    images = []
+    for path in paths:
+        try:
+            images.append(transform(load_image(path, in_chans)))
+        except OSError as error:
+            raise UsageError(str(error)) from error
+    return torch.stack(images)
+
+
+def load_samples(
+    data_path: Path, img_size: tuple[int, int], in_chans: int, count: int = 16
+) -> Tensor:
+    """Images to watch a run by: spread over `val/`, else over the training images.
+
+    Returns:
+        `[N, C, H, W]`, at most `count`; files that cannot be decoded are left out.
+    """
+    held_out = data_path / "val"
+    files = list_images(held_out if held_out.is_dir() else find_train_folder(data_path))
+    images = []
+    for path in files[:: max(1, len(files) // count)][:count]:
+        with contextlib.suppress(UsageError):
+            images.append(load_images([path], img_size, in_chans))
+    return torch.cat(images)
+
+
+def save_loss_curve(log: Path, output: Path) -> None:
+    """Draw the training loss and the learning rate of a log.txt over its epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    epochs = [row["epoch"] + 1 for row in rows]
+    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
+    left.plot(epochs, [row["train_loss"] for row in rows], color="tab:blue")
+    left.set(xlabel="epoch", ylabel="training loss")
+    left.grid(alpha=0.3)
+    right = left.twinx()
+    right.plot(epochs, [row["train_lr"] for row in rows], color="tab:gray", linestyle=":")
+    right.set_ylabel("learning rate (dotted)")
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def load_model(path: Path) -> nn.Module:
+    """The masked autoencoder of a checkpoint, ours or the original's.
+
+    Raises:
+        UsageError: a file that cannot be read, or holds no whole masked autoencoder.
+    """
+    # The one place where util meets a model: this module is a program, too.
+    from models_convmae import build_from_checkpoint
+
+    try:
+        return build_from_checkpoint(load_file(path))
+    except ValueError as error:
+        raise UsageError(f"checkpoint {path}: {error}") from error
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = arguments.Parser(
+        prog="python -m util.visualize",
+        description="Draw original, masked and reconstructed images side by side.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="of a masked autoencoder")
+    add("--images", type=Path, nargs="+", required=True, help="files, or folders of them")
+    add("--output", type=Path, default=Path("reconstruction.png"), help="picture to write")
+    add("--mask_ratio", type=arguments.mask_ratio, default=0.75, help="share of patches to remove")
+    add("--max_images", type=arguments.positive_int, default=16, help="take no more than so many")
+    add("--columns", type=arguments.positive_int, default=2, help="images next to each other")
+    add("--seed", type=arguments.non_negative_int, default=0, help="of the masks")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load, reconstruct, write the picture."""
+    model = load_model(args.checkpoint)
+    files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
+    imgs = load_images(files[: args.max_images], model.geometry.img_size, model.in_chans)
+    save_image(
+        reconstruction_grid(model, imgs, args.mask_ratio, args.seed, args.columns), args.output
+    )
+    print(f"{len(imgs)} images: original, masked, reconstruction in {args.output}")
+
+
+if __name__ == "__main__":
+    from util.run import run_main
+
+    sys.exit(run_main(main, parse_args()))
