@@ -34,7 +34,7 @@ IMAGE_EXTENSIONS = IMG_EXTENSIONS
 
 # Files that may fail one after the other before a sample is given up.
 MAX_TRIES = 10
-# Workers that may be lost in an epoch before the run is given up.
+# How often workers may be lost in an epoch before the run is given up.
 MAX_LOST_WORKERS = 3
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -492,7 +492,9 @@ class Loader:
                 f"{lost} data workers were lost in this epoch, probably for want of memory "
                 f"or of shared memory (/dev/shm): lower --num_workers, or give the job more memory"
             ) from error
-        self.warn(f"a data worker was lost ({error}): starting the workers again, nothing is lost")
+        self.warn(
+            "a data worker was killed or crashed: starting the workers again, no image is lost"
+        )
 
 
 def _let_only_fetching_raise() -> None:
@@ -545,7 +547,7 @@ def pretrain_transform(
 
 
 def eval_transform(img_size: tuple[int, int], in_chans: int = 3) -> Callable[[Image.Image], Tensor]:
-    """The largest centred part of the image's own proportions (H, W), resized and normalised.
+    """The largest centred part of the proportions H : W, resized to (H, W) and normalised.
 
     Returns:
         PIL image to `[in_chans, H, W]`, float32.

@@ -3,7 +3,6 @@
 import argparse
 import errno
 import random
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from util.checkpoint import LAST, Checkpoints
 from util.datasets import BadImages, Loader
-from util.distributed import StopSignal, all_reduce_sum, print_once, world_size
+from util.distributed import StopSignal, gather_objects, print_once, world_size
 from util.errors import TrainingError, UsageError
 from util.logger import Meters, Progress, RunLog, peak_memory_mb
 from util.lr_sched import adjust_learning_rate
@@ -84,7 +83,8 @@ class Run:
     bad_images: BadImages = field(init=False)
 
     def __post_init__(self) -> None:
-        self.bad_images = BadImages(lambda text: print(text, file=sys.stderr, flush=True))
+        self.bad_images = BadImages(lambda text: print_once(text, error=True))
+        self._new_bad: set[int] = set()
 
     def train_epoch(
         self, epoch: int, start: int, forward: Callable[..., Tensor]
@@ -152,7 +152,7 @@ class Run:
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Micro-batches on the device, the failed files noted."""
         for *batch, bad in self.loader.epoch(epoch, start):
-            self.bad_images.add(bad, self.loader.dataset)
+            self._new_bad.update(bad)
             yield tuple(x.to(self.device, non_blocking=True) for x in batch)
 
     def _report(self, rate: float) -> dict[str, float]:
@@ -161,8 +161,10 @@ class Run:
         skipped = self.step.skipped.item()
         if skipped:
             values["skipped_steps"] = skipped
-        bad = torch.tensor(float(self.bad_images.count), device=self.device)
-        total = int(all_reduce_sum(bad).item())
+        for bad in gather_objects(sorted(self._new_bad)):
+            self.bad_images.add(bad, self.loader.dataset)
+        self._new_bad.clear()
+        total = self.bad_images.count
         if total:
             values["bad_images"] = total
             self.bad_images.check(total, len(self.loader.dataset), self.args.max_bad_images)
