@@ -8,7 +8,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models_convvit import CONV, LAYER_NORM, Block, ConvViTEncoder, conv_as_linear, to_nested_blocks
+from models_convvit import (
+    CONV,
+    LAYER_NORM,
+    SIZES,
+    Block,
+    ConvViTEncoder,
+    conv_as_linear,
+    to_nested_blocks,
+)
 from util.pos_embed import get_sincos_pos_embed
 
 
@@ -215,33 +223,28 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
 
 def convmae_convvit_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:
     """Ours, for the demo, the tests and a first look on a CPU. `kwargs` override any argument."""
-    sizes = dict(embed_dim=(48, 96, 192), depth=(1, 1, 4), num_heads=6)
-    decoder = dict(decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=6)
-    return MaskedAutoencoderConvViT(**{**sizes, **decoder, **kwargs})
+    decoder = dict(decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=3)
+    return MaskedAutoencoderConvViT(**{**SIZES["tiny"], **decoder, **kwargs})
 
 
 def convmae_convvit_small_patch16(**kwargs) -> MaskedAutoencoderConvViT:
     """ConvMAE-S. `kwargs` override any argument of `MaskedAutoencoderConvViT`."""
-    sizes = dict(embed_dim=(128, 256, 384), depth=(2, 2, 11), num_heads=6)
-    return MaskedAutoencoderConvViT(**{**sizes, **kwargs})
+    return MaskedAutoencoderConvViT(**{**SIZES["small"], **kwargs})
 
 
 def convmae_convvit_base_patch16(**kwargs) -> MaskedAutoencoderConvViT:
     """ConvMAE-B, the paper's main model. `kwargs` override any argument."""
-    sizes = dict(embed_dim=(256, 384, 768), depth=(2, 2, 11), num_heads=12)
-    return MaskedAutoencoderConvViT(**{**sizes, **kwargs})
+    return MaskedAutoencoderConvViT(**{**SIZES["base"], **kwargs})
 
 
 def convmae_convvit_large_patch16(**kwargs) -> MaskedAutoencoderConvViT:
     """ConvMAE-L. `kwargs` override any argument of `MaskedAutoencoderConvViT`."""
-    sizes = dict(embed_dim=(384, 768, 1024), depth=(2, 2, 23), num_heads=16, mlp_ratio=(8, 8, 4))
-    return MaskedAutoencoderConvViT(**{**sizes, **kwargs})
+    return MaskedAutoencoderConvViT(**{**SIZES["large"], **kwargs})
 
 
 def convmae_convvit_huge_patch16(**kwargs) -> MaskedAutoencoderConvViT:
     """ConvMAE-H. `kwargs` override any argument of `MaskedAutoencoderConvViT`."""
-    sizes = dict(embed_dim=(768, 1024, 1280), depth=(2, 2, 31), num_heads=16, mlp_ratio=(8, 8, 4))
-    return MaskedAutoencoderConvViT(**{**sizes, **kwargs})
+    return MaskedAutoencoderConvViT(**{**SIZES["huge"], **kwargs})
 
 
 # The original repository's name for the base model.

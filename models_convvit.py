@@ -22,10 +22,26 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, resample_abs_pos_embed
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
 from torch import Tensor
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+# The paper's sizes, and a tiny one of ours.
+SIZES = {
+    "tiny": dict(embed_dim=(48, 96, 192), depth=(1, 1, 4), num_heads=3),
+    "small": dict(embed_dim=(128, 256, 384), depth=(2, 2, 11), num_heads=6),
+    "base": dict(embed_dim=(256, 384, 768), depth=(2, 2, 11), num_heads=12),
+    "large": dict(embed_dim=(384, 768, 1024), depth=(2, 2, 23), num_heads=16, mlp_ratio=(8, 8, 4)),
+    "huge": dict(embed_dim=(768, 1024, 1280), depth=(2, 2, 31), num_heads=16, mlp_ratio=(8, 8, 4)),
+}
 # Of the transformer blocks, the final norms and the decoder; the stages before keep eps 1e-5.
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
@@ -77,11 +93,12 @@ class Geometry:
 
     def stride(self, stage: int) -> tuple[int, ...]:
         """Input pixels per token of `stage` (0 is the input, 3 the last) along each dimension."""
-        return tuple(math.prod(p[d] for p in self.patch_size[:stage]) for d in range(self.ndim))
+        # Lists, because torch.compile breaks its graph at a generator.
+        return tuple([math.prod([p[d] for p in self.patch_size[:stage]]) for d in range(self.ndim)])
 
     def grid(self, stage: int) -> tuple[int, ...]:
         """Tokens of `stage` along each dimension."""
-        return tuple(s // p for s, p in zip(self.img_size, self.stride(stage), strict=True))
+        return tuple([s // p for s, p in zip(self.img_size, self.stride(stage), strict=True)])
 
     @property
     def num_patches(self) -> int:
@@ -148,7 +165,7 @@ class _VisibleDepthwiseConv(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, index = ctx.saved_tensors
         ones, channels = [1] * (weight.ndim - 2), len(weight)
-        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
             _scatter(grad, index, ctx.canvas),
             _scatter(x, index, ctx.canvas),
             weight,
@@ -159,9 +176,10 @@ class _VisibleDepthwiseConv(torch.autograd.Function):
             False,
             [0] * len(ones),
             channels,
-            [True, True, True],
+            [True, True, False],
         )
-        return _gather(grad_input, index), grad_weight, grad_bias, None, None
+        # Only visible tokens have a gradient, so the bias needs no sum over the canvas.
+        return _gather(grad_input, index), grad_weight, grad.sum(0), None, None
 
 
 def _scatter(x: Tensor, index: Tensor, canvas: tuple[int, ...]) -> Tensor:
@@ -193,6 +211,15 @@ class VisibleGrid(NamedTuple):
         return out.view_as(x)
 
 
+class DenseGrid:
+    """All tokens of a stage on their grid, `[N, *grid, C]`: nothing is masked."""
+
+    @staticmethod
+    def depthwise(x: Tensor, conv: nn.Module) -> Tensor:
+        """Apply a depthwise convolution to tokens `[N, *grid, C]`."""
+        return conv(x.movedim(-1, 1)).movedim(1, -1)
+
+
 def channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """LayerNorm over the channels of a grid `[N, C, *size]`."""
     return norm(x.movedim(1, -1)).movedim(-1, 1)
@@ -202,16 +229,17 @@ def conv_as_linear(x: Tensor, conv: nn.Module, units: Sequence[Sequence[int]] = 
     """A convolution with kernel = stride, on tokens whose kernels lie contiguous in memory.
 
     Args:
-        x: `[N, B, U * K, C_in]`, the `K` positions under one kernel being neighbours.
+        x: `[…, U * K, C_in]`, the `K` positions under one kernel being neighbours.
         conv: weight `[C_out, C_in, *kernel]`.
         units: the nesting of those positions where it is deeper than row by row, as
             `to_nested_blocks` takes it.
 
     Returns:
-        `[N, B, U, C_out]`.
+        `[…, U, C_out]`.
     """
     weight = to_nested_blocks(conv.weight, units).flatten(1)  # [C_out, K * C_in]
-    return F.linear(x.reshape(*x.shape[:2], -1, weight.shape[1]), weight, conv.bias)
+    kernel = math.prod(conv.weight.shape[2:])
+    return F.linear(x.unflatten(-2, (-1, kernel)).flatten(-2), weight, conv.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -232,6 +260,49 @@ class PatchEmbed(nn.Module):
         """`[N, B, U * K, C_in]` to `[N, B, U, C]`."""
         return self.act(self.norm(conv_as_linear(x, self.proj)))
 
+    def forward_channels_last(self, x: Tensor) -> Tensor:
+        """`[N, *size, C_in]` to `[N, *size / patch, C]`, without a copy of the layout."""
+        return self.act(self.norm(self.proj(x.movedim(-1, 1)).movedim(1, -1)))
+
+
+class _GeluLinear(torch.autograd.Function):
+    """`linear(gelu(x))` that keeps `x` alone for the backward pass and computes GELU again.
+
+    GELU's output is the widest activation of a block; without it a step takes about a fifth less
+    memory, for one more elementwise operation.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = torch.ops.aten.gelu_backward(grad @ weight, x)
+        grad = grad.flatten(0, -2)
+        return grad_x, grad.T @ F.gelu(x).flatten(0, -2), grad.sum(0)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU and a linear map: `x` `[…, C_in]`, `weight` `[C_out, C_in]`, to `[…, C_out]`."""
+    # The casts of autocast happen out here, where their gradient is recorded.
+    return _GeluLinear.apply(x, weight.to(x.dtype), bias.to(x.dtype))
+
+
+class Mlp(nn.Module):
+    """Two linear maps with GELU between."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[…, C]` to the same shape."""
+        return gelu_linear(self.fc1(x), self.fc2.weight, self.fc2.bias)
+
 
 class ConvMlp(nn.Module):
     """Two 1×1 convolutions with GELU between."""
@@ -239,24 +310,23 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, ndim: int) -> None:
         super().__init__()
         self.fc1 = CONV[ndim](dim, hidden_dim, 1)
-        self.act = nn.GELU()
         self.fc2 = CONV[ndim](hidden_dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, C, *size]` to the same shape."""
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x)))
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """`[N, B, U, C]` to the same shape."""
-        return conv_as_linear(self.act(conv_as_linear(x, self.fc1)), self.fc2)
+        """`[…, C]` to the same shape."""
+        return gelu_linear(conv_as_linear(x, self.fc1), self.fc2.weight.flatten(1), self.fc2.bias)
 
 
 class ConvBlock(nn.Module):
     """The block of stages 1 and 2: a 5×5 depthwise convolution takes the place of attention.
 
     `forward` is the published form on a grid, with block-wise masking when a mask is given; it
-    computes everything, visible or not. `forward_tokens` computes the same for visible tokens
-    alone (paper section 3.2).
+    computes everything, visible or not. `forward_tokens` computes the same on tokens with their
+    channels last: the visible ones alone (paper section 3.2), or all of a grid.
     """
 
     def __init__(
@@ -293,9 +363,9 @@ class ConvBlock(nn.Module):
         x = x + self.drop_path(self.conv2(self.attn(y)))
         return x + self.drop_path(self.mlp(channel_norm(x, self.norm2)))
 
-    def forward_tokens(self, x: Tensor, visible: VisibleGrid) -> Tensor:
-        """The visible-only form: `[N, B, U, C]` to the same shape."""
-        y = visible.depthwise(conv_as_linear(self.norm1(x), self.conv1), self.attn)
+    def forward_tokens(self, x: Tensor, grid: VisibleGrid | DenseGrid) -> Tensor:
+        """The same with channels last: `[N, …, C]`, as `grid` lays tokens out, to that shape."""
+        y = grid.depthwise(conv_as_linear(self.norm1(x), self.conv1), self.attn)
         x = x + self.drop_path(conv_as_linear(y, self.conv2))
         return x + self.drop_path(self.mlp.forward_tokens(self.norm2(x)))
 
@@ -463,3 +533,280 @@ class ConvViTEncoder(nn.Module):
         for block in self.blocks3:
             x = block(x)
         return stage1, stage2, x
+
+
+class ConvViT(ConvViTEncoder):
+    """The encoder as an image classifier and multi-scale backbone, with timm's interface.
+
+    Args:
+        num_classes: outputs of the head; 0 for none.
+        global_pool: "avg" (mean over the tokens, then `fc_norm`) or "token" (`norm`, then the
+            first token: how the published probe ran without `--global_pool`). True and False, as
+            the published code has it, mean these two.
+        class_token: a learnable token before those of the grid, as the v2 checkpoints have it.
+        drop_rate: dropout before the head.
+        norm_layer: see `ConvViTEncoder`.
+        **encoder: the rest of the encoder's arguments.
+
+    Raises:
+        ValueError: another pooling, or sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 1000,
+        global_pool: str | bool = "avg",
+        class_token: bool = False,
+        drop_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
+        **encoder,
+    ) -> None:
+        super().__init__(norm_layer=norm_layer, **encoder)
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim[2]
+        self.num_prefix_tokens = int(class_token)
+        self.grad_checkpointing = False
+        self.feature_info = [
+            dict(num_chs=dim, reduction=self.geometry.stride(stage)[-1], module=f"blocks{stage}")
+            for stage, dim in enumerate(self.embed_dim, start=1)
+        ]
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, self.num_features))
+            tokens = 1 + self.geometry.num_patches
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, self.num_features))
+        self._make_norm(global_pool, norm_layer)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.apply(self._initialize)
+        for table in [self.pos_embed, *([self.cls_token] if class_token else [])]:
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def _make_norm(self, global_pool: str | bool, norm_layer: Callable[[int], nn.Module]) -> None:
+        """The norm of a pooling mode, under the name that the published checkpoints use."""
+        pool = {True: "avg", False: "token"}.get(global_pool, global_pool)
+        if pool not in ("avg", "token"):
+            raise ValueError(f"global_pool {global_pool!r} must be 'avg' or 'token'")
+        self.global_pool = pool
+        self.norm = norm_layer(self.num_features) if pool == "token" else nn.Identity()
+        self.fc_norm = norm_layer(self.num_features) if pool == "avg" else nn.Identity()
+
+    @staticmethod
+    def _initialize(module: nn.Module) -> None:
+        """A classifier from scratch (section 3.4): truncated normal, zero biases."""
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beside the 1-d ones."""
+        return {"pos_embed", "cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layers for layer-wise decay: embeddings and stages 1 and 2 are the stem (3.5)."""
+        stem = r"^cls_token|^pos_embed|^patch_embed|^blocks[12]"
+        return {"stem": stem, "blocks": [(r"^blocks3\.(\d+)", None), (r"^norm|^fc_norm", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory: recompute each block's activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head, and the pooling with its norm if one is named."""
+        if global_pool is not None and global_pool != self.global_pool:
+            norm = self.fc_norm if self.global_pool == "avg" else self.norm
+            self._make_norm(global_pool, lambda width: type(norm)(width, eps=norm.eps))
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.apply(self._initialize)
+
+    def _call(self, block: Callable[..., Tensor], *args: object) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args)
+        return block(*args)
+
+    def position_embedding(self, grid: Sequence[int]) -> Tensor:
+        """The table `[1, tokens, C]`, resized if the grid is not the one it was made for."""
+        size = self.geometry.grid(3)
+        if tuple(grid) == size:
+            return self.pos_embed
+        return resample_abs_pos_embed(self.pos_embed, list(grid), size, self.num_prefix_tokens)
+
+    def forward_stages(self, x: Tensor, stages: int = 3) -> list[Tensor]:
+        """The outputs of the first stages.
+
+        Args:
+            x: `[N, in_chans, *size]`, any size that the strides divide.
+            stages: how many to run.
+
+        Returns:
+            `[N, *grid, C]` of stages 1 and 2; tokens `[N, prefix + L, C]` of stage 3.
+
+        Raises:
+            ValueError: a size that the strides do not divide, or another number of channels.
+        """
+        self._check_strides(x)
+        x = x.movedim(1, -1).contiguous()
+        outputs = []
+        convolutional = ((self.patch_embed1, self.blocks1), (self.patch_embed2, self.blocks2))
+        for patch_embed, blocks in convolutional[:stages]:
+            x = patch_embed.forward_channels_last(x)
+            for block in blocks:
+                x = self._call(block.forward_tokens, x, DenseGrid)
+            outputs.append(x)
+        if stages == 3:
+            x = self.patch_embed4(self.patch_embed3.forward_channels_last(x))
+            pos_embed = self.position_embedding(x.shape[1:-1])
+            x = x.flatten(1, -2)  # [N, L, C]
+            if self.num_prefix_tokens:
+                x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = x + pos_embed
+            for block in self.blocks3:
+                x = self._call(block, x)
+            outputs.append(x)
+        return outputs
+
+    def _check_strides(self, x: Tensor) -> None:
+        stride = self.geometry.stride(3)
+        if x.shape[1] != self.in_chans:
+            raise ValueError(f"input has {x.shape[1]} channels, the model takes {self.in_chans}")
+        if any(s % p for s, p in zip(x.shape[2:], stride, strict=True)):
+            raise ValueError(
+                f"input of {'x'.join(map(str, x.shape[2:]))} pixels is not divisible by the "
+                f"model's patch of {'x'.join(map(str, stride))}"
+            )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `[N, in_chans, *size]` to the last stage's tokens `[N, prefix + L, C]`."""
+        return self.norm(self.forward_stages(x)[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens to logits `[N, num_classes]`, or to what the head sees, `[N, C]`."""
+        x = x[:, self.num_prefix_tokens :].mean(dim=1) if self.global_pool == "avg" else x[:, 0]
+        x = self.head_drop(self.fc_norm(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[N, in_chans, *size]` to logits `[N, num_classes]`."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Feature maps of the stages, as timm's models give them.
+
+        Args:
+            x: `[N, in_chans, *size]`.
+            indices: stages 0, 1, 2 to take; an int for the last so many, None for all.
+            norm: normalise the last stage's.
+            stop_early: run no stage after the last one taken.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: leave out the final tokens.
+
+        Returns:
+            The maps, or (the last stage's tokens, the maps).
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NHWC'")
+        taken, last = feature_take_indices(3, indices)
+        outputs = self.forward_stages(x, last + 1 if stop_early or intermediates_only else 3)
+        maps = []
+        for i in taken:
+            grid = outputs[i]
+            if i == 2:
+                grid = self.norm(grid) if norm else grid
+                size = [s // p for s, p in zip(x.shape[2:], self.geometry.stride(3), strict=True)]
+                grid = grid[:, self.num_prefix_tokens :].unflatten(1, size)
+            maps.append(grid.movedim(-1, 1) if output_fmt == "NCHW" else grid)
+        return maps if intermediates_only else (self.norm(outputs[-1]), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what `forward_intermediates` of these stages does not need; return their indices."""
+        taken, last = feature_take_indices(3, indices)
+        if last < 2:
+            self.patch_embed3 = self.patch_embed4 = nn.Identity()
+            self.blocks3 = nn.ModuleList()
+            self.pos_embed = None
+        if last < 1:
+            self.patch_embed2, self.blocks2 = nn.Identity(), nn.ModuleList()
+        if prune_norm or last < 2:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0)
+        return taken
+
+
+def _cfg(**kwargs) -> dict:
+    """What timm wants to know of a model."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed1.proj",
+        "classifier": "head",
+        "license": "mit",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {f"convvit_{size}_patch16": _cfg() for size in ("tiny", "small", "base", "large", "huge")}
+)
+
+
+def _create(variant: str, pretrained: bool, sizes: dict, kwargs: dict) -> ConvViT:
+    features = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
+    return build_model_with_cfg(
+        ConvViT, variant, pretrained, feature_cfg=features, **{**sizes, **kwargs}
+    )
+
+
+@register_model
+def convvit_tiny_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
+    """Ours, for the demo and the tests. `kwargs` override any argument of `ConvViT`."""
+    return _create("convvit_tiny_patch16", pretrained, SIZES["tiny"], kwargs)
+
+
+@register_model
+def convvit_small_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
+    """ConvViT-S. `kwargs` override any argument of `ConvViT`."""
+    return _create("convvit_small_patch16", pretrained, SIZES["small"], kwargs)
+
+
+@register_model
+def convvit_base_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
+    """ConvViT-B, the paper's main model. `kwargs` override any argument of `ConvViT`."""
+    return _create("convvit_base_patch16", pretrained, SIZES["base"], kwargs)
+
+
+@register_model
+def convvit_large_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
+    """ConvViT-L. `kwargs` override any argument of `ConvViT`."""
+    return _create("convvit_large_patch16", pretrained, SIZES["large"], kwargs)
+
+
+@register_model
+def convvit_huge_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
+    """ConvViT-H. `kwargs` override any argument of `ConvViT`."""
+    return _create("convvit_huge_patch16", pretrained, SIZES["huge"], kwargs)

@@ -1,9 +1,20 @@
 """What `pretrain_step.py` compares with, and the tests' oracle: dense ConvMAE and a plain MAE."""
 
+import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from models_convmae import MaskedAutoencoderConvViT
+from models_convvit import LAYER_NORM, Geometry
+from util.pos_embed import get_sincos_pos_embed
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """The tokens `ids` `[N, M]` of `[N, L, C]`, as `[N, M, C]`."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
@@ -29,10 +40,105 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
         stage2 = self.stage2_output_decode(x).flatten(2).transpose(1, 2)
         x = self.patch_embed4(self.patch_embed3(x).flatten(2).transpose(1, 2)) + self.pos_embed
 
-        def visible(tokens: Tensor) -> Tensor:
-            return tokens.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-        x = visible(x)
+        x, stage1, stage2 = (gather_tokens(tokens, ids_keep) for tokens in (x, stage1, stage2))
         for block in self.blocks3:
             x = block(x)
-        return self.norm(x + visible(stage1) + visible(stage2)), mask, ids_restore
+        return self.norm(x + stage1 + stage2), mask, ids_restore
+
+
+class PlainMaskedAutoencoder(nn.Module):
+    """MAE of a plain ViT (arXiv 2111.06377), of timm's blocks; by default ViT-B/16.
+
+    Masking, target and loss are this project's, which are MAE's.
+
+    Args:
+        img_size: input size in pixels, an int for a square image or (height, width).
+        patch_size: side of a patch in pixels.
+        in_chans: channels of the input.
+        embed_dim, depth, num_heads: the encoder's.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder's.
+        norm_pix_loss: compare with patches normalised by their own mean and variance.
+
+    Raises:
+        ValueError: a size that the patch does not divide, or a width that is no multiple of 4.
+    """
+
+    patchify = MaskedAutoencoderConvViT.patchify
+    random_masking = MaskedAutoencoderConvViT.random_masking
+    forward_loss = MaskedAutoencoderConvViT.forward_loss
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        norm_pix_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        self.geometry = Geometry.of(img_size, (patch_size, 1, 1))
+        self.norm_pix_loss = norm_pix_loss
+
+        def blocks(dim: int, heads: int, number: int) -> nn.Sequential:
+            kwargs = dict(qkv_bias=True, norm_layer=LAYER_NORM)
+            return nn.Sequential(*(Block(dim, heads, **kwargs) for _ in range(number)))
+
+        self.patch_embed = PatchEmbed(self.geometry.img_size, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.blocks = blocks(embed_dim, num_heads, depth)
+        self.norm = LAYER_NORM(embed_dim)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_blocks = blocks(decoder_embed_dim, decoder_num_heads, decoder_depth)
+        self.decoder_norm = LAYER_NORM(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.geometry.patch_pixels * in_chans)
+
+        # MAE's table has a row of zeros for the class token; here it is just not added to it.
+        for name, dim in (("pos_embed", embed_dim), ("decoder_pos_embed", decoder_embed_dim)):
+            table = torch.from_numpy(get_sincos_pos_embed(dim, self.geometry.grid(3))).float()
+            self.register_buffer(name, table.unsqueeze(0))
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """MAE's: xavier linear maps and patch embedding, zero biases, normal(0, 0.02) tokens."""
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One pretraining forward pass, called like `MaskedAutoencoderConvViT.forward`.
+
+        Args:
+            imgs: `[N, C, *img_size]`.
+            mask_ratio: share of patches to remove.
+            noise: `[N, L]`, what decides the mask; drawn if not given.
+
+        Returns:
+            loss: a scalar.
+            pred: `[N, L, patch_pixels * C]`, a prediction for every patch.
+            mask: `[N, L]`, 1 where removed.
+        """
+        ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
+        x = gather_tokens(self.patch_embed(imgs) + self.pos_embed, ids_keep)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = self.decoder_embed(self.norm(self.blocks(x)))
+
+        cls_token, x = x[:, :1], x[:, 1:]
+        removed = ids_restore.shape[1] - x.shape[1]
+        x = torch.cat([x, self.mask_token.expand(len(x), removed, -1)], dim=1)
+        x = gather_tokens(x, ids_restore) + self.decoder_pos_embed
+        x = torch.cat([cls_token, x], dim=1)
+        pred = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
+        return self.forward_loss(imgs, pred, mask), pred, mask

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import sysconfig
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -129,7 +130,9 @@ def test_mask_loss_prediction_and_gradients_equal_the_originals(golden, target):
     torch.testing.assert_close(pred[:, ::5], tensors["pred_every_5th_token"], rtol=0, atol=1e-5)
     prefix = f"{target}.gradnorm."
     norms = {name: gradient.norm().item() for name, gradient in gradients(model, loss).items()}
-    expected = {n.removeprefix(prefix): t.item() for n, t in tensors.items() if prefix in n}
+    expected = {
+        n.removeprefix(prefix): t.item() for n, t in tensors.items() if n.startswith(prefix)
+    }
     assert norms == pytest.approx(expected, rel=1e-4)
 
 
@@ -400,10 +403,9 @@ def test_loss_is_the_mean_over_removed_patches(norm_pix_loss):
     assert loss.item() == pytest.approx(plain_loss(model, imgs, pred, mask).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_norm_pix_loss_of_a_constant_patch_is_finite(norm_pix_loss):
-    model = build(norm_pix_loss=norm_pix_loss)
-    loss, _, _ = model(torch.full((1, 3, 64, 64), 0.3))
+def test_norm_pix_loss_of_constant_patches_is_finite():
+    model = build(norm_pix_loss=True)
+    loss, _, _ = model(torch.full((1, 3, 64, 64), 0.5))
     assert loss.isfinite()
 
 
@@ -531,19 +533,31 @@ def has_compiler():
 def compiled():
     """Compile a model, all of it in one graph."""
     torch.compiler.reset()
-    yield lambda model: torch.compile(model, fullgraph=True)
+    yield partial(torch.compile, fullgraph=True)
     torch.compiler.reset()
+
+
+def assert_compiled_equals_eager(compiled_model, model):
+    imgs, noise = inputs(model)
+    loss, pred, mask = model(imgs, noise=noise)
+    compiled_loss, compiled_pred, compiled_mask = compiled_model(imgs, noise=noise)
+    assert torch.equal(compiled_mask, mask)
+    torch.testing.assert_close(compiled_pred, pred, rtol=0, atol=1e-5)
+    assert_gradients_close(gradients(model, compiled_loss), gradients(model, loss), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["rectangular patches", "three conv blocks", "video"])
+def test_the_whole_model_is_one_graph(compiled, name):
+    model = build(**GEOMETRIES[name])
+    assert_compiled_equals_eager(compiled(model, backend="aot_eager"), model)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler and Python's headers")
 def test_compiled_equals_eager(compiled):
-    model = build()
-    imgs, noise = inputs(model)
-    loss, pred, mask = model(imgs, noise=noise)
-    compiled_loss, compiled_pred, compiled_mask = compiled(model)(imgs, noise=noise)
-    assert torch.equal(compiled_mask, mask)
-    torch.testing.assert_close(compiled_pred, pred, rtol=0, atol=1e-5)
-    assert_gradients_close(gradients(model, compiled_loss), gradients(model, loss), 1e-4)
+    # Generating and compiling C++ is slow: the least of a model that has every kind of embedding
+    # and a conv block.
+    model = build(depth=(1, 0, 0), decoder_depth=0)
+    assert_compiled_equals_eager(compiled(model), model)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -565,14 +579,14 @@ def test_compiled_under_autocast_on_cuda_is_near_float32(compiled, dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_equals_cpu():
-    model = build(img_size=128, depth=(2, 2, 2))
+    model = build(img_size=128, depth=(2, 2, 2)).double()
     imgs, noise = inputs(model)
-    loss, pred, mask = model(imgs, noise=noise)
-    expected = gradients(model, loss)
+    _, pred, mask = model(imgs.double(), noise=noise)
+    weight = torch.randn_like(pred)
+    expected = gradients(model, (pred * weight).mean())
     model.cuda()
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        cuda_loss, cuda_pred, cuda_mask = model(imgs.cuda(), noise=noise.cuda())
-        grads = gradients(model, cuda_loss)
+    _, cuda_pred, cuda_mask = model(imgs.double().cuda(), noise=noise.cuda())
+    grads = gradients(model, (cuda_pred * weight.cuda()).mean())
     assert torch.equal(cuda_mask.cpu(), mask)
-    torch.testing.assert_close(cuda_pred.cpu(), pred, rtol=0, atol=1e-4)
-    assert_gradients_close({n: g.cpu() for n, g in grads.items()}, expected, 1e-3)
+    torch.testing.assert_close(cuda_pred.cpu(), pred, rtol=0, atol=1e-10)
+    assert_gradients_close({n: g.cpu() for n, g in grads.items()}, expected, 1e-9)

@@ -96,7 +96,7 @@ class RunLog:
         self.path = Path(folder) / "log.txt"
         self.writer = None
         if is_main_process():
-            self.writer = SummaryWriter(str(log_dir), purge_step=round(epoch * 1000) or None)
+            self.writer = SummaryWriter(str(log_dir), purge_step=round(epoch * 1000) + 1)
             self._drop_from(epoch)
 
     def _drop_from(self, epoch: float) -> None:

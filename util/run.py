@@ -132,9 +132,10 @@ class Run:
                 last_time, last_step = now, done
                 self.log.scalars(epoch + done / steps, values)
                 progress.show(done, values)
-            if (report or world_size() == 1) and self.stop.agreed(self.device):
+            if done < steps and (report or world_size() == 1) and self.stop.agreed(self.device):
                 progress.close()
-                self._save_and_stop(epoch, done)
+                self.checkpoints.save(epoch, done, LAST)
+                raise Stopped(self._stopped(f"epoch {epoch + 1}, step {done} of {steps}"))
             if args.save_steps and done % args.save_steps == 0 and done < steps:
                 self.checkpoints.save(epoch, done, LAST)
         progress.close()
@@ -142,12 +143,18 @@ class Run:
         return {"train_lr": rate, **{f"train_{name}": value for name, value in means.items()}}
 
     def end_epoch(self, epoch: int, values: dict[str, float]) -> None:
-        """Write the epoch's line and checkpoints."""
+        """Write the epoch's line and checkpoints.
+
+        Raises:
+            Stopped: a signal came; the state is saved.
+        """
         self.log.epoch({**values, "epoch": epoch})
         self.meters.start_epoch()
         last = epoch + 1 == self.args.epochs
         keep = (epoch + 1) % self.args.save_freq == 0 or last
         self.checkpoints.save(epoch + 1, 0, LAST, *([f"checkpoint-{epoch}.pth"] if keep else []))
+        if not last and self.stop.agreed(self.device):
+            raise Stopped(self._stopped(f"the end of epoch {epoch + 1}"))
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Micro-batches on the device, the failed files noted."""
@@ -171,10 +178,8 @@ class Run:
         self.step.check()
         return values
 
-    def _save_and_stop(self, epoch: int, done: int) -> None:
-        steps = self.loader.steps_per_epoch
-        self.checkpoints.save(epoch, done, LAST)
-        raise Stopped(
-            f"stopped by a signal at epoch {epoch + 1}, step {done} of {steps}: saved in "
-            f"{self.checkpoints.folder / LAST}; the same command goes on from there"
+    def _stopped(self, position: str) -> str:
+        return (
+            f"stopped by a signal at {position}: saved in {self.checkpoints.folder / LAST}; "
+            f"the same command goes on from there"
         )

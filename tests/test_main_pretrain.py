@@ -1,0 +1,1042 @@
+"""The pretraining program from its command line: what a run survives, refuses and leaves behind."""
+
+import argparse
+import fcntl
+import json
+import os
+import pickle
+import pty
+import random
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.runs import MAIN, ROOT, Launcher, Process, Result, call, code_of, environment, picture
+from tests.runs import torchrun, write_images
+
+# A tiny model on 24 images, so that a run of 4 epochs of 6 steps takes a second or two.
+DEFAULTS = {
+    "model": "convmae_convvit_tiny_patch16", "input_size": 32, "patch_size": (2, 2, 1),
+    "device": "cpu", "num_workers": 0, "batch_size": 4, "epochs": 4, "warmup_epochs": 1,
+    "lr": 1e-3, "print_freq": 1, "save_freq": 2, "save_steps": 2,
+}  # fmt: skip
+STEPS = 6
+
+
+def flags(data: Path | None, output: Path, *more: object, **values: object) -> list[object]:
+    """A command line: `DEFAULTS`, overridden by `values`; a flag with the value None is left out."""
+    values = DEFAULTS | {"data_path": data, "output_dir": output} | values
+    given = {name: value for name, value in values.items() if value is not None}
+    parts = ((f"--{k}", *v) if isinstance(v, tuple) else (f"--{k}", v) for k, v in given.items())
+    return [part for flag in parts for part in flag] + list(more)
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load(output / "checkpoint.pth")["model"]
+
+
+def log_lines(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+def curve(output: Path, tag: str) -> list[tuple[int, float]]:
+    """A TensorBoard curve as TensorBoard shows it: (step, value)."""
+    return [(event.step, event.value) for event in events(output).Scalars(tag)]
+
+
+def events(output: Path) -> EventAccumulator:
+    everything = {"scalars": 0, "images": 0}
+    return EventAccumulator(str(output), size_guidance=everything).Reload()
+
+
+def same(a: object, b: object) -> bool:
+    """Equal down to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def assert_same_end(output: Path, expected: Path) -> None:
+    """Two runs ended in the same state and with the same log, bit for bit."""
+    got, want = load(output / "checkpoint.pth"), load(expected / "checkpoint.pth")
+    for part in want.keys() - {"args"}:
+        assert same(got[part], want[part]), part
+    assert (output / "log.txt").read_text() == (expected / "log.txt").read_text()
+
+
+def assert_close_end(output: Path, expected: Path) -> None:
+    """Two runs did the same but for rounding."""
+    for got, want in zip(log_lines(output), log_lines(expected), strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+    got = weights(output)
+    for name, want in weights(expected).items():
+        torch.testing.assert_close(got[name], want, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def assert_finite(output: Path) -> None:
+    assert all(tensor.isfinite().all() for tensor in weights(output).values())
+
+
+def assert_ok(*results: Result) -> None:
+    for result in results:
+        assert result.code == 0, result.err
+        assert "Traceback" not in result.err
+
+
+def assert_one_line(result: Result, code: int, *phrases: str) -> None:
+    """It failed with an exit code and one line on stderr that has certain phrases in it."""
+    assert result.code == code, result
+    assert len(result.err.splitlines()) == 1, result.err
+    for phrase in phrases:
+        assert phrase in result.err
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), 4 * STEPS)
+
+
+@pytest.fixture(scope="session")
+def whole_run(images, tmp_path_factory) -> tuple[Result, Path]:
+    """A run that was never stopped, started as a user does it, and its folder."""
+    output = tmp_path_factory.mktemp("whole")
+    return call(MAIN, *flags(images, output)), output
+
+
+@pytest.fixture(scope="session")
+def whole(whole_run) -> Path:
+    assert_ok(whole_run[0])
+    return whole_run[1]
+
+
+@pytest.fixture
+def stopped(whole, images, launcher, tmp_path) -> Path:
+    """A run like `whole` that was killed in its second epoch."""
+    output = tmp_path / "run"
+    process = launcher.start(*flags(images, output))
+    process.wait_for("Epoch 2/4  [4/6]")
+    process.signal(signal.SIGKILL)
+    assert process.wait().code == -signal.SIGKILL
+    return output
+
+
+# --- the same step, however the batch is split ---------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def one_process(images, launcher, tmp_path_factory) -> Path:
+    """The run that the splits below must equal: 9 steps of 8 images in one process."""
+    output = tmp_path_factory.mktemp("one")
+    assert_ok(launcher.run(*split(images, output, 8, 1)))
+    return output
+
+
+def split(images: Path, output: Path, batch_size: int, accum_iter: int) -> list[object]:
+    return flags(
+        images, output, epochs=3, batch_size=batch_size, accum_iter=accum_iter, lr=None, blr=0.016
+    )
+
+
+def test_two_processes_with_half_the_batch_equal_one_with_all_of_it(images, one_process, tmp_path):
+    assert_ok(torchrun(tmp_path, *split(images, tmp_path / "run", 4, 1)).wait())
+    assert_close_end(tmp_path / "run", one_process)
+
+
+def test_accumulation_over_half_the_batch_equals_all_of_it(images, one_process, launcher, tmp_path):
+    assert_ok(launcher.run(*split(images, tmp_path, 4, 2)))
+    assert_close_end(tmp_path, one_process)
+
+
+def test_two_processes_that_accumulate_equal_one_with_all_of_the_batch(
+    images, one_process, launcher, tmp_path
+):
+    assert_ok(*launcher.run_ranks(*split(images, tmp_path, 2, 2)))
+    assert_close_end(tmp_path, one_process)
+
+
+# --- kill -9 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_run_killed_again_and_again_ends_like_one_never_stopped(
+    whole, images, launcher, tmp_path, num_workers
+):
+    draw, kills = random.Random(num_workers), 0
+    command = flags(images, tmp_path, num_workers=num_workers)
+    while True:
+        process = launcher.start(*command)
+        # Killed after a random number of steps and a random moment, at the start too.
+        steps, delay = (draw.randint(0, 5), draw.uniform(0, 0.4)) if kills < 8 else (99, 0)
+        while process.out.read_text().count("Epoch") < steps and process.ended(0.005) is None:
+            pass
+        if process.ended(delay + 0.001) is not None:
+            break
+        process.signal(signal.SIGKILL)
+        assert process.wait().code == -signal.SIGKILL
+        kills += 1
+    assert_ok(process.wait())
+    assert kills >= 6
+    assert_same_end(tmp_path, whole)
+    assert {path.name for path in tmp_path.glob("*.pth*")} == {
+        path.name for path in whole.glob("*.pth")
+    }
+    assert curve(tmp_path, "loss") == curve(whole, "loss")
+
+
+def die_in_a_write(name: str, count: int, moment: str) -> None:
+    """Kill the process in its `count`th write of a checkpoint of a certain name."""
+    import io
+    import os
+    import signal
+
+    import torch
+
+    save, replace, writes = torch.save, os.replace, []
+
+    def half_save(state, file):
+        writes.append(file.name.endswith(f"{name}.tmp"))
+        if moment != "half written" or sum(writes) < count:
+            return save(state, file)
+        buffer = io.BytesIO()
+        save(state, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def kill_around_replace(source, target):
+        dies = writes[-1] and sum(writes) == count
+        if dies and moment == "not yet renamed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if dies and moment == "just renamed":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save, os.replace = half_save, kill_around_replace
+
+
+@pytest.mark.parametrize("moment", ["half written", "not yet renamed", "just renamed"])
+def test_a_kill_in_the_middle_of_a_write_leaves_a_checkpoint_to_go_on_from(
+    whole, images, launcher, tmp_path, moment
+):
+    fault = code_of(die_in_a_write, name="checkpoint.pth", count=4, moment=moment)
+    assert launcher.run(*flags(images, tmp_path), before=fault).code == -signal.SIGKILL
+    left = load(tmp_path / "checkpoint.pth")
+    # Writes 1 to 4: after steps 2 and 4, at the end of epoch 1, after step 2 of epoch 2.
+    position = (1, 2) if moment == "just renamed" else (1, 0)
+    assert (left["epoch"], left["step"]) == position
+    assert_ok(launcher.run(*flags(images, tmp_path)))
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize("moment", ["half written", "not yet renamed", "just renamed"])
+def test_a_kill_between_the_checkpoints_of_an_epoch_loses_none(
+    whole, images, launcher, tmp_path, moment
+):
+    fault = code_of(die_in_a_write, name="checkpoint-1.pth", count=1, moment=moment)
+    assert launcher.run(*flags(images, tmp_path), before=fault).code == -signal.SIGKILL
+    assert_ok(launcher.run(*flags(images, tmp_path)))
+    assert same(
+        load(tmp_path / "checkpoint-1.pth")["model"], load(whole / "checkpoint-1.pth")["model"]
+    )
+    assert not list(tmp_path.glob("*.tmp"))
+    assert_same_end(tmp_path, whole)
+
+
+def test_the_log_is_never_emptied_while_a_run_starts_again(whole, images, launcher, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "run")
+    shutil.copy(output / "checkpoint-1.pth", output / "checkpoint.pth")
+    before = (output / "log.txt").read_text()
+    # What is written over the file in place would show here, too.
+    os.link(output / "log.txt", tmp_path / "link")
+    assert_ok(launcher.run(*flags(images, output)))
+    assert (tmp_path / "link").read_text() == before
+    assert_same_end(output, whole)
+
+
+def test_half_a_line_at_the_end_of_the_log_is_dropped(whole, images, launcher, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "run")
+    shutil.copy(output / "checkpoint-1.pth", output / "checkpoint.pth")
+    text = (output / "log.txt").read_text()
+    (output / "log.txt").write_text(text[: text.index('"epoch": 2')])
+    assert_ok(launcher.run(*flags(images, output)))
+    assert_same_end(output, whole)
+
+
+def test_a_killed_worker_ends_all_and_torchrun_can_start_them_again(images, launcher, tmp_path):
+    assert_ok(*launcher.run_ranks(*flags(images, tmp_path / "never")))
+    process = torchrun(tmp_path, *flags(images, tmp_path / "run"), restarts=1)
+    process.wait_for("Epoch 2/4  [3/3]")
+    os.kill(workers(process)[1], signal.SIGKILL)
+    assert process.wait().code == 0
+    assert_same_end(tmp_path / "run", tmp_path / "never")
+
+
+# --- asked to stop -------------------------------------------------------------------------------
+
+
+def workers(process: Process) -> list[int]:
+    """The processes that torchrun has started, in order of rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+    def rank(pid: str) -> int:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return next(int(v[5:]) for v in variables if v.startswith(b"RANK="))
+
+    return [int(pid) for pid in sorted(children, key=rank)]
+
+
+def saved_position(output: Path) -> tuple[int, int]:
+    content = load(output / "checkpoint.pth")
+    return content["epoch"], content["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_goes_on_as_if_never_stopped(
+    whole, images, launcher, tmp_path, number
+):
+    command = flags(images, tmp_path, save_steps=0)
+    process = launcher.start(*command)
+    process.wait_for("Epoch 2/4  [2/6]")
+    process.signal(number)
+    result = process.wait()
+    assert_ok(result)
+    assert "stopped by a signal at epoch 2, step" in result.out
+    epoch, step = saved_position(tmp_path)
+    assert epoch == 1 and step >= 2
+
+    result = launcher.run(*command)
+    assert_ok(result)
+    assert f"from epoch 2, step {step}" in result.out
+    assert_same_end(tmp_path, whole)
+    assert curve(tmp_path, "loss") == curve(whole, "loss")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_data_workers_too_saves_as_well(whole, images, launcher, tmp_path, number):
+    command = flags(images, tmp_path, save_steps=0, num_workers=1)
+    process = launcher.start(*command)
+    process.wait_for("Epoch 2/4  [2/6]")
+    os.killpg(process.pid, number)
+    assert_ok(process.wait())
+    assert saved_position(tmp_path)[0] == 1
+    assert_ok(launcher.run(*command))
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_signal_at_the_last_step_of_an_epoch_saves_too(images, launcher, tmp_path):
+    # One step an epoch, so that any is the last.
+    settings = {"batch_size": 24, "epochs": 6, "save_steps": 0}
+    assert_ok(launcher.run(*flags(images, tmp_path / "never", **settings)))
+    process = launcher.start(*flags(images, tmp_path / "run", **settings))
+    process.wait_for("Epoch 2/6")
+    process.signal(signal.SIGTERM)
+    result = process.wait()
+    assert_ok(result)
+    assert "stopped by a signal" in result.out
+    assert_ok(launcher.run(*flags(images, tmp_path / "run", **settings)))
+    assert_same_end(tmp_path / "run", tmp_path / "never")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_of_two_processes_stops_both(
+    images, launcher, tmp_path, two_processes, number
+):
+    command = flags(images, tmp_path / "run", save_steps=0)
+    process = torchrun(tmp_path, *command)
+    process.wait_for("Epoch 2/4  [1/3]")
+    os.kill(workers(process)[1], number)
+    result = process.wait()
+    assert_ok(result)
+    assert "stopped by a signal at" in result.out
+    assert saved_position(tmp_path / "run") >= (1, 1)
+    assert_ok(*launcher.run_ranks(*command))
+    assert_same_end(tmp_path / "run", two_processes)
+
+
+def test_sigterm_to_torchrun_saves(images, launcher, tmp_path, two_processes):
+    command = flags(images, tmp_path / "run", save_steps=0)
+    process = torchrun(tmp_path, *command)
+    process.wait_for("Epoch 2/4  [1/3]")
+    process.signal(signal.SIGTERM)
+    assert "stopped by a signal at" in process.wait().out
+    assert saved_position(tmp_path / "run") >= (1, 1)
+    assert_ok(*launcher.run_ranks(*command))
+    assert_same_end(tmp_path / "run", two_processes)
+
+
+@pytest.fixture(scope="session")
+def two_processes(images, launcher, tmp_path_factory) -> Path:
+    """A run of two processes that was never stopped."""
+    output = tmp_path_factory.mktemp("two")
+    assert_ok(*launcher.run_ranks(*flags(images, output)))
+    return output
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_started_again_changes_nothing(whole, images, launcher, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "run")
+    assert_ok(launcher.run(*flags(images, output)))
+    assert_same_end(output, whole)
+    assert curve(output, "loss") == curve(whole, "loss")
+    assert len(events(output).Images("reconstruction")) == 4
+
+
+def test_batch_and_accumulation_may_be_exchanged_in_mid_run(
+    whole, images, launcher, tmp_path, stopped
+):
+    result = launcher.run(*flags(images, stopped, batch_size=2, accum_iter=2))
+    assert_ok(result)
+    assert "from epoch 2, step 4" in result.out
+    assert_close_end(stopped, whole)
+
+
+def test_a_run_may_go_on_with_more_processes(whole, images, launcher, stopped):
+    results = launcher.run_ranks(*flags(images, stopped, batch_size=2))
+    assert_ok(*results)
+    assert "from epoch 2, step 4" in results[0].out
+    assert_close_end(stopped, whole)
+
+
+def test_a_checkpoint_of_another_folder_can_be_resumed(whole, images, launcher, tmp_path):
+    result = launcher.run(*flags(images, tmp_path, resume=whole / "checkpoint-1.pth"))
+    assert_ok(result)
+    assert "from epoch 3, step 0" in result.out
+    assert same(weights(tmp_path), weights(whole))
+    assert [line["epoch"] for line in log_lines(tmp_path)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mask_ratio": 0.5},
+        {"model": "convmae_convvit_small_patch16"},
+        {"epochs": 5},
+        {"lr": 2e-3, "seed": 1},
+        {"input_size": (32, 64)},
+        {"batch_size": 8},
+    ],
+    ids=lambda changed: "-".join(changed),
+)
+def test_another_run_in_the_same_folder_is_refused_with_what_differs(
+    whole, images, launcher, changed
+):
+    result = launcher.run(*flags(images, whole, **changed))
+    assert_one_line(result, 2, "another run", "--output_dir")
+    for name in DEFAULTS | {"mask_ratio": 0, "seed": 0, "norm_pix_loss": 0}:
+        assert (f"--{name} " in result.err) == (name in changed), name
+
+
+def test_resume_none_does_not_overwrite_a_run(whole, images, launcher):
+    before = (whole / "checkpoint.pth").read_bytes()
+    result = launcher.run(*flags(images, whole, resume="none"))
+    assert_one_line(result, 2, "--resume none", str(whole))
+    assert (whole / "checkpoint.pth").read_bytes() == before
+
+
+def truncate(good: Path, path: Path) -> None:
+    path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+
+
+def keep_weights(good: Path, path: Path) -> None:
+    torch.save({"model": load(good)["model"]}, path)
+
+
+def keep_bare_weights(good: Path, path: Path) -> None:
+    torch.save(load(good)["model"], path)
+
+
+class Hostile:
+    """Unpickling it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.marker), "w")
+
+
+def add_hostile(good: Path, path: Path) -> None:
+    torch.save(load(good) | {"extra": Hostile(path.with_name("marker"))}, path)
+
+
+def only_hostile(good: Path, path: Path) -> None:
+    path.write_bytes(pickle.dumps(Hostile(path.with_name("marker"))))
+
+
+def of_another_program(good: Path, path: Path) -> None:
+    content = load(good)
+    del content["step"], content["random_state"]
+    torch.save(content | {"args": argparse.Namespace(**content["args"])}, path)
+
+
+BAD_CHECKPOINTS = {
+    "missing": (lambda good, path: None, "does not exist"),
+    "a folder": (lambda good, path: path.mkdir(), "is not a file"),
+    "empty": (lambda good, path: path.touch(), "truncated"),
+    "truncated": (truncate, "truncated"),
+    "a text": (lambda good, path: path.write_text("hello\n" * 100), "damaged"),
+    "weights in a dictionary": (keep_weights, "no training state"),
+    "weights": (keep_bare_weights, "no training state"),
+    "another program's": (of_another_program, "no training state"),
+    "hostile in part": (add_hostile, "could run code"),
+    "hostile": (only_hostile, "could run code"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
+def test_a_bad_checkpoint_is_refused_in_one_line(whole, images, launcher, tmp_path, kind):
+    make, phrase = BAD_CHECKPOINTS[kind]
+    make(whole / "checkpoint.pth", tmp_path / "bad.pth")
+    result = launcher.run(*flags(images, tmp_path / "run", resume=tmp_path / "bad.pth"))
+    assert_one_line(result, 2, phrase, str(tmp_path / "bad.pth"))
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "hostile in part"])
+def test_a_bad_checkpoint_in_the_output_folder_is_refused_and_kept(
+    whole, images, launcher, tmp_path, kind
+):
+    BAD_CHECKPOINTS[kind][0](whole / "checkpoint.pth", tmp_path / "checkpoint.pth")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    assert_one_line(launcher.run(*flags(images, tmp_path)), 2, BAD_CHECKPOINTS[kind][1])
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert not (tmp_path / "marker").exists()
+
+
+def test_fewer_images_than_before_are_refused(whole, images, launcher, tmp_path, stopped):
+    few = write_images(tmp_path / "few", 12)
+    result = launcher.run(*flags(few, stopped))
+    assert_one_line(result, 2, "cannot go on at step 4 of an epoch of 3 steps")
+
+
+# --- full disks ----------------------------------------------------------------------------------
+
+
+def small_files() -> None:
+    """Let no file grow over a megabyte."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+
+@pytest.mark.parametrize("form", ["full", "limited"])
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(
+    whole, images, launcher, stopped, form
+):
+    fault = code_of(small_files) if form == "limited" else ""
+    if form == "full":
+        (stopped / "checkpoint.pth.tmp").unlink(missing_ok=True)
+        (stopped / "checkpoint.pth.tmp").symlink_to("/dev/full")
+    result = launcher.run(*flags(images, stopped), before=fault)
+    reason = {"full": "No space left on device", "limited": "File too large"}[form]
+    assert_one_line(result, 1, "cannot write", reason, "the previous one is intact")
+    assert saved_position(stopped) == (1, 4)
+    assert_ok(launcher.run(*flags(images, stopped)))
+    assert_same_end(stopped, whole)
+
+
+def test_a_full_disk_ends_all_processes(images, launcher, tmp_path):
+    (tmp_path / "checkpoint.pth.tmp").symlink_to("/dev/full")
+    first, second = launcher.run_ranks(*flags(images, tmp_path), timeout=60)
+    assert_one_line(first, 1, "cannot write", "No space left on device")
+    assert second.code == 1
+
+
+# --- steps that are not finite -------------------------------------------------------------------
+
+
+def spoil(what: str, ranks: list[str], first: int, last: int, folder: str) -> None:
+    """Make the loss NaN, or a gradient infinite, in some training steps of some processes.
+
+    At its end each process leaves its weights in `folder`.
+    """
+    import atexit
+    import os
+
+    import torch
+
+    from models_convmae import MaskedAutoencoderConvViT as Model
+
+    rank, forward, models, calls = os.environ.get("RANK", "0"), Model.forward, [], []
+
+    def bad() -> bool:
+        return rank in ranks and first <= len(calls) <= last
+
+    def spoiled(self, *args, **kwargs):
+        loss, pred, mask = forward(self, *args, **kwargs)
+        if self.training:
+            calls.append(1)
+            if what == "loss" and bad():
+                loss = loss * float("nan")
+        if not models:
+            models.append(self)
+            if what == "gradient":
+                weight = self.decoder_pred.weight
+                weight.register_hook(lambda grad: grad * float("inf") if bad() else grad)
+        return loss, pred, mask
+
+    def leave_weights():
+        torch.save(models[0].state_dict(), f"{folder}/rank{rank}.pth")
+
+    Model.forward = spoiled
+    atexit.register(leave_weights)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_all_processes_skip_a_step_that_one_of_them_cannot_take(images, launcher, tmp_path, what):
+    fault = code_of(spoil, what=what, ranks=["1"], first=5, last=6, folder=str(tmp_path))
+    results = launcher.run_ranks(*flags(images, tmp_path), before=fault)
+    assert_ok(*results)
+    lines = results[0].out.splitlines()
+    assert any("Epoch 2/4  [1/3]" in line and "skipped" not in line for line in lines)
+    assert any("Epoch 2/4  [2/3]" in line and "skipped_steps 1" in line for line in lines)
+    assert any("Epoch 4/4  [3/3]" in line and "skipped_steps 2" in line for line in lines)
+    assert curve(tmp_path, "skipped_steps")[-1] == (4000, 2)
+    assert all(np.isfinite(line["train_loss"]) for line in log_lines(tmp_path))
+
+    assert_finite(tmp_path)
+    first, second = (load(tmp_path / f"rank{rank}.pth") for rank in (0, 1))
+    assert same(first, second)
+    assert same(first, weights(tmp_path))
+
+
+def test_a_skipped_step_changes_no_weight(images, launcher, tmp_path):
+    fault = code_of(spoil, what="loss", ranks=["0"], first=7, last=12, folder=str(tmp_path))
+    assert_ok(launcher.run(*flags(images, tmp_path, save_freq=1), before=fault))
+    first, second, third = (load(tmp_path / f"checkpoint-{epoch}.pth") for epoch in range(3))
+    assert same(first["model"], second["model"])
+    assert not same(second["model"], third["model"])
+
+
+def test_ten_skipped_steps_in_a_row_stop_all_processes(images, launcher, tmp_path):
+    fault = code_of(spoil, what="loss", ranks=["1"], first=3, last=99, folder=str(tmp_path))
+    first, second = launcher.run_ranks(*flags(images, tmp_path, epochs=8), before=fault)
+    assert_one_line(first, 1, "10 steps in a row", "--clip_grad", "--blr", "checkpoint is intact")
+    assert second.code == 1
+    assert "skipped_steps 9" in first.out
+    assert_finite(tmp_path)
+
+
+def test_after_ten_skipped_steps_a_run_can_go_on(images, launcher, tmp_path):
+    # Twelve images, two an epoch: with the next report far away, states with many skipped steps
+    # in a row are saved.
+    command = flags(images, tmp_path, batch_size=1, print_freq=20, save_steps=2, epochs=2)
+    fault = code_of(spoil, what="loss", ranks=["0"], first=5, last=99, folder=str(tmp_path))
+    assert_one_line(launcher.run(*command, before=fault), 1, "10 steps in a row")
+    assert_finite(tmp_path)
+    assert_ok(launcher.run(*command))
+    assert_finite(tmp_path)
+
+
+# --- images of every kind ------------------------------------------------------------------------
+
+
+def write_odd_images(folder: Path) -> list[Path]:
+    """24 files that are pictures of some kind and 6 that are none; returns the latter."""
+    folder.mkdir()
+    rgb = picture(1, 48, 40)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    sixteen = (np.asarray(rgb.convert("L"), np.uint16) << 8) + 7
+    for i in range(3):
+        rgb.save(folder / f"plain{i}.jpg")
+        rgb.convert("RGBA").save(folder / f"rgba{i}.png")
+        rgb.convert("CMYK").save(folder / f"cmyk{i}.jpg")
+        rgb.quantize(32).save(folder / f"palette{i}.png", transparency=3)
+        rgb.convert("L").save(folder / f"gray{i}.webp")
+        rgb.convert("1").save(folder / f"bilevel{i}.tif")
+        Image.fromarray(sixteen).save(folder / f"sixteen{i}.png")
+        rgb.save(folder / f"rotated{i}.jpg", exif=exif)
+    png, jpeg = (folder / "rgba0.png").read_bytes(), (folder / "plain0.jpg").read_bytes()
+    bad = {
+        "empty.png": b"",
+        "text.jpg": b"this is no picture\n",
+        "truncated.png": png[: len(png) // 2],
+        "truncated.jpeg": jpeg[: len(jpeg) // 2],
+        "corrupt.png": png[:60] + bytes(40) + png[100:],
+        "header.tiff": b"II*\0",
+    }
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    (folder / "notes.txt").write_text("not counted: its name is no picture's")
+    return [folder / name for name in bad]
+
+
+@pytest.fixture(scope="session")
+def odd_images(tmp_path_factory) -> tuple[Path, list[Path]]:
+    folder = tmp_path_factory.mktemp("odd") / "images"
+    return folder, write_odd_images(folder)
+
+
+def assert_each_named_once(err: str, bad: list[Path]) -> None:
+    lines = err.splitlines()
+    assert sorted(line.split()[0] for line in lines) == sorted(map(str, bad))
+    assert all("cannot be decoded" in line for line in lines)
+
+
+def test_files_that_are_no_pictures_are_skipped_and_named_once(odd_images, launcher, tmp_path):
+    folder, bad = odd_images
+    settings = {"batch_size": 5, "max_bad_images": 0.2, "num_workers": 1}
+    result = launcher.run(*flags(folder, tmp_path, **settings))
+    assert_ok(result)
+    assert "30 images of" in result.out
+    assert "bad_images 6" in result.out.splitlines()[-2]
+    assert_each_named_once(result.err, bad)
+    assert_finite(tmp_path)
+
+
+def test_several_processes_count_and_name_a_bad_file_once(odd_images, launcher, tmp_path):
+    folder, bad = odd_images
+    settings = {"batch_size": 5, "max_bad_images": 0.2}
+    results = launcher.run_ranks(*flags(folder, tmp_path, **settings))
+    assert_ok(*results)
+    assert "bad_images 6" in results[0].out.splitlines()[-2]
+    named = [line for r in results for line in r.err.splitlines() if line.startswith(str(folder))]
+    assert_each_named_once("\n".join(named), bad)
+
+
+def test_too_many_bad_files_stop_the_run(odd_images, launcher, tmp_path):
+    folder, bad = odd_images
+    result = launcher.run(*flags(folder, tmp_path, batch_size=5))
+    assert result.code == 1
+    *named, last = result.err.splitlines()
+    assert last.startswith("failed: ")
+    assert "of 30 images cannot be decoded, more than --max_bad_images 0.01" in last
+    assert {line.split()[0] for line in named} <= set(map(str, bad))
+
+
+def test_a_folder_of_bad_files_alone_stops_with_one_line(launcher, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(b"no picture")
+    result = launcher.run(*flags(tmp_path / "images", tmp_path / "run"))
+    assert_one_line(result, 1, "cannot be decoded")
+
+
+# --- bad use -------------------------------------------------------------------------------------
+
+BAD_FLAGS = {
+    "nothing masked": ({"mask_ratio": 0}, ["--mask_ratio", "above 0 and below 1"]),
+    "all masked": ({"mask_ratio": 1.0}, ["--mask_ratio", "above 0 and below 1"]),
+    "nothing visible": ({"mask_ratio": 0.999}, ["--mask_ratio"]),
+    "no number": ({"mask_ratio": "most"}, ["--mask_ratio", "'most'"]),
+    "size does not divide": ({"input_size": 30}, ["--input_size", "30"]),
+    "three sizes": ({"input_size": (32, 32, 32)}, ["--input_size", "one or two", "3"]),
+    "unknown model": (
+        {"model": "convmae_convit_tiny_patch16"},
+        ["--model", "did you mean convmae_convvit_tiny_patch16?"],
+    ),
+    "unknown flag": ({"batchsize": 8}, ["--batchsize", "did you mean --batch_size?"]),
+    "shortened flag": ({"accum": 8}, ["--accum", "did you mean --accum_iter?"]),
+    "no GPU": ({"device": "cuda"}, ["--device cuda", "--device cpu"]),
+    "fp16 on a CPU": ({"amp": "fp16"}, ["--amp fp16", "bf16 or none"]),
+    "warm-up too long": ({"warmup_epochs": 4}, ["--warmup_epochs 4", "--epochs 4"]),
+    "no epochs": ({"epochs": 0}, ["--epochs", "at least 1"]),
+    "negative rate": ({"lr": -1}, ["--lr"]),
+    "too few images": ({"batch_size": 25}, ["24 images", "25 x 1 x 1", "--batch_size"]),
+    "no such data": ({"data_path": "/does/not/exist"}, ["/does/not/exist does not exist"]),
+    "no data": ({"data_path": None}, ["--data_path", "--demo"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FLAGS)
+def test_bad_use_is_one_line_before_anything_is_built(images, launcher, tmp_path, kind):
+    values, phrases = BAD_FLAGS[kind]
+    result = launcher.run(*flags(images, tmp_path / "run", **values))
+    assert_one_line(result, 2, *phrases)
+    assert result.out == ""
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_bad_use_is_the_same_without_a_launcher(images, tmp_path):
+    result = call(MAIN, *flags(images, tmp_path / "run", mask_ratio=1))
+    assert_one_line(result, 2, "--mask_ratio: 1 must lie above 0 and below 1")
+
+
+@pytest.mark.parametrize("content", [[], ["notes.txt", "labels.csv"], [".hidden.png"]])
+def test_a_folder_without_images_is_refused(launcher, tmp_path, content):
+    (tmp_path / "images").mkdir()
+    for name in content:
+        (tmp_path / "images" / name).touch()
+    result = launcher.run(*flags(tmp_path / "images", tmp_path / "run"))
+    assert_one_line(result, 2, f"no image below {tmp_path / 'images'}")
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_file_in_place_of_the_output_folder_is_refused(images, launcher, tmp_path):
+    (tmp_path / "file").touch()
+    result = launcher.run(*flags(images, tmp_path / "file" / "run"))
+    assert_one_line(result, 2, "--output_dir", "cannot be written", "Not a directory")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_folder_without_permission_is_refused(images, launcher, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o500)
+    result = launcher.run(*flags(images, tmp_path / "run"))
+    assert_one_line(result, 2, "--output_dir", "cannot be written", "Permission denied")
+
+
+# --- help, console, files ------------------------------------------------------------------------
+
+
+def test_help_is_grouped_and_shows_defaults():
+    result = call(MAIN, "--help")
+    assert (result.code, result.err) == (0, "")
+    for group in ("data", "augmentation", "model", "optimization", "run"):
+        assert f"\n{group}:\n" in result.out
+    text = " ".join(result.out.split())
+    assert "images per GPU and micro-batch" in text
+    assert "(default: 0.75)" in text
+    assert "(default: convmae_convvit_base_patch16)" in text
+
+
+def test_help_of_a_flag_names_one_default_at_most(launcher):
+    text = " ".join(launcher.run("--help").out.split())
+    assert "(default: None)" not in text
+
+
+def test_output_to_a_file_is_plain_lines(whole_run):
+    result, output = whole_run
+    assert result.err == ""
+    assert "\r" not in result.out and "\x1b" not in result.out
+    lines = result.out.splitlines()
+    assert lines[0].startswith("convmae_convvit_tiny_patch16: 2.3 M parameters, 32x32 pixels")
+    assert lines[1].startswith("24 images of ")
+    progress = [line for line in lines if line.startswith("Epoch ")]
+    assert len(progress) == 4 * STEPS
+    assert progress[0].startswith("Epoch 1/4  [1/6]")
+    for name in ("lr", "loss", "grad_norm", "images_per_s", "memory_mb", "left"):
+        assert all(f"  {name} " in line for line in progress)
+    assert lines[-1].startswith("done: ") and str(output) in lines[-1]
+
+
+def test_a_terminal_gets_a_progress_bar(images, tmp_path):
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
+    command = [sys.executable, MAIN, *flags(images, tmp_path, epochs=1, warmup_epochs=0)]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=environment(), stdout=slave, stderr=slave
+    )
+    os.close(slave)
+    text = read_terminal(master)
+    assert process.wait(10) == 0, text
+    assert "Epoch 1/1: 100%|" in text and "6/6" in text
+    assert "\r" in text and "loss" in text and "left 0:00:00" in text
+    assert "Epoch 1/1  [" not in text
+
+
+def read_terminal(master: int) -> str:
+    """What a program writes to a terminal until it ends, a minute at most."""
+    parts, end = [], time.monotonic() + 60
+    while select.select([master], [], [], max(0.0, end - time.monotonic()))[0]:
+        try:
+            parts.append(os.read(master, 1 << 16))
+        except OSError:  # the other side is closed
+            break
+    os.close(master)
+    return b"".join(parts).decode()
+
+
+def test_checkpoints_are_kept_every_save_freq_epochs(whole):
+    assert sorted(path.name for path in whole.glob("*.pth*")) == [
+        "checkpoint-1.pth",
+        "checkpoint-3.pth",
+        "checkpoint.pth",
+    ]
+    assert [load(whole / f"checkpoint-{epoch}.pth")["epoch"] for epoch in (1, 3)] == [2, 4]
+
+
+def test_a_checkpoint_holds_all_that_a_run_needs(whole, images):
+    content = load(whole / "checkpoint.pth")
+    assert content.keys() >= {"model", "optimizer", "scaler", "epoch", "step", "random_state"}
+    assert (content["epoch"], content["step"]) == (4, 0)
+    assert content["model"]["patch_embed1.proj.weight"].shape == (48, 3, 2, 2)
+    assert type(content["args"]) is dict
+    assert content["args"]["data_path"] == str(images)
+    assert content["args"]["mask_ratio"] == 0.75
+    assert content["args"]["lr"] == 1e-3
+
+
+def test_another_seed_gives_other_weights(whole, images, launcher, tmp_path):
+    assert_ok(launcher.run(*flags(images, tmp_path, seed=1)))
+    assert not same(weights(tmp_path), weights(whole))
+
+
+def test_gray_images_of_two_sizes_in_bfloat16_train(images, launcher, tmp_path):
+    settings = {"input_size": (32, 48), "in_chans": 1, "amp": "bf16", "clip_grad": 1.0}
+    result = launcher.run(*flags(images, tmp_path, "--norm_pix_loss", **settings))
+    assert_ok(result)
+    assert "32x48 pixels" in result.out and "bfloat16 on cpu" in result.out
+    assert_finite(tmp_path)
+
+
+# --- the demo ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("demo")
+    command = ["--demo", "--epochs", 2, "--warmup_epochs", 1, "--output_dir", output]
+    result = call(MAIN, *command)
+    assert_ok(result)
+    assert result.err == ""
+    return output
+
+
+def test_the_demo_writes_real_images_in_imagenet_layout(demo):
+    files = sorted((demo / "digits").glob("*/*/*.png"))
+    assert len(files) == 1797
+    assert {path.parts[-3] for path in files} == {"train", "val"}
+    assert {path.parts[-2] for path in files} == set("0123456789")
+    assert Image.open(files[0]).size == (32, 32)
+
+
+def test_the_demo_leaves_what_a_run_leaves(demo):
+    names = {path.name for path in demo.iterdir()}
+    expected = {"checkpoint.pth", "checkpoint-1.pth", "log.txt", "reconstruction.png", "loss.png"}
+    assert expected <= names
+    assert sum(name.startswith("events.out.tfevents") for name in names) == 1
+    assert not any(name.endswith(".tmp") or name.startswith(".") for name in names)
+
+
+def test_the_log_has_a_line_an_epoch_with_maes_keys(demo):
+    lines = log_lines(demo)
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert all(line.keys() >= {"train_lr", "train_loss", "epoch"} for line in lines)
+
+
+def test_the_loss_falls(demo):
+    first, second = (line["train_loss"] for line in log_lines(demo))
+    assert second < 0.95 * first
+
+
+def test_the_pictures_can_be_looked_at(demo):
+    grid = Image.open(demo / "reconstruction.png").convert("RGB")
+    assert 500 < grid.width < 2000 and 500 < grid.height < 2000
+    assert len(np.unique(np.asarray(grid))) > 20
+    loss = Image.open(demo / "loss.png").convert("RGB")
+    assert loss.width > 400 and loss.height > 200
+
+
+def test_tensorboard_shows_curves_against_thousandths_of_epochs(demo):
+    for tag in ("loss", "lr", "grad_norm", "images_per_s", "memory_mb"):
+        points = curve(demo, tag)
+        # 22 steps an epoch, a report every 20 and at the end
+        assert [step for step, _ in points] == [909, 1000, 1909, 2000], tag
+        assert all(np.isfinite(value) and value > 0 for _, value in points), tag
+
+
+def test_tensorboard_shows_a_reconstruction_an_epoch(demo):
+    pictures = events(demo).Images("reconstruction")
+    assert [picture.step for picture in pictures] == [1000, 2000]
+    assert all(picture.width > 500 and picture.height > 500 for picture in pictures)
+
+
+def test_other_flags_override_the_demos(launcher, tmp_path):
+    text = launcher.run("--demo", "--epochs", 7, "--help").out
+    assert "(default: 60)" in text
+    result = launcher.run("--demo", "--warmup_epochs", 60, "--output_dir", tmp_path)
+    assert_one_line(result, 2, "--warmup_epochs 60", "--epochs 60")
+
+
+# --- python -m util.visualize --------------------------------------------------------------------
+
+
+def visualize(launcher: Launcher, *command: object) -> Result:
+    return launcher.run(*command, program="util.visualize")
+
+
+def test_visualize_draws_images_of_several_formats(whole, launcher, tmp_path):
+    names = ["a.png", "b.jpg", "c.webp", "d.bmp", "e.tiff"]
+    for i, name in enumerate(names):
+        picture(i).save(tmp_path / name)
+    output = tmp_path / "grid.png"
+    files = [tmp_path / name for name in names]
+    command = ["-m", "util.visualize", "--checkpoint", whole / "checkpoint.pth"]
+    result = call(*command, "--images", *files, "--output", output)
+    assert_ok(result)
+    assert result.err == "" and "5 images" in result.out
+    # Three rows of two triples; each picture is 96 pixels wide.
+    grid = Image.open(output)
+    assert 600 < grid.width < 700 and 300 < grid.height < 400
+
+
+def test_visualize_takes_folders(whole, images, launcher, tmp_path):
+    command = ["--checkpoint", whole / "checkpoint-1.pth", "--images", images, "--max_images", 2]
+    result = visualize(launcher, *command, "--output", tmp_path / "grid.png", "--columns", 1)
+    assert_ok(result)
+    grid = Image.open(tmp_path / "grid.png")
+    assert 300 < grid.width < 350 and 200 < grid.height < 250
+
+
+def keep_encoder(good: Path, path: Path) -> None:
+    content = load(good)
+    encoder = {k: v for k, v in content["model"].items() if not k.startswith(("decoder", "mask"))}
+    torch.save(content | {"model": encoder}, path)
+
+
+BAD_FOR_PICTURES = {
+    "an encoder": (keep_encoder, "encoder alone"),
+    "weights": (keep_bare_weights, "no pretraining checkpoint"),
+    "a list": (lambda good, path: torch.save([1, 2], path), "not a dictionary"),
+    "truncated": (truncate, "truncated"),
+    "missing": (lambda good, path: None, "does not exist"),
+    "hostile": (add_hostile, "could run code"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FOR_PICTURES)
+def test_visualize_refuses_a_bad_checkpoint_in_one_line(whole, images, launcher, tmp_path, kind):
+    make, phrase = BAD_FOR_PICTURES[kind]
+    make(whole / "checkpoint.pth", tmp_path / "bad.pth")
+    output = tmp_path / "grid.png"
+    command = ["--checkpoint", tmp_path / "bad.pth", "--images", images, "--output", output]
+    assert_one_line(visualize(launcher, *command), 2, phrase, str(tmp_path / "bad.pth"))
+    assert not output.exists() and not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "missing", "folder without images"])
+def test_visualize_refuses_images_that_are_none_in_one_line(whole, launcher, tmp_path, kind):
+    path = tmp_path / "a.png"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "folder without images":
+        path.mkdir()
+    command = ["--checkpoint", whole / "checkpoint.pth", "--images", path]
+    result = visualize(launcher, *command, "--output", tmp_path / "grid.png")
+    assert_one_line(result, 2, str(path))
+
+
+def test_visualize_refuses_a_mask_ratio_that_leaves_nothing(whole, images, launcher, tmp_path):
+    command = ["--checkpoint", whole / "checkpoint.pth", "--images", images, "--mask_ratio", 0.999]
+    result = visualize(launcher, *command, "--output", tmp_path / "grid.png")
+    assert_one_line(result, 2, "--mask_ratio")
+
+
+@pytest.mark.parametrize("name", ["missing/grid.png", "grid.xyz"])
+def test_visualize_refuses_an_output_that_it_cannot_write(whole, images, launcher, tmp_path, name):
+    command = ["--checkpoint", whole / "checkpoint.pth", "--images", images]
+    result = visualize(launcher, *command, "--output", tmp_path / name)
+    assert_one_line(result, 2, str(tmp_path / name))
