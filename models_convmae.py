@@ -11,12 +11,12 @@ from torch import Tensor
 from models_convvit import (
     CONV,
     LAYER_NORM,
-    SIZES,
     Block,
     ConvViTEncoder,
     conv_as_linear,
     to_nested_blocks,
 )
+from util.architecture import SIZES
 from util.pos_embed import get_sincos_pos_embed
 
 
@@ -88,13 +88,14 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Section 3.4 of the design: fixed sin-cos tables, xavier linear maps, MAE's mask token."""
+        """As the published code: fixed sin-cos tables, xavier linear maps, MAE's mask token."""
         grid = self.geometry.grid(3)
         self.pos_embed.requires_grad_(False)
         for table in (self.pos_embed, self.decoder_pos_embed):
             values = get_sincos_pos_embed(table.shape[-1], grid)
             table.data.copy_(torch.from_numpy(values).unsqueeze(0))
-        nn.init.xavier_uniform_(self.patch_embed3.proj.weight.data.flatten(1))
+        kernel = self.patch_embed3.proj.weight.data
+        nn.init.xavier_uniform_(kernel.view(len(kernel), -1))
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -120,7 +121,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
     def random_masking(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose for each image the blocks to keep, uniformly at random (section 3.2).
+        """Choose for each image the blocks to keep, uniformly at random (paper section 3.2).
 
         Args:
             imgs: `[N, …]`; only the number and the device matter.
@@ -133,9 +134,14 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             ids_restore: `[N, L]`, the place of each block in the shuffled order.
 
         Raises:
-            ValueError: a ratio that removes nothing or everything.
+            ValueError: a ratio that removes nothing or everything, noise of another shape.
         """
         keep = self.geometry.visible_patches(mask_ratio)
+        if noise is not None and noise.shape != (len(imgs), self.geometry.num_patches):
+            raise ValueError(
+                f"noise of shape {tuple(noise.shape)} must be one number a patch, "
+                f"{(len(imgs), self.geometry.num_patches)}"
+            )
         if noise is None:
             noise = torch.rand(len(imgs), self.geometry.num_patches, device=imgs.device)
         ids_shuffle = torch.argsort(noise, dim=1)
@@ -146,7 +152,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
     def forward_encoder(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask, encode what is visible, fuse the three stages (sections 3.2 and 3.3).
+        """Mask, encode what is visible, fuse the three stages (paper section 3.2).
 
         Args:
             imgs: `[N, C, *img_size]`.
@@ -159,8 +165,9 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         """
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
         stage1, stage2, x = self.forward_visible(imgs, ids_keep)
-        nesting = self.geometry.patch_size[1:2]  # a stage-3 token holds stage-2 cells of these
-        x = x + conv_as_linear(stage1, self.stage1_output_decode, nesting).flatten(1, 2)
+        # The kernels cover a block: their positions are nested as its tokens are.
+        inner = self.geometry.nesting(1)[1:]
+        x = x + conv_as_linear(stage1, self.stage1_output_decode, inner).flatten(1, 2)
         x = x + conv_as_linear(stage2, self.stage2_output_decode).flatten(1, 2)
         return self.norm(x), mask, ids_restore
 

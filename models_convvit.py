@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -33,15 +34,9 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
+from util.architecture import SIZES
+
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-# The paper's sizes, and a tiny one of ours.
-SIZES = {
-    "tiny": dict(embed_dim=(48, 96, 192), depth=(1, 1, 4), num_heads=3),
-    "small": dict(embed_dim=(128, 256, 384), depth=(2, 2, 11), num_heads=6),
-    "base": dict(embed_dim=(256, 384, 768), depth=(2, 2, 11), num_heads=12),
-    "large": dict(embed_dim=(384, 768, 1024), depth=(2, 2, 23), num_heads=16, mlp_ratio=(8, 8, 4)),
-    "huge": dict(embed_dim=(768, 1024, 1280), depth=(2, 2, 31), num_heads=16, mlp_ratio=(8, 8, 4)),
-}
 # Of the transformer blocks, the final norms and the decoder; the stages before keep eps 1e-5.
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
@@ -68,9 +63,12 @@ class Geometry:
             ValueError: not three stages, entries of different lengths, or a size that the strides
                 do not divide.
         """
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        size = (img_size,) * 2 if isinstance(img_size, Integral) else tuple(img_size)
         ndim = len(size)
-        patch = tuple((p,) * ndim if isinstance(p, int) else tuple(p) for p in patch_size)
+        entries = patch_size if isinstance(patch_size, Sequence) else ()
+        patch = tuple((p,) * ndim if isinstance(p, Integral) else tuple(p) for p in entries)
+        if ndim not in CONV:
+            raise ValueError(f"img_size {size} must have 1 to {max(CONV)} dimensions")
         if len(patch) != 3 or any(len(p) != ndim for p in patch):
             raise ValueError(
                 f"patch_size {patch_size} does not fit img_size {size}: "
@@ -99,6 +97,10 @@ class Geometry:
     def grid(self, stage: int) -> tuple[int, ...]:
         """Tokens of `stage` along each dimension."""
         return tuple([s // p for s, p in zip(self.img_size, self.stride(stage), strict=True)])
+
+    def nesting(self, stage: int) -> tuple[tuple[int, ...], ...]:
+        """How the tokens of `stage` (0: pixels) nest in a block, from the outside in."""
+        return self.patch_size[stage:][::-1]
 
     @property
     def num_patches(self) -> int:
@@ -205,7 +207,10 @@ class VisibleGrid(NamedTuple):
     canvas: tuple[int, ...]
 
     def depthwise(self, x: Tensor, conv: nn.Module) -> Tensor:
-        """Apply a depthwise convolution to tokens `[N, B, U, C]`; what is not visible is zero."""
+        """Apply a depthwise convolution to tokens `[N, B, U, C]`; what is not visible is zero.
+
+        It is computed in the tokens' type, under autocast too.
+        """
         weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
         out = _VisibleDepthwiseConv.apply(x.flatten(0, 2), weight, bias, self.index, self.canvas)
         return out.view_as(x)
@@ -214,8 +219,7 @@ class VisibleGrid(NamedTuple):
 class DenseGrid:
     """All tokens of a stage on their grid, `[N, *grid, C]`: nothing is masked."""
 
-    @staticmethod
-    def depthwise(x: Tensor, conv: nn.Module) -> Tensor:
+    def depthwise(self, x: Tensor, conv: nn.Module) -> Tensor:
         """Apply a depthwise convolution to tokens `[N, *grid, C]`."""
         return conv(x.movedim(-1, 1)).movedim(1, -1)
 
@@ -257,7 +261,7 @@ class PatchEmbed(nn.Module):
         return self.act(channel_norm(self.proj(x), self.norm))
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """`[N, B, U * K, C_in]` to `[N, B, U, C]`."""
+        """Tokens in nested blocks, `[…, U * K, C_in]`, to `[…, U, C]`."""
         return self.act(self.norm(conv_as_linear(x, self.proj)))
 
     def forward_channels_last(self, x: Tensor) -> Tensor:
@@ -281,6 +285,8 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_x = torch.ops.aten.gelu_backward(grad @ weight, x)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
         grad = grad.flatten(0, -2)
         return grad_x, grad.T @ F.gelu(x).flatten(0, -2), grad.sum(0)
 
@@ -359,7 +365,7 @@ class ConvBlock(nn.Module):
         """
         y = self.conv1(channel_norm(x, self.norm1))
         if mask is not None:
-            y = y * (1 - mask)
+            y = y * (1 - mask).to(y.dtype)
         x = x + self.drop_path(self.conv2(self.attn(y)))
         return x + self.drop_path(self.mlp(channel_norm(x, self.norm2)))
 
@@ -452,7 +458,7 @@ class ConvViTEncoder(nn.Module):
         self.in_chans = in_chans
         self.embed_dim = tuple(embed_dim)
         kernel = (5,) * geometry.ndim
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depth)).tolist())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depth), device="cpu").tolist())
 
         self.pos_embed = nn.Parameter(torch.zeros(1, geometry.num_patches, embed_dim[2]))
         chans = (in_chans, *embed_dim[:2])
@@ -475,7 +481,7 @@ class ConvViTEncoder(nn.Module):
         for stage in (1, 2):
             grid = geometry.grid(stage)
             positions = torch.arange(math.prod(grid)).view(1, 1, *grid)
-            nested = to_nested_blocks(positions, geometry.patch_size[stage:][::-1])
+            nested = to_nested_blocks(positions, geometry.nesting(stage))
             self.register_buffer(
                 f"grid_index{stage}", nested.reshape(geometry.num_patches, -1), persistent=False
             )
@@ -500,7 +506,7 @@ class ConvViTEncoder(nn.Module):
 
     def visible_blocks(self, imgs: Tensor, ids_keep: Tensor) -> Tensor:
         """The pixels of the blocks `ids_keep` `[N, B]` in nested order: `[N, B, pixels, C]`."""
-        blocks = to_nested_blocks(imgs, self.geometry.patch_size[::-1])
+        blocks = to_nested_blocks(imgs, self.geometry.nesting(0))
         image = torch.arange(len(imgs), device=imgs.device).unsqueeze(1)
         block = torch.unravel_index(ids_keep, self.geometry.grid(3))
         return blocks[(image, *block)].flatten(2, -2)
@@ -567,6 +573,8 @@ class ConvViT(ConvViTEncoder):
         self.num_features = self.head_hidden_size = self.embed_dim[2]
         self.num_prefix_tokens = int(class_token)
         self.grad_checkpointing = False
+        self.num_stages = 3
+        self._norm_layer = norm_layer
         self.feature_info = [
             dict(num_chs=dim, reduction=self.geometry.stride(stage)[-1], module=f"blocks{stage}")
             for stage, dim in enumerate(self.embed_dim, start=1)
@@ -575,25 +583,26 @@ class ConvViT(ConvViTEncoder):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, self.num_features))
             tokens = 1 + self.geometry.num_patches
             self.pos_embed = nn.Parameter(torch.zeros(1, tokens, self.num_features))
-        self._make_norm(global_pool, norm_layer)
+        self._make_norm(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(self._initialize)
         for table in [self.pos_embed, *([self.cls_token] if class_token else [])]:
             nn.init.trunc_normal_(table, std=0.02)
 
-    def _make_norm(self, global_pool: str | bool, norm_layer: Callable[[int], nn.Module]) -> None:
+    def _make_norm(self, global_pool: str | bool) -> None:
         """The norm of a pooling mode, under the name that the published checkpoints use."""
         pool = {True: "avg", False: "token"}.get(global_pool, global_pool)
         if pool not in ("avg", "token"):
             raise ValueError(f"global_pool {global_pool!r} must be 'avg' or 'token'")
         self.global_pool = pool
-        self.norm = norm_layer(self.num_features) if pool == "token" else nn.Identity()
-        self.fc_norm = norm_layer(self.num_features) if pool == "avg" else nn.Identity()
+        norm = self._norm_layer(self.num_features)
+        self.norm = norm if pool == "token" else nn.Identity()
+        self.fc_norm = norm if pool == "avg" else nn.Identity()
 
     @staticmethod
     def _initialize(module: nn.Module) -> None:
-        """A classifier from scratch (section 3.4): truncated normal, zero biases."""
+        """A classifier from scratch: truncated normal, zero biases."""
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
@@ -605,7 +614,7 @@ class ConvViT(ConvViTEncoder):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layers for layer-wise decay: embeddings and stages 1 and 2 are the stem (3.5)."""
+        """Layers for layer-wise decay: embeddings and stages 1 and 2 are the stem."""
         stem = r"^cls_token|^pos_embed|^patch_embed|^blocks[12]"
         return {"stem": stem, "blocks": [(r"^blocks3\.(\d+)", None), (r"^norm|^fc_norm", (99999,))]}
 
@@ -622,8 +631,7 @@ class ConvViT(ConvViTEncoder):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, and the pooling with its norm if one is named."""
         if global_pool is not None and global_pool != self.global_pool:
-            norm = self.fc_norm if self.global_pool == "avg" else self.norm
-            self._make_norm(global_pool, lambda width: type(norm)(width, eps=norm.eps))
+            self._make_norm(global_pool)
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.apply(self._initialize)
@@ -654,13 +662,14 @@ class ConvViT(ConvViTEncoder):
             ValueError: a size that the strides do not divide, or another number of channels.
         """
         self._check_strides(x)
+        stages = min(stages, self.num_stages)
         x = x.movedim(1, -1).contiguous()
         outputs = []
         convolutional = ((self.patch_embed1, self.blocks1), (self.patch_embed2, self.blocks2))
         for patch_embed, blocks in convolutional[:stages]:
             x = patch_embed.forward_channels_last(x)
             for block in blocks:
-                x = self._call(block.forward_tokens, x, DenseGrid)
+                x = self._call(block.forward_tokens, x, DenseGrid())
             outputs.append(x)
         if stages == 3:
             x = self.patch_embed4(self.patch_embed3.forward_channels_last(x))
@@ -676,8 +685,11 @@ class ConvViT(ConvViTEncoder):
 
     def _check_strides(self, x: Tensor) -> None:
         stride = self.geometry.stride(3)
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f"input has {x.shape[1]} channels, the model takes {self.in_chans}")
+        if x.ndim != 2 + self.geometry.ndim or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"input of shape {tuple(x.shape)} is no batch of images of {self.in_chans} "
+                f"channels and {self.geometry.ndim} dimensions"
+            )
         if any(s % p for s, p in zip(x.shape[2:], stride, strict=True)):
             raise ValueError(
                 f"input of {'x'.join(map(str, x.shape[2:]))} pixels is not divisible by the "
@@ -718,7 +730,7 @@ class ConvViT(ConvViTEncoder):
             intermediates_only: leave out the final tokens.
 
         Returns:
-            The maps, or (the last stage's tokens, the maps).
+            The maps, or (the output of the last stage that was run, the maps).
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt {output_fmt!r} must be 'NCHW' or 'NHWC'")
@@ -732,13 +744,16 @@ class ConvViT(ConvViTEncoder):
                 size = [s // p for s, p in zip(x.shape[2:], self.geometry.stride(3), strict=True)]
                 grid = grid[:, self.num_prefix_tokens :].unflatten(1, size)
             maps.append(grid.movedim(-1, 1) if output_fmt == "NCHW" else grid)
-        return maps if intermediates_only else (self.norm(outputs[-1]), maps)
+        if intermediates_only:
+            return maps
+        return (self.norm(outputs[-1]) if len(outputs) == 3 else outputs[-1]), maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what `forward_intermediates` of these stages does not need; return their indices."""
         taken, last = feature_take_indices(3, indices)
+        self.num_stages = last + 1
         if last < 2:
             self.patch_embed3 = self.patch_embed4 = nn.Identity()
             self.blocks3 = nn.ModuleList()

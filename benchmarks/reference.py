@@ -29,7 +29,9 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
 
         x, masks = imgs, {}
         for stage in (1, 2):
-            masks[stage] = F.interpolate(block_mask, size=self.geometry.grid(stage))
+            masks[stage] = F.interpolate(
+                block_mask, self.geometry.grid(stage), mode="nearest-exact"
+            )
         x = self.patch_embed1(x)
         for block in self.blocks1:
             x = block(x, masks[1])

@@ -1,7 +1,7 @@
 """Programs of this repository, started from their command line as processes of their own.
 
-`call` and `torchrun` start them as a user does. Most tests take a `Launcher`: what it starts is a
-fork of a process that has imported the libraries already, so a run costs tenths of a second where
+`call` starts them as a user does. Most tests take a `Launcher`: what it starts is a fork of a
+process that has imported the libraries already, so a start costs tenths of a second where
 `python main_pretrain.py` costs seconds. From there on it is the same: the script is run as
 `__main__` with that command line, and ends, or is killed, as any process.
 """
@@ -33,9 +33,10 @@ MAIN = "main_pretrain.py"
 ENV = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 # What the programs import, apart from themselves.
-LIBRARIES = ("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.tensorboard") + (
-    ("torchvision.utils", "torchvision.transforms.v2", "torchvision.datasets", "timm.data")
-    + ("timm.optim", "tqdm", "matplotlib.pyplot", "sklearn.datasets", "sklearn.model_selection")
+LIBRARIES = (
+    *("torch.distributed.launcher.api", "torch.nn.parallel", "torch.utils.tensorboard"),
+    *("torchvision.utils", "torchvision.transforms.v2", "torchvision.datasets", "timm.data"),
+    *("timm.optim", "tqdm", "matplotlib.pyplot", "sklearn.datasets", "sklearn.model_selection"),
 )
 
 
@@ -125,27 +126,6 @@ class Process:
                 )
 
 
-def torchrun(folder: Path, *command: object, processes: int = 2, restarts: int = 0) -> Process:
-    """Start `torchrun main_pretrain.py *command`; its output goes to files in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    out, err = folder / "torchrun.out", folder / "torchrun.err"
-    launcher = ["torch.distributed.run", "--nproc_per_node", processes]
-    launcher += ["--master_port", free_port(), "--max_restarts", restarts]
-    with open(out, "wb") as stdout, open(err, "wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *map(str, launcher), MAIN, *map(str, command)],
-            cwd=ROOT, env=environment(), stdout=stdout, stderr=stderr, start_new_session=True,
-        )  # fmt: skip
-
-    def ended(timeout: float) -> int | None:
-        try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
-
-    return Process(process.pid, out, err, ended)
-
-
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -222,6 +202,11 @@ class Launcher:
     def run(self, *command: object, timeout: float = 120, **options: object) -> Result:
         """`start` and wait for the end."""
         return self.start(*command, **options).wait(timeout)
+
+    def torchrun(self, *command: object, restarts: int = 0) -> Process:
+        """Start `torchrun --nproc_per_node 2 main_pretrain.py *command`."""
+        options = ["--nproc_per_node", 2, "--max_restarts", restarts, "--master_port", free_port()]
+        return self.start(*options, MAIN, *command, program="torch.distributed.run")
 
     def start_ranks(self, *command: object, processes: int = 2, **options: object) -> list[Process]:
         """Start the processes of one distributed run with the environment that torchrun sets."""

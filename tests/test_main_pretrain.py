@@ -23,8 +23,18 @@ import torch
 from PIL import ExifTags, Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.runs import MAIN, ROOT, Launcher, Process, Result, call, code_of, environment, picture
-from tests.runs import torchrun, write_images
+from tests.runs import (
+    MAIN,
+    ROOT,
+    Launcher,
+    Process,
+    Result,
+    call,
+    code_of,
+    environment,
+    picture,
+    write_images,
+)
 
 # A tiny model on 24 images, so that a run of 4 epochs of 6 steps takes a second or two.
 DEFAULTS = {
@@ -36,7 +46,7 @@ STEPS = 6
 
 
 def flags(data: Path | None, output: Path, *more: object, **values: object) -> list[object]:
-    """A command line: `DEFAULTS`, overridden by `values`; a flag with the value None is left out."""
+    """A command line: `DEFAULTS`, overridden by `values`; those that are None are left out."""
     values = DEFAULTS | {"data_path": data, "output_dir": output} | values
     given = {name: value for name, value in values.items() if value is not None}
     parts = ((f"--{k}", *v) if isinstance(v, tuple) else (f"--{k}", v) for k, v in given.items())
@@ -129,17 +139,6 @@ def whole(whole_run) -> Path:
     return whole_run[1]
 
 
-@pytest.fixture
-def stopped(whole, images, launcher, tmp_path) -> Path:
-    """A run like `whole` that was killed in its second epoch."""
-    output = tmp_path / "run"
-    process = launcher.start(*flags(images, output))
-    process.wait_for("Epoch 2/4  [4/6]")
-    process.signal(signal.SIGKILL)
-    assert process.wait().code == -signal.SIGKILL
-    return output
-
-
 # --- the same step, however the batch is split ---------------------------------------------------
 
 
@@ -151,15 +150,30 @@ def one_process(images, launcher, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.fixture(scope="session")
+def two_processes(images, launcher, tmp_path_factory) -> Path:
+    """A run of two processes that was never stopped."""
+    output = tmp_path_factory.mktemp("two")
+    assert_ok(*launcher.run_ranks(*flags(images, output)))
+    return output
+
+
 def split(images: Path, output: Path, batch_size: int, accum_iter: int) -> list[object]:
     return flags(
         images, output, epochs=3, batch_size=batch_size, accum_iter=accum_iter, lr=None, blr=0.016
     )
 
 
-def test_two_processes_with_half_the_batch_equal_one_with_all_of_it(images, one_process, tmp_path):
-    assert_ok(torchrun(tmp_path, *split(images, tmp_path / "run", 4, 1)).wait())
+def test_two_processes_with_half_the_batch_equal_one_with_all_of_it(
+    images, one_process, launcher, tmp_path
+):
+    assert_ok(launcher.torchrun(*split(images, tmp_path / "run", 4, 1)).wait())
     assert_close_end(tmp_path / "run", one_process)
+
+
+def test_several_processes_write_nothing_to_stderr(images, launcher, tmp_path):
+    for result in launcher.run_ranks(*flags(images, tmp_path, epochs=2)):
+        assert (result.code, result.err) == (0, "")
 
 
 def test_accumulation_over_half_the_batch_equals_all_of_it(images, one_process, launcher, tmp_path):
@@ -186,7 +200,7 @@ def test_a_run_killed_again_and_again_ends_like_one_never_stopped(
     while True:
         process = launcher.start(*command)
         # Killed after a random number of steps and a random moment, at the start too.
-        steps, delay = (draw.randint(0, 5), draw.uniform(0, 0.4)) if kills < 8 else (99, 0)
+        steps, delay = (draw.randint(0, 4), draw.uniform(0, 0.2)) if kills < 12 else (99, 0)
         while process.out.read_text().count("Epoch") < steps and process.ended(0.005) is None:
             pass
         if process.ended(delay + 0.001) is not None:
@@ -262,15 +276,21 @@ def test_a_kill_between_the_checkpoints_of_an_epoch_loses_none(
     assert_same_end(tmp_path, whole)
 
 
-def test_the_log_is_never_emptied_while_a_run_starts_again(whole, images, launcher, tmp_path):
+def small_files(limit: int) -> None:
+    """Let no file grow over so many bytes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_the_log_keeps_its_lines_when_they_cannot_be_written_again(
+    whole, images, launcher, tmp_path
+):
     output = shutil.copytree(whole, tmp_path / "run")
     shutil.copy(output / "checkpoint-1.pth", output / "checkpoint.pth")
-    before = (output / "log.txt").read_text()
-    # What is written over the file in place would show here, too.
-    os.link(output / "log.txt", tmp_path / "link")
-    assert_ok(launcher.run(*flags(images, output)))
-    assert (tmp_path / "link").read_text() == before
-    assert_same_end(output, whole)
+    result = launcher.run(*flags(images, output), before=code_of(small_files, limit=100))
+    assert result.code == 1
+    assert log_lines(output)[:2] == log_lines(whole)[:2]
 
 
 def test_half_a_line_at_the_end_of_the_log_is_dropped(whole, images, launcher, tmp_path):
@@ -282,13 +302,14 @@ def test_half_a_line_at_the_end_of_the_log_is_dropped(whole, images, launcher, t
     assert_same_end(output, whole)
 
 
-def test_a_killed_worker_ends_all_and_torchrun_can_start_them_again(images, launcher, tmp_path):
-    assert_ok(*launcher.run_ranks(*flags(images, tmp_path / "never")))
-    process = torchrun(tmp_path, *flags(images, tmp_path / "run"), restarts=1)
+def test_a_killed_worker_ends_all_and_torchrun_can_start_them_again(
+    images, launcher, tmp_path, two_processes
+):
+    process = launcher.torchrun(*flags(images, tmp_path), restarts=1)
     process.wait_for("Epoch 2/4  [3/3]")
     os.kill(workers(process)[1], signal.SIGKILL)
     assert process.wait().code == 0
-    assert_same_end(tmp_path / "run", tmp_path / "never")
+    assert_same_end(tmp_path, two_processes)
 
 
 # --- asked to stop -------------------------------------------------------------------------------
@@ -357,14 +378,11 @@ def test_a_signal_at_the_last_step_of_an_epoch_saves_too(images, launcher, tmp_p
     assert_same_end(tmp_path / "run", tmp_path / "never")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_of_two_processes_stops_both(
-    images, launcher, tmp_path, two_processes, number
-):
+def test_a_signal_to_one_of_two_processes_stops_both(images, launcher, tmp_path, two_processes):
     command = flags(images, tmp_path / "run", save_steps=0)
-    process = torchrun(tmp_path, *command)
+    process = launcher.torchrun(*command)
     process.wait_for("Epoch 2/4  [1/3]")
-    os.kill(workers(process)[1], number)
+    os.kill(workers(process)[1], signal.SIGUSR1)
     result = process.wait()
     assert_ok(result)
     assert "stopped by a signal at" in result.out
@@ -375,7 +393,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(
 
 def test_sigterm_to_torchrun_saves(images, launcher, tmp_path, two_processes):
     command = flags(images, tmp_path / "run", save_steps=0)
-    process = torchrun(tmp_path, *command)
+    process = launcher.torchrun(*command)
     process.wait_for("Epoch 2/4  [1/3]")
     process.signal(signal.SIGTERM)
     assert "stopped by a signal at" in process.wait().out
@@ -384,15 +402,17 @@ def test_sigterm_to_torchrun_saves(images, launcher, tmp_path, two_processes):
     assert_same_end(tmp_path / "run", two_processes)
 
 
-@pytest.fixture(scope="session")
-def two_processes(images, launcher, tmp_path_factory) -> Path:
-    """A run of two processes that was never stopped."""
-    output = tmp_path_factory.mktemp("two")
-    assert_ok(*launcher.run_ranks(*flags(images, output)))
-    return output
-
-
 # --- going on ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(images, launcher, tmp_path) -> Path:
+    """The folder of a run like `whole` that was killed after step 4 of its second epoch."""
+    output = tmp_path / "stopped"
+    fault = code_of(die_in_a_write, name="checkpoint.pth", count=5, moment="just renamed")
+    assert launcher.run(*flags(images, output), before=fault).code == -signal.SIGKILL
+    assert saved_position(output) == (1, 4)
+    return output
 
 
 def test_a_finished_run_started_again_changes_nothing(whole, images, launcher, tmp_path):
@@ -496,7 +516,7 @@ BAD_CHECKPOINTS = {
     "a folder": (lambda good, path: path.mkdir(), "is not a file"),
     "empty": (lambda good, path: path.touch(), "truncated"),
     "truncated": (truncate, "truncated"),
-    "a text": (lambda good, path: path.write_text("hello\n" * 100), "damaged"),
+    "a text": (lambda good, path: path.write_text("hello\n" * 100), "no PyTorch file"),
     "weights in a dictionary": (keep_weights, "no training state"),
     "weights": (keep_bare_weights, "no training state"),
     "another program's": (of_another_program, "no training state"),
@@ -534,18 +554,11 @@ def test_fewer_images_than_before_are_refused(whole, images, launcher, tmp_path,
 # --- full disks ----------------------------------------------------------------------------------
 
 
-def small_files() -> None:
-    """Let no file grow over a megabyte."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-
-
 @pytest.mark.parametrize("form", ["full", "limited"])
 def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(
     whole, images, launcher, stopped, form
 ):
-    fault = code_of(small_files) if form == "limited" else ""
+    fault = code_of(small_files, limit=1 << 20) if form == "limited" else ""
     if form == "full":
         (stopped / "checkpoint.pth.tmp").unlink(missing_ok=True)
         (stopped / "checkpoint.pth.tmp").symlink_to("/dev/full")
@@ -553,15 +566,25 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(
     reason = {"full": "No space left on device", "limited": "File too large"}[form]
     assert_one_line(result, 1, "cannot write", reason, "the previous one is intact")
     assert saved_position(stopped) == (1, 4)
+    (stopped / "checkpoint.pth.tmp").unlink(missing_ok=True)
     assert_ok(launcher.run(*flags(images, stopped)))
     assert_same_end(stopped, whole)
+
+
+def test_a_disk_that_is_full_for_the_logs_ends_with_a_clear_line(images, launcher, tmp_path):
+    command = flags(images, tmp_path / "run", log_dir=tmp_path / "logs", save_steps=0)
+    result = launcher.run(*command, before=code_of(small_files, limit=50_000))
+    assert result.code == 1
+    assert result.err.splitlines()[-1].startswith("failed: ")
+    assert "File too large" in result.err.splitlines()[-1]
 
 
 def test_a_full_disk_ends_all_processes(images, launcher, tmp_path):
     (tmp_path / "checkpoint.pth.tmp").symlink_to("/dev/full")
     first, second = launcher.run_ranks(*flags(images, tmp_path), timeout=60)
-    assert_one_line(first, 1, "cannot write", "No space left on device")
-    assert second.code == 1
+    assert (first.code, second.code) == (1, 1)
+    last = first.err.splitlines()[-1]
+    assert "cannot write" in last and "No space left on device" in last
 
 
 # --- steps that are not finite -------------------------------------------------------------------
@@ -633,15 +656,17 @@ def test_a_skipped_step_changes_no_weight(images, launcher, tmp_path):
 def test_ten_skipped_steps_in_a_row_stop_all_processes(images, launcher, tmp_path):
     fault = code_of(spoil, what="loss", ranks=["1"], first=3, last=99, folder=str(tmp_path))
     first, second = launcher.run_ranks(*flags(images, tmp_path, epochs=8), before=fault)
-    assert_one_line(first, 1, "10 steps in a row", "--clip_grad", "--blr", "checkpoint is intact")
-    assert second.code == 1
+    assert (first.code, second.code) == (1, 1)
+    last = first.err.splitlines()[-1]
+    for phrase in ("failed: ", "10 steps in a row", "--clip_grad", "--blr", "checkpoint is intact"):
+        assert phrase in last
+    assert "Traceback" not in first.err + second.err
     assert "skipped_steps 9" in first.out
     assert_finite(tmp_path)
 
 
 def test_after_ten_skipped_steps_a_run_can_go_on(images, launcher, tmp_path):
-    # Twelve images, two an epoch: with the next report far away, states with many skipped steps
-    # in a row are saved.
+    # 24 steps an epoch and a report after 20: states with ten skipped steps in a row are saved.
     command = flags(images, tmp_path, batch_size=1, print_freq=20, save_steps=2, epochs=2)
     fault = code_of(spoil, what="loss", ranks=["0"], first=5, last=99, folder=str(tmp_path))
     assert_one_line(launcher.run(*command, before=fault), 1, "10 steps in a row")
@@ -756,6 +781,8 @@ BAD_FLAGS = {
     "no epochs": ({"epochs": 0}, ["--epochs", "at least 1"]),
     "negative rate": ({"lr": -1}, ["--lr"]),
     "too few images": ({"batch_size": 25}, ["24 images", "25 x 1 x 1", "--batch_size"]),
+    "crop upside down": ({"crop_scale": (1.0, 0.2)}, ["--crop_scale"]),
+    "seed too large": ({"seed": 2**70}, ["--seed"]),
     "no such data": ({"data_path": "/does/not/exist"}, ["/does/not/exist does not exist"]),
     "no data": ({"data_path": None}, ["--data_path", "--demo"]),
 }
@@ -789,6 +816,12 @@ def test_a_file_in_place_of_the_output_folder_is_refused(images, launcher, tmp_p
     (tmp_path / "file").touch()
     result = launcher.run(*flags(images, tmp_path / "file" / "run"))
     assert_one_line(result, 2, "--output_dir", "cannot be written", "Not a directory")
+
+
+def test_a_file_in_place_of_the_log_folder_is_refused(images, launcher, tmp_path):
+    (tmp_path / "file").touch()
+    result = launcher.run(*flags(images, tmp_path / "run", log_dir=tmp_path / "file" / "logs"))
+    assert_one_line(result, 2, "--log_dir", "cannot be written")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -14,10 +14,12 @@ from models_convvit import (
     ConvBlock,
     ConvMlp,
     ConvViTEncoder,
+    DenseGrid,
     Geometry,
     PatchEmbed,
     VisibleGrid,
     conv_as_linear,
+    gelu_linear,
     to_nested_blocks,
 )
 
@@ -123,6 +125,38 @@ def test_patch_embedding_of_tokens_equals_that_of_the_grid():
     torch.testing.assert_close(embed.forward_tokens(tokens).flatten(1, 2), expected)
 
 
+def test_patch_embedding_with_channels_last_equals_that_of_the_grid():
+    embed = randomize(PatchEmbed(3, 6, (2, 4)))
+    grid = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    actual = embed.forward_channels_last(grid.movedim(1, -1))
+    torch.testing.assert_close(actual, embed(grid).movedim(1, -1))
+
+
+def gelu_linear_case(dtype=torch.float64):
+    shapes = ((2, 3, 4), (5, 4), (5,))  # x, weight, bias
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def test_gelu_linear_and_its_gradient_equal_the_two_functions():
+    inputs = gelu_linear_case()
+    out, expected = gelu_linear(*inputs), F.linear(F.gelu(inputs[0]), *inputs[1:])
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    grads, expected_grads = (
+        torch.autograd.grad((value * weight).sum(), inputs) for value in (out, expected)
+    )
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_gelu_linear_of_half_precision_gives_its_parameters_their_own():
+    x, weight, bias = gelu_linear_case(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = gelu_linear(x.bfloat16(), weight, bias)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert {t.grad.dtype for t in (x, weight, bias)} == {torch.float32}
+
+
 def test_mlp_of_tokens_equals_that_of_the_grid():
     mlp = randomize(ConvMlp(4, 10, ndim=2))
     grid = torch.randn(2, 4, 3, 5, dtype=torch.float64)
@@ -189,6 +223,14 @@ def test_conv_block_of_visible_tokens_equals_the_masked_block(grid, kernel):
     expected = visible(block(x, mask.view(3, 1, *grid)))
     tokens = block.forward_tokens(visible(x), visible_grid(positions, grid))
     torch.testing.assert_close(tokens, expected)
+
+
+@pytest.mark.parametrize(("grid", "kernel"), [((6, 8), (5, 5)), ((3, 4, 6), (5, 5, 5))])
+def test_conv_block_of_all_tokens_equals_the_unmasked_block(grid, kernel):
+    block = randomize(ConvBlock(4, mlp_ratio=2, kernel_size=kernel))
+    x = torch.randn(2, 4, *grid, dtype=torch.float64)
+    actual = block.forward_tokens(x.movedim(1, -1), DenseGrid)
+    torch.testing.assert_close(actual, block(x).movedim(1, -1))
 
 
 def test_conv_block_without_a_mask_sees_everything():

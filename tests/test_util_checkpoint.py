@@ -2,6 +2,7 @@ import argparse
 import os
 import pickle
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -64,10 +65,50 @@ def test_a_full_disk_is_an_error_that_keeps_the_older_file(tmp_path, size):
     path, temporary = tmp_path / LAST, tmp_path / (LAST + ".tmp")
     save_atomically(CONTENT, path)
     temporary.symlink_to("/dev/full")
-    with pytest.raises(TrainingError, match="cannot write .*; the previous one is intact"):
+    with pytest.raises(TrainingError, match=r"cannot write .*; the previous one is intact"):
         save_atomically({"model": torch.zeros(size)}, path)
     assert os.listdir(tmp_path) == [LAST]
     assert load_file(path)["epoch"] == 3
+
+
+@pytest.fixture
+def small_files():
+    """No file can grow beyond 100 kB: the disk fills up in the middle of one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_fills_up_is_an_error_that_keeps_the_older_file(small_files, tmp_path):
+    save_atomically(CONTENT, tmp_path / LAST)
+    with pytest.raises(TrainingError, match="the previous one is intact"):
+        save_atomically({"model": torch.zeros(300_000)}, tmp_path / LAST)
+    assert os.listdir(tmp_path) == [LAST]
+    assert load_file(tmp_path / LAST)["epoch"] == 3
+
+
+def test_the_error_gives_the_reason_of_the_system(small_files, tmp_path):
+    with pytest.raises(TrainingError, match="File too large"):
+        save_atomically({"model": torch.zeros(300_000)}, tmp_path / LAST)
+
+
+def test_data_are_on_the_disk_before_the_file_has_its_name_and_then_the_name_is(
+    tmp_path, monkeypatch
+):
+    calls = []
+
+    def recorded(name, call):
+        def record(*args):
+            calls.append(name)
+            return call(*args)
+
+        return record
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
+    save_atomically(CONTENT, tmp_path / LAST)
+    assert calls == ["fsync", "replace", "fsync"]
 
 
 def test_a_missing_folder_is_an_error_that_promises_no_older_file(tmp_path):
@@ -196,9 +237,13 @@ def draw():
     )
 
 
+def draw_normal():
+    """One normal number each; odd calls leave a second one pending in both generators."""
+    return np.random.randn(), random.gauss(0, 1)
+
+
 def test_random_state_goes_through_a_file(tmp_path):
-    np.random.randn(), random.gauss(0, 1)  # each has made a second number for the next call
-    draw()
+    draw_normal()
     torch.save({"random_state": random_state()}, tmp_path / LAST)
     expected = draw()
     assert draw() != expected
@@ -209,12 +254,12 @@ def test_random_state_goes_through_a_file(tmp_path):
 @pytest.mark.parametrize("pending", [False, True])
 def test_pending_normal_numbers_are_part_of_the_random_state(pending):
     if pending:
-        np.random.randn(), random.gauss(0, 1)
+        draw_normal()
     state = random_state()
-    expected = np.random.randn(), random.gauss(0, 1)
-    np.random.randn(), random.gauss(0, 1), random.gauss(0, 1)
+    expected = [draw_normal(), draw_normal()]
+    draw_normal()
     set_random_state(state)
-    assert (np.random.randn(), random.gauss(0, 1)) == expected
+    assert [draw_normal(), draw_normal()] == expected
 
 
 # ---- A run's checkpoints -------------------------------------------------------------------------
@@ -297,7 +342,7 @@ def test_a_path_to_nowhere_is_refused(run_folder):
 
 
 def test_none_refuses_to_overwrite_a_run(run_folder):
-    with pytest.raises(UsageError, match="would overwrite .* choose another --output_dir"):
+    with pytest.raises(UsageError, match=r"would overwrite .* choose another --output_dir"):
         find_resumable("none", run_folder)
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,8 +154,7 @@ def test_clock_shows_hours_minutes_and_seconds(seconds, text):
 
 
 def fixed_clock(monkeypatch, *readings):
-    readings = iter(readings)
-    monkeypatch.setattr(logger.time, "perf_counter", lambda: next(readings))
+    monkeypatch.setattr(logger, "time", SimpleNamespace(perf_counter=iter(readings).__next__))
 
 
 def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):

@@ -286,7 +286,10 @@ def test_an_optimizer_that_is_not_fused_is_refused(build):
     ],
 )
 def test_precision_fits_the_device(amp, device, gpu_has_bf16, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: gpu_has_bf16)
+    def is_bf16_supported(including_emulation=True):
+        return gpu_has_bf16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     assert amp_dtype(amp, device) is expected
 
 

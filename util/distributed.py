@@ -101,8 +101,11 @@ def wrap_model(model: nn.Module, device: torch.device, compile_model: bool) -> n
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
-    # Around DDP, so that the compiler splits the backward pass where communication can overlap.
-    return torch.compile(model) if compile_model else model
+    if not compile_model:
+        return model
+    # Around DDP, so that the compiler splits the backward pass where communication can overlap;
+    # alone it must be one graph.
+    return torch.compile(model, fullgraph=world_size() == 1, dynamic=False)
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""The rules of the house: which file may import which, and one definition of everything."""
+
+import ast
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ("main_", "submitit_launch", "hubconf")
+DOWNSTREAM = ("DET", "SEG", "VideoConvMAE")
+
+
+def tracked_files():
+    """The project's Python files, relative to the root: all that git does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs a git checkout: git knows which files are the project's")
+    return sorted(Path(name) for name in listed.stdout.splitlines() if (ROOT / name).exists())
+
+
+@pytest.fixture(scope="module")
+def trees():
+    """Path to syntax tree of each Python file outside of tests."""
+    return {
+        path: ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))
+        for path in tracked_files()
+        if path.parts[0] != "tests"
+    }
+
+
+def imported_modules(nodes):
+    """Dotted names that import statements name; `from a import b` names a and a.b."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def when_loaded(tree):
+    """The nodes of a module that run as it is imported: not those within functions."""
+    nodes = list(tree.body)
+    for node in nodes:
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            nodes += ast.iter_child_nodes(node)
+
+
+def starts_with(names, prefixes):
+    return sorted(name for name in names if name.startswith(tuple(prefixes)))
+
+
+def within(names, modules):
+    """The names that are one of the modules, or lie in one."""
+    return sorted(n for n in names if any(n == m or n.startswith(m + ".") for m in modules))
+
+
+def files(trees, pattern):
+    found = {path: tree for path, tree in trees.items() if path.match(pattern)}
+    assert found, f"no file is called {pattern}"
+    return found.items()
+
+
+def test_util_imports_no_model_engine_or_main(trees):
+    for path, tree in files(trees, "util/*.py"):
+        names = imported_modules(when_loaded(tree))
+        assert not starts_with(names, ("models_", "engine_", *PROGRAMS)), path
+        assert not within(names, (*DOWNSTREAM, "benchmarks", "tests")), path
+
+
+def test_a_model_file_knows_no_command_line_data_set_or_process(trees):
+    torch_parts = ("torch.distributed", "torch.utils.data", "torchvision.datasets")
+    util_parts = (
+        f"util.{name}" for name in ("args", "datasets", "demo_data", "distributed", "run")
+    )
+    foreign = ("argparse", *torch_parts, *util_parts, *DOWNSTREAM, "benchmarks", "tests")
+    for path, tree in files(trees, "models_*.py"):
+        names = imported_modules(ast.walk(tree))
+        assert not within(names, foreign), path
+        assert not starts_with(names, ("engine_", *PROGRAMS)), path
+
+
+def test_an_engine_imports_no_main(trees):
+    for path, tree in files(trees, "engine_*.py"):
+        names = imported_modules(ast.walk(tree))
+        assert not starts_with(names, PROGRAMS), path
+        assert not within(names, (*DOWNSTREAM, "benchmarks", "tests")), path
+
+
+def test_downstream_folders_do_not_import_each_other_or_the_mains(trees):
+    for path, tree in trees.items():
+        if path.parts[0] in DOWNSTREAM:
+            names = imported_modules(ast.walk(tree))
+            assert not within(names, set(DOWNSTREAM) - {path.parts[0]}), path
+            assert not starts_with(names, PROGRAMS), path
+
+
+def test_every_file_says_what_it_is(trees):
+    assert [str(path) for path, tree in trees.items() if not ast.get_docstring(tree)] == []
+
+
+def test_every_file_parses():
+    for path in tracked_files():
+        ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))
+
+
+def test_every_class_has_one_definition(trees):
+    places = defaultdict(list)
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(str(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -1,0 +1,72 @@
+"""The paper's model sizes, and the architecture of a ConvViT read off its weights' shapes."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+# Widths, blocks and MLP ratios of the three stages; "tiny" is ours.
+SIZES = {
+    "tiny": dict(embed_dim=(48, 96, 192), depth=(1, 1, 4), num_heads=3, mlp_ratio=(4, 4, 4)),
+    "small": dict(embed_dim=(128, 256, 384), depth=(2, 2, 11), num_heads=6, mlp_ratio=(4, 4, 4)),
+    "base": dict(embed_dim=(256, 384, 768), depth=(2, 2, 11), num_heads=12, mlp_ratio=(4, 4, 4)),
+    "large": dict(embed_dim=(384, 768, 1024), depth=(2, 2, 23), num_heads=16, mlp_ratio=(8, 8, 4)),
+    "huge": dict(embed_dim=(768, 1024, 1280), depth=(2, 2, 31), num_heads=16, mlp_ratio=(8, 8, 4)),
+}
+
+
+def read_architecture(shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
+    """The constructor's arguments of the encoder that weights belong to.
+
+    Heads are not in the shapes: a known width has its published number, any other 64 channels a
+    head. The image is taken to be square, as the number of tokens does not tell.
+
+    Args:
+        shapes: name to shape, as in the published checkpoints; more names do no harm.
+
+    Returns:
+        `img_size`, `patch_size`, `in_chans`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio` and
+        `class_token`.
+
+    Raises:
+        ValueError: weights that are no ConvViT's.
+    """
+    try:
+        projections = [tuple(shapes[f"patch_embed{s}.proj.weight"]) for s in (1, 2, 3)]
+        tokens = shapes["pos_embed"][1]
+        embed_dim = tuple(shape[0] for shape in projections)
+    except KeyError as error:
+        raise ValueError(f"these are no weights of a ConvViT: {error} is missing") from None
+    patch_size = tuple(tuple(shape[2:]) for shape in projections)
+    class_token = "cls_token" in shapes
+    grid = math.isqrt(tokens)
+    class_position = class_token and grid**2 != tokens
+    if class_position:
+        grid = math.isqrt(tokens - 1)
+    depth = tuple(_depth(shapes, stage) for stage in (1, 2, 3))
+    ratios = (
+        shapes[f"blocks{stage}.0.mlp.fc1.weight"][0] / embed_dim[stage - 1] if blocks else 4
+        for stage, blocks in enumerate(depth, start=1)
+    )
+    known_heads = {size["embed_dim"][2]: size["num_heads"] for size in SIZES.values()}
+    return {
+        "img_size": tuple(grid * math.prod(p) for p in zip(*patch_size, strict=True)),
+        "patch_size": patch_size,
+        "in_chans": projections[0][1],
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": known_heads.get(embed_dim[2], max(1, embed_dim[2] // 64)),
+        "mlp_ratio": tuple(ratios),
+        "class_token": class_token,
+    }
+
+
+def _depth(shapes: Mapping[str, Sequence[int]], stage: int) -> int:
+    prefix = f"blocks{stage}."
+    return 1 + max((int(n.split(".")[1]) for n in shapes if n.startswith(prefix)), default=-1)
+
+
+def size_name(architecture: Mapping[str, object]) -> str:
+    """Which of the known sizes an architecture is, "another size" if none."""
+    for name, size in SIZES.items():
+        if all(tuple(architecture[k]) == size[k] for k in ("embed_dim", "depth", "mlp_ratio")):
+            return name
+    return "another size"
