@@ -7,22 +7,20 @@ from util.distributed import rank, world_size
 from util.run import Run
 
 
-def train_one_epoch(
-    run: Run, epoch: int, start_step: int, num_patches: int, mask_ratio: float
-) -> dict[str, float]:
+def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) -> dict[str, float]:
     """Pretrain for one epoch (paper section 3.2).
 
     Args:
-        run: the run; its model's `forward(imgs, mask_ratio, noise)` gives the loss.
+        run: the run of a `MaskedAutoencoderConvViT`.
         epoch: number of the epoch, from 0.
         start_step: steps already done in it.
-        num_patches: `L`, blocks of an image that can be masked.
-        mask_ratio: share of them to remove.
+        mask_ratio: share of the blocks to remove.
 
     Returns:
         The epoch's means.
     """
-    run.step.model.train()
+    run.model.train()
+    num_patches = run.model.geometry.num_patches
 
     def forward(imgs: Tensor) -> Tensor:
         # Every process draws the noise of the whole batch and takes its rows, so that any number

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -16,7 +17,6 @@ from util.checkpoint import Checkpoints, find_resumable
 from util.datasets import ImageFiles, Loader, StepSampler, pretrain_transform
 from util.demo_data import write_digits
 from util.distributed import (
-    StopSignal,
     init_processes,
     is_main_process,
     print_once,
@@ -122,8 +122,10 @@ def build_model(args: argparse.Namespace) -> MaskedAutoencoderConvViT:
         raise UsageError(f"--model {args.model}: {error}") from error
 
 
-def check_geometry(args: argparse.Namespace) -> None:
-    """Refuse sizes that do not divide and ratios that leave nothing, before anything is built."""
+def check_sizes(args: argparse.Namespace) -> None:
+    """Refuse sizes that do not fit each other, before anything is built."""
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
+        raise UsageError("--crop_scale takes the smaller share first, and more than 0")
     try:
         geometry = Geometry.of(args.input_size, args.patch_size)
         geometry.visible_patches(args.mask_ratio)
@@ -131,13 +133,8 @@ def check_geometry(args: argparse.Namespace) -> None:
         raise UsageError(f"--input_size, --patch_size, --mask_ratio: {error}") from error
 
 
-def main(args: argparse.Namespace) -> None:
-    """Build everything, then run the epochs."""
-    device = init_processes(args.device)
-    arguments.complete(args, device.type, world_size())
-    dtype = amp_dtype(args.amp, device)
-    check_geometry(args)
-    arguments.check_writable(args.output_dir)
+def build_data(args: argparse.Namespace) -> Loader:
+    """The images and the order in which steps take them."""
     if args.demo and args.data_path is None:
         args.data_path = write_digits(args.output_dir / "digits")
     transform = pretrain_transform(
@@ -147,6 +144,16 @@ def main(args: argparse.Namespace) -> None:
     sampler = StepSampler(
         len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed
     )
+    return Loader(dataset, sampler, args.num_workers, args.pin_mem)
+
+
+def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, int, int]:
+    """Data, model, optimizer and logs, with the state to go on from.
+
+    Returns:
+        The run, and the position at which it begins: epoch and steps done in it.
+    """
+    loader = build_data(args)
     content = find_resumable(args.resume, args.output_dir)
     if content:
         arguments.check_same_run(args, content["args"])
@@ -155,38 +162,45 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args).to(device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    step = OptimStep(
-        wrap_model(model, device, args.compile), optimizer, device, dtype, args.clip_grad
-    )
+    trained = wrap_model(model, device, args.compile)
+    step = OptimStep(trained, optimizer, device, amp_dtype(args.amp, device), args.clip_grad)
     meters = Meters(("loss", "grad_norm"), device)
     parts = {"model": model, "optimizer": optimizer, "scaler": step, "meters": meters}
     checkpoints = Checkpoints(args.output_dir, arguments.plain(args), parts)
-    first, start = checkpoints.restore(content) if content else (0, 0)
+    epoch, start = checkpoints.restore(content) if content else (0, 0)
+    log = RunLog(args.output_dir, args.log_dir, epoch + start / loader.steps_per_epoch)
+    return Run(args, device, model, loader, step, meters, checkpoints, log), epoch, start
 
-    log = RunLog(args.output_dir, args.log_dir, first + start / sampler.steps_per_epoch)
-    loader = Loader(dataset, sampler, args.num_workers, args.pin_mem)
-    run = Run(args, device, loader, step, meters, checkpoints, log, StopSignal())
+
+def main(args: argparse.Namespace) -> None:
+    """Build everything, then run the epochs."""
+    device = init_processes(args.device)
+    arguments.complete(args, device.type, world_size())
+    check_sizes(args)
+    arguments.check_writable(args.output_dir)
+    run, first, start = build_run(args, device)
     samples = load_samples(args.data_path, args.input_size, args.in_chans).to(device)
-    describe(run, model, first, start)
-    for epoch in range(first, args.epochs):
-        values = train_one_epoch(run, epoch, start, model.geometry.num_patches, args.mask_ratio)
-        start = 0
-        if is_main_process():
-            picture = reconstruction_grid(model, samples, args.mask_ratio)
-            log.image(epoch + 1, "reconstruction", picture)
-        run.end_epoch(epoch, values)
-    log.close()
+    describe(run, first, start)
+
+    with closing(run.log):
+        for epoch in range(first, args.epochs):
+            values = train_one_epoch(run, epoch, start, args.mask_ratio)
+            start = 0
+            if is_main_process():
+                picture = reconstruction_grid(run.model, samples, args.mask_ratio)
+                run.log.image(epoch + 1, "reconstruction", picture)
+            run.end_epoch(epoch, values)
     if is_main_process():
         save_loss_curve(args.output_dir / "log.txt", args.output_dir / "loss.png")
-        picture = reconstruction_grid(model, samples, args.mask_ratio)
+        picture = reconstruction_grid(run.model, samples, args.mask_ratio)
         save_image(picture, args.output_dir / "reconstruction.png")
         print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {args.output_dir}")
 
 
-def describe(run: Run, model: MaskedAutoencoderConvViT, first: int, start: int) -> None:
+def describe(run: Run, first: int, start: int) -> None:
     """Print what is about to run."""
-    args, geometry = run.args, model.geometry
-    count = sum(p.numel() for p in model.parameters()) / 1e6
+    args, geometry = run.args, run.model.geometry
+    count = sum(p.numel() for p in run.model.parameters()) / 1e6
     precision = str(run.step.dtype or torch.float32).removeprefix("torch.")
     begin = f"from epoch {first + 1}, step {start}" if first or start else "from the beginning"
     print_once(

@@ -287,5 +287,9 @@ def build_from_checkpoint(content: Mapping) -> MaskedAutoencoderConvViT:
             f"it lacks {len(missing)} weights of a whole {args['model']} ({missing[0]}, …): an "
             f"encoder alone cannot reconstruct"
         )
-    model.load_state_dict(content["model"])
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"its weights do not fit a {args['model']}: {reason}") from error
     return model

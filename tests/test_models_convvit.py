@@ -229,7 +229,7 @@ def test_conv_block_of_visible_tokens_equals_the_masked_block(grid, kernel):
 def test_conv_block_of_all_tokens_equals_the_unmasked_block(grid, kernel):
     block = randomize(ConvBlock(4, mlp_ratio=2, kernel_size=kernel))
     x = torch.randn(2, 4, *grid, dtype=torch.float64)
-    actual = block.forward_tokens(x.movedim(1, -1), DenseGrid)
+    actual = block.forward_tokens(x.movedim(1, -1), DenseGrid())
     torch.testing.assert_close(actual, block(x).movedim(1, -1))
 
 

@@ -199,12 +199,12 @@ def test_the_same_flags_are_the_same_run():
 def test_other_flags_are_another_run_and_each_is_named_with_both_values():
     saved = plain(completed("--input_size 96 160 --epochs 300 --lr 0.1"))
     with pytest.raises(UsageError) as error:
-        check_same_run(completed("--no_hflip --lr 0.1 --clip_grad 1"), saved)
+        check_same_run(completed("--no_hflip --lr 0.1 --seed 1"), saved)
     for difference in (
         "--input_size 96 160 there, 224 224 here",
         "--epochs 300 there, 400 here",
         "--hflip True there, False here",
-        "--clip_grad None there, 1.0 here",
+        "--seed 0 there, 1 here",
     ):
         assert difference in str(error.value)
     assert str(error.value).count(" there, ") == 4
@@ -212,13 +212,17 @@ def test_other_flags_are_another_run_and_each_is_named_with_both_values():
 
 def test_a_run_may_go_on_on_another_machine():
     saved = plain(completed("--data_path a --batch_size 64 --amp bf16 --save_freq 3", "cuda", 8))
-    moved = "--data_path b --batch_size 128 --accum_iter 4 --num_workers 0 --print_freq 1"
+    moved = (
+        "--clip_grad 1 --data_path b --batch_size 128 --accum_iter 4 --num_workers 0 --print_freq 1"
+    )
     check_same_run(completed(moved + " --output_dir c --device cpu", "cpu", 1), saved)
 
 
 def test_another_effective_batch_is_another_run():
     saved = plain(completed("--batch_size 64", processes=8))
-    with pytest.raises(UsageError, match="batch_size 512 there, 256 here"):
+    with pytest.raises(
+        UsageError, match=r"\(batch_size x accum_iter x processes 512 there, 256 here\)"
+    ):
         check_same_run(completed("--batch_size 64", processes=4), saved)
 
 

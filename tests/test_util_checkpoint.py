@@ -309,7 +309,8 @@ def run_folder(tmp_path):
     """A folder with the checkpoints of a run, the last at epoch 1."""
     folder = tmp_path / "run"
     folder.mkdir()
-    checkpoints = Checkpoints(folder, {}, training_parts(seed=1))
+    parts = training_parts(seed=1) | {"scaler": nn.Identity(), "meters": nn.Identity()}
+    checkpoints = Checkpoints(folder, {}, parts)
     checkpoints.save(0, 5, "earlier.pth")
     checkpoints.save(1, 0, LAST)
     return folder
@@ -348,5 +349,7 @@ def test_none_refuses_to_overwrite_a_run(run_folder):
 
 def test_weights_alone_cannot_be_resumed(tmp_path):
     torch.save({"model": {}, "epoch": 3}, tmp_path / "weights.pth")
-    with pytest.raises(UsageError, match=r"\(no args, optimizer, random_state, step\)"):
+    with pytest.raises(
+        UsageError, match=r"\(no args, meters, optimizer, random_state, scaler, step\)"
+    ):
         find_resumable(str(tmp_path / "weights.pth"), tmp_path)

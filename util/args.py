@@ -7,29 +7,39 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from util.distributed import local_processes
 from util.errors import UsageError
 
 # Flags that a resumed run may change; any other difference is another run. The batch is compared
 # as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
 MAY_CHANGE = frozenset(
-    {"accum_iter", "amp", "batch_size", "compile", "data_path", "demo", "device", "log_dir"}
-    | {"max_bad_images", "num_workers", "output_dir", "pin_mem", "print_freq", "resume"}
-    | {"save_freq", "save_steps"}
+    {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
+    | {"log_dir", "max_bad_images", "num_workers", "output_dir", "pin_mem", "print_freq"}
+    | {"resume", "save_freq", "save_steps"}
 )
+# What `complete` derives from other flags.
+_DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each help text that does not state one itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        unstated = action.default is None or isinstance(action.default, bool)
+        return action.help if unstated else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose help shows defaults and whose errors are one line."""
 
     def __init__(self, **kwargs) -> None:
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2; an unknown flag gets the nearest known one."""
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            flag = unknown.split()[0].split("=")[0]
+            flag = unknown.partition(" ")[0].partition("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
             message = f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else "")
         self.exit(2, f"{self.prog}: error: {message} (--help lists all)\n")
@@ -298,14 +308,15 @@ def complete(args: argparse.Namespace, device_type: str, processes: int) -> None
         raise UsageError(
             f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"
         )
+    if args.lr is not None and args.min_lr > args.lr:
+        raise UsageError(f"--min_lr {args.min_lr:g} must not be above --lr {args.lr:g}")
     args.input_size = tuple(args.input_size if len(args.input_size) == 2 else args.input_size * 2)
     args.effective_batch_size = args.batch_size * args.accum_iter * processes
     if args.lr is None:
         args.lr = args.blr * args.effective_batch_size / 256
     if args.num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.num_workers = min(10, max(1, cores // local))
+        args.num_workers = min(10, max(1, cores // local_processes()))
     for switch in ("compile", "pin_mem"):
         if getattr(args, switch) is None:
             setattr(args, switch, device_type == "cuda")
@@ -334,10 +345,12 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
         UsageError: naming every flag that differs, with both values.
     """
     now = plain(args)
+    names = [n for n, v in now.items() if n not in MAY_CHANGE and saved.get(n) != v]
+    if "lr" in names and {"blr", "effective_batch_size"} & set(names):
+        names.remove("lr")  # follows from them
     differing = [
-        f"--{name} {_show(saved.get(name))} there, {_show(value)} here"
-        for name, value in now.items()
-        if name not in MAY_CHANGE and saved.get(name) != value
+        f"{_DERIVED.get(name, f'--{name}')} {_show(saved.get(name))} there, {_show(now[name])} here"
+        for name in names
     ]
     if differing:
         raise UsageError(

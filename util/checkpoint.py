@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -47,11 +48,12 @@ def save_atomically(state: dict, path: Path) -> None:
             os.fsync(folder)  # the rename itself
         finally:
             os.close(folder)
-    # torch reports a failed write as a RuntimeError once its archive is open.
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        # torch turns a failed write into a RuntimeError once its archive is open.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         kept = "; the previous one is intact" if path.exists() else ""
-        raise TrainingError(f"cannot write {path}: {error}{kept}") from error
+        raise TrainingError(f"cannot write {path}: {reason}{kept}") from error
 
 
 def load_file(path: str | Path) -> dict:
@@ -68,14 +70,16 @@ def load_file(path: str | Path) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch's own text advises how to get round the refusal.
+        culprit = re.search(r"Unsupported \S+ \S+ \S+", str(error))
         raise UsageError(
             f"checkpoint {path} is refused: it is damaged, or holds objects other than tensors and "
-            f"plain values, which could run code ({str(error).splitlines()[0]})"
+            f"plain values, which could run code{f' ({culprit[0]})' if culprit else ''}"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # Damaged bytes make the unpickler raise nearly anything.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"checkpoint {path} cannot be read, it is truncated or no PyTorch file "
-            f"({str(error).splitlines()[0]})"
+            f"checkpoint {path} cannot be read, it is truncated or no PyTorch file ({reason})"
         ) from error
     if not isinstance(content, dict):
         raise UsageError(f"checkpoint {path} holds a {type(content).__name__}, not a dictionary")
@@ -180,7 +184,8 @@ def find_resumable(resume: str, folder: str | Path) -> dict | None:
             return None
         resume = str(last)
     content = load_file(resume)
-    missing = {"model", "optimizer", "epoch", "step", "random_state", "args"} - content.keys()
+    parts = {"model", "optimizer", "scaler", "meters"}
+    missing = (parts | {"epoch", "step", "random_state", "args"}) - content.keys()
     if missing:
         raise UsageError(
             f"--resume {resume}: it holds no training state of this program "

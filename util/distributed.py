@@ -24,12 +24,18 @@ def world_size() -> int:
 
 
 def is_main_process() -> bool:
-    """True in the one process that prints and writes files, before the group exists too."""
-    return (rank() if dist.is_initialized() else int(_environment().get("RANK", 0))) == 0
+    """True in the one process that prints and writes files."""
+    return rank() == 0
+
+
+def local_processes() -> int:
+    """Processes of the run on this node, as its launcher says."""
+    env = os.environ
+    return int(env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or 1)
 
 
 def _environment() -> dict[str, str]:
-    """The launcher's RANK, LOCAL_RANK, WORLD_SIZE and master; empty without a launcher."""
+    """The launcher's RANK, LOCAL_RANK, WORLD_SIZE and master; empty for a single process."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:  # torchrun
         return {
@@ -37,22 +43,26 @@ def _environment() -> dict[str, str]:
             for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
             if key in env
         }
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # srun
         return {
             "RANK": env["SLURM_PROCID"],
             "LOCAL_RANK": env["SLURM_LOCALID"],
             "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
             "MASTER_ADDR": env.get("MASTER_ADDR") or _first_host(env["SLURM_STEP_NODELIST"]),
             # The same on every node of a job, different for two jobs on one node.
-            "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(10000 + int(env["SLURM_JOB_ID"]) % 20000),
         }
     return {}
 
 
 def _first_host(nodelist: str) -> str:
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", nodelist], check=True, capture_output=True, text=True
-    )
+    command = ["scontrol", "show", "hostnames", nodelist]
+    try:
+        hosts = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UsageError(
+            f"cannot ask SLURM for the hosts of {nodelist} ({error}): set MASTER_ADDR to the first"
+        ) from error
     return hosts.stdout.split()[0]
 
 
@@ -78,6 +88,8 @@ def init_processes(device: str = "auto") -> torch.device:
     if device == "cuda":
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: no CUDA GPU is visible; use --device cpu or auto")
+        if torch.cuda.device_count() == 1 and "SLURM_PROCID" in os.environ:
+            local_rank = 0  # srun --gpus-per-task=1 shows each process its own GPU alone
         if local_rank >= torch.cuda.device_count():
             raise UsageError(
                 f"process {local_rank} of this node has no GPU: {torch.cuda.device_count()} "
@@ -150,5 +162,7 @@ class StopSignal:
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any process was signalled: the same answer in all of them (a collective)."""
+        if world_size() == 1:
+            return self.received > 0
         flag = torch.tensor(float(self.received > 0), device=device)
         return bool(all_reduce_max(flag).item())

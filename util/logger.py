@@ -1,6 +1,7 @@
 """What a run tells: meters, console progress, TensorBoard, log.txt."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -103,8 +104,12 @@ class RunLog:
         """Remove the lines of epochs that will be run again."""
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["epoch"] < int(epoch)]
-            self.path.write_text("".join(kept))
+            # A kill or a full disk can have left half a line at the end.
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["epoch"] < int(epoch)]
+            temporary = self.path.with_name(self.path.name + ".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(self.path)
 
     def scalars(self, epoch: float, values: dict[str, float]) -> None:
         """Add TensorBoard scalars at a fractional epoch; the x axis is epoch * 1000, as in MAE."""
@@ -118,9 +123,10 @@ class RunLog:
             self.writer.add_image(name, image, round(epoch * 1000))
 
     def epoch(self, values: dict[str, float]) -> None:
-        """Append an epoch's line to log.txt."""
+        """Append an epoch's line to log.txt; what is not a number becomes null."""
         if self.writer:
             self.writer.flush()
+            values = {name: v if math.isfinite(v) else None for name, v in values.items()}
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
 

@@ -3,16 +3,16 @@
 import argparse
 import errno
 import random
+import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.checkpoint import LAST, Checkpoints
 from util.datasets import BadImages, Loader
@@ -29,26 +29,26 @@ class Stopped(Exception):
 
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run a main to its exit code: 0 done or saved on a signal, 2 bad use, 1 failed."""
+    code = 0
     try:
         main(args)
     except Stopped as stop:
         print_once(stop)
     except UsageError as error:
-        print_once(f"error: {error}", error=True)
-        return 2
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
     except TrainingError as error:
-        print_once(f"failed: {error}", error=True)
-        return 1
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+        code = 1
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        traceback.print_exc()
-        print_once(f"failed: the disk is full: {error}", error=True)
-        return 1
+        print(f"failed: the disk is full: {error}", file=sys.stderr, flush=True)
+        code = 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    return code
 
 
 def seed_everything(seed: int) -> None:
@@ -65,6 +65,7 @@ class Run:
     Attributes:
         args: completed arguments.
         device: where the model runs.
+        model: the bare model; `step.model` is the same in DDP, compiled.
         loader: yields micro-batches, the last entry of each being the files that failed.
         step: takes the optimizer steps.
         meters: of loss and gradient norm.
@@ -74,15 +75,15 @@ class Run:
 
     args: argparse.Namespace
     device: torch.device
+    model: nn.Module
     loader: Loader
     step: OptimStep
     meters: Meters
     checkpoints: Checkpoints
     log: RunLog
-    stop: StopSignal = field(default_factory=StopSignal)
-    bad_images: BadImages = field(init=False)
 
     def __post_init__(self) -> None:
+        self.stop = StopSignal()
         self.bad_images = BadImages(lambda text: print_once(text, error=True))
         self._new_bad: set[int] = set()
 
@@ -134,10 +135,10 @@ class Run:
                 progress.show(done, values)
             if done < steps and (report or world_size() == 1) and self.stop.agreed(self.device):
                 progress.close()
-                self.checkpoints.save(epoch, done, LAST)
+                self._save(epoch, done, LAST)
                 raise Stopped(self._stopped(f"epoch {epoch + 1}, step {done} of {steps}"))
             if args.save_steps and done % args.save_steps == 0 and done < steps:
-                self.checkpoints.save(epoch, done, LAST)
+                self._save(epoch, done, LAST)
         progress.close()
         means = self.meters.read_epoch()
         return {"train_lr": rate, **{f"train_{name}": value for name, value in means.items()}}
@@ -152,9 +153,13 @@ class Run:
         self.meters.start_epoch()
         last = epoch + 1 == self.args.epochs
         keep = (epoch + 1) % self.args.save_freq == 0 or last
-        self.checkpoints.save(epoch + 1, 0, LAST, *([f"checkpoint-{epoch}.pth"] if keep else []))
+        self._save(epoch + 1, 0, LAST, *([f"checkpoint-{epoch}.pth"] if keep else []))
         if not last and self.stop.agreed(self.device):
             raise Stopped(self._stopped(f"the end of epoch {epoch + 1}"))
+
+    def _save(self, epoch: int, step: int, *names: str) -> None:
+        self.step.check()  # a run that is about to fail keeps its older checkpoint
+        self.checkpoints.save(epoch, step, *names)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Micro-batches on the device, the failed files noted."""

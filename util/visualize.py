@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
@@ -77,8 +78,6 @@ def reconstruction_grid(
     masked, filled = reconstruct(model, imgs, mask_ratio, seed)
     triples = torch.stack([denormalize(imgs), masked, filled], dim=1)  # [N, 3, C, H, W]
     triples = triples.flatten(0, 1)[:, :3].cpu()  # without alpha
-    if triples.shape[1] == 1:
-        triples = triples.expand(-1, 3, -1, -1)
     # Small pictures are enlarged so that a person sees them.
     scale = max(1, 96 // triples.shape[-1])
     triples = triples.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
@@ -109,14 +108,20 @@ def load_samples(
 
     Returns:
         `[N, C, H, W]`, at most `count`; files that cannot be decoded are left out.
+
+    Raises:
+        UsageError: not one can be decoded.
     """
-    held_out = data_path / "val"
-    files = list_images(held_out if held_out.is_dir() else find_train_folder(data_path))
-    images = []
-    for path in files[:: max(1, len(files) // count)][:count]:
-        with contextlib.suppress(UsageError):
-            images.append(load_images([path], img_size, in_chans))
-    return torch.cat(images)
+    for folder in (data_path / "val", find_train_folder(data_path)):
+        images = []
+        with contextlib.suppress(UsageError):  # no such folder, or no image in it
+            files = list_images(folder)
+            for path in files[:: max(1, len(files) // count)][:count]:
+                with contextlib.suppress(UsageError):
+                    images.append(load_images([path], img_size, in_chans))
+        if images:
+            return torch.cat(images)
+    raise UsageError(f"none of the images tried below {data_path} can be decoded")
 
 
 def save_loss_curve(log: Path, output: Path) -> None:
@@ -173,6 +178,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, write the picture."""
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"--output {args.output} has no ending of a picture, such as .png")
+    if not args.output.absolute().parent.is_dir():
+        raise UsageError(f"the folder of --output {args.output} does not exist")
     model = load_model(args.checkpoint)
     files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
     imgs = load_images(files[: args.max_images], model.geometry.img_size, model.in_chans)
