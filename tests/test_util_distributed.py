@@ -13,7 +13,6 @@ from util.distributed import (
     gather_objects,
     init_processes,
     is_main_process,
-    print_once,
     rank,
     world_size,
     wrap_model,
