@@ -616,7 +616,10 @@ class ConvViT(ConvViTEncoder):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for layer-wise decay: embeddings and stages 1 and 2 are the stem."""
         stem = r"^cls_token|^pos_embed|^patch_embed|^blocks[12]"
-        return {"stem": stem, "blocks": [(r"^blocks3\.(\d+)", None), (r"^norm|^fc_norm", (99999,))]}
+        return {
+            "stem": stem,
+            "blocks": [(r"^blocks3\.(\d+)", None), (r"^norm|^fc_norm|^head", (1000,))],
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

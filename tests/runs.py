@@ -204,8 +204,8 @@ class Launcher:
         return self.start(*command, **options).wait(timeout)
 
     def torchrun(self, *command: object, restarts: int = 0) -> Process:
-        """Start `torchrun --nproc_per_node 2 main_pretrain.py *command`."""
-        options = ["--nproc_per_node", 2, "--max_restarts", restarts, "--master_port", free_port()]
+        """Start `torchrun --standalone --nproc_per_node 2 main_pretrain.py *command`."""
+        options = ["--standalone", "--nproc_per_node", 2, "--max_restarts", restarts]
         return self.start(*options, MAIN, *command, program="torch.distributed.run")
 
     def start_ranks(self, *command: object, processes: int = 2, **options: object) -> list[Process]:
