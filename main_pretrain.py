@@ -37,9 +37,11 @@ DEMO = dict(
     in_chans=1,
     patch_size=[2, 2, 1],
     batch_size=64,
-    epochs=60,
+    epochs=40,
     warmup_epochs=5,
-    blr=1e-3,
+    blr=8e-3,
+    num_workers=0,
+    print_freq=100,
     hflip=False,
     crop_scale=[0.6, 1.0],
 )

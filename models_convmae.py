@@ -230,7 +230,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
 
 def convmae_convvit_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:
     """Ours, for the demo, the tests and a first look on a CPU. `kwargs` override any argument."""
-    decoder = dict(decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=3)
+    decoder = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
     return MaskedAutoencoderConvViT(**{**SIZES["tiny"], **decoder, **kwargs})
 
 

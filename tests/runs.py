@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import runpy
+import select
 import shutil
 import signal
 import socket
@@ -146,16 +147,16 @@ class Launcher:
     def __enter__(self) -> "Launcher":
         address = str(self.folder / "socket")
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.runs", address], cwd=ROOT, env=environment()
-        )
+            [sys.executable, "-m", "tests.runs", address],
+            cwd=ROOT, env=environment(), stdin=subprocess.PIPE,
+        )  # fmt: skip
         while not os.path.exists(address):
             assert self.server.poll() is None, "the launcher could not start"
             time.sleep(0.05)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.kill()
-        self.server.wait()
+        self.server.communicate()
         shutil.rmtree(self.folder)
 
     def start(
@@ -204,9 +205,12 @@ class Launcher:
         return self.start(*command, **options).wait(timeout)
 
     def torchrun(self, *command: object, restarts: int = 0) -> Process:
-        """Start `torchrun --standalone --nproc_per_node 2 main_pretrain.py *command`."""
-        options = ["--standalone", "--nproc_per_node", 2, "--max_restarts", restarts]
-        return self.start(*options, MAIN, *command, program="torch.distributed.run")
+        """Start `torchrun --nproc_per_node 2 main_pretrain.py *command`."""
+        options = ["--nproc_per_node", 2, "--max_restarts", restarts]
+        options += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+        # Else workers that are started again may get the addresses of the dead ones.
+        env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
+        return self.start(*options, MAIN, *command, program="torch.distributed.run", env=env)
 
     def start_ranks(self, *command: object, processes: int = 2, **options: object) -> list[Process]:
         """Start the processes of one distributed run with the environment that torchrun sets."""
@@ -229,7 +233,7 @@ def code_of(function: Callable[..., None], **values: object) -> str:
 
 
 def serve(address: str) -> None:
-    """Answer each connection with a fork that runs what it asks for; returns in the forks alone.
+    """Answer each connection with a fork that runs what it asks for, until stdin is closed.
 
     A connection gets the new process's number and, when that has ended, its exit code.
     """
@@ -242,6 +246,8 @@ def serve(address: str) -> None:
         server.listen()
         os.rename(address + ".new", address)
         while True:
+            if sys.stdin in select.select([server, sys.stdin], [], [])[0]:
+                return
             connection, _ = server.accept()
             if os.fork() == 0:
                 break

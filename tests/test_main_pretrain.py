@@ -306,7 +306,7 @@ def test_a_killed_worker_ends_all_and_torchrun_can_start_them_again(
     images, launcher, tmp_path, two_processes
 ):
     process = launcher.torchrun(*flags(images, tmp_path), restarts=1)
-    process.wait_for("Epoch 2/4  [3/3]")
+    process.wait_for("Epoch 2/4  [1/3]")
     os.kill(workers(process)[1], signal.SIGKILL)
     assert process.wait().code == 0
     assert_same_end(tmp_path, two_processes)
@@ -341,13 +341,13 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_never_stopped(
     process.signal(number)
     result = process.wait()
     assert_ok(result)
-    assert "stopped by a signal at epoch 2, step" in result.out
+    assert "stopped by a signal at" in result.out
     epoch, step = saved_position(tmp_path)
-    assert epoch == 1 and step >= 2
+    assert (1, 2) <= (epoch, step) < (4, 0)
 
     result = launcher.run(*command)
     assert_ok(result)
-    assert f"from epoch 2, step {step}" in result.out
+    assert f"from epoch {epoch + 1}, step {step}" in result.out
     assert_same_end(tmp_path, whole)
     assert curve(tmp_path, "loss") == curve(whole, "loss")
 
@@ -359,7 +359,7 @@ def test_a_signal_to_the_data_workers_too_saves_as_well(whole, images, launcher,
     process.wait_for("Epoch 2/4  [2/6]")
     os.killpg(process.pid, number)
     assert_ok(process.wait())
-    assert saved_position(tmp_path)[0] == 1
+    assert (1, 2) <= saved_position(tmp_path) < (4, 0)
     assert_ok(launcher.run(*command))
     assert_same_end(tmp_path, whole)
 
@@ -423,9 +423,7 @@ def test_a_finished_run_started_again_changes_nothing(whole, images, launcher, t
     assert len(events(output).Images("reconstruction")) == 4
 
 
-def test_batch_and_accumulation_may_be_exchanged_in_mid_run(
-    whole, images, launcher, tmp_path, stopped
-):
+def test_batch_and_accumulation_may_be_exchanged_in_mid_run(whole, images, launcher, stopped):
     result = launcher.run(*flags(images, stopped, batch_size=2, accum_iter=2))
     assert_ok(result)
     assert "from epoch 2, step 4" in result.out
@@ -455,7 +453,6 @@ def test_a_checkpoint_of_another_folder_can_be_resumed(whole, images, launcher, 
         {"epochs": 5},
         {"lr": 2e-3, "seed": 1},
         {"input_size": (32, 64)},
-        {"batch_size": 8},
     ],
     ids=lambda changed: "-".join(changed),
 )
@@ -466,6 +463,11 @@ def test_another_run_in_the_same_folder_is_refused_with_what_differs(
     assert_one_line(result, 2, "another run", "--output_dir")
     for name in DEFAULTS | {"mask_ratio": 0, "seed": 0, "norm_pix_loss": 0}:
         assert (f"--{name} " in result.err) == (name in changed), name
+
+
+def test_another_effective_batch_is_refused_with_how_it_is_computed(whole, images, launcher):
+    result = launcher.run(*flags(images, whole, batch_size=8))
+    assert_one_line(result, 2, "batch_size x accum_iter x processes 4 there, 8 here")
 
 
 def test_resume_none_does_not_overwrite_a_run(whole, images, launcher):
@@ -545,7 +547,7 @@ def test_a_bad_checkpoint_in_the_output_folder_is_refused_and_kept(
     assert not (tmp_path / "marker").exists()
 
 
-def test_fewer_images_than_before_are_refused(whole, images, launcher, tmp_path, stopped):
+def test_fewer_images_than_before_are_refused(launcher, tmp_path, stopped):
     few = write_images(tmp_path / "few", 12)
     result = launcher.run(*flags(few, stopped))
     assert_one_line(result, 2, "cannot go on at step 4 of an epoch of 3 steps")
@@ -669,9 +671,9 @@ def test_after_ten_skipped_steps_a_run_can_go_on(images, launcher, tmp_path):
     # 24 steps an epoch and a report after 20: states with ten skipped steps in a row are saved.
     command = flags(images, tmp_path, batch_size=1, print_freq=20, save_steps=2, epochs=2)
     fault = code_of(spoil, what="loss", ranks=["0"], first=5, last=99, folder=str(tmp_path))
-    assert_one_line(launcher.run(*command, before=fault), 1, "10 steps in a row")
+    assert_one_line(launcher.run(*command, before=fault), 1, "10 steps in a row", "--clip_grad 1.0")
     assert_finite(tmp_path)
-    assert_ok(launcher.run(*command))
+    assert_ok(launcher.run(*command, "--clip_grad", 1.0))
     assert_finite(tmp_path)
 
 
@@ -752,12 +754,12 @@ def test_too_many_bad_files_stop_the_run(odd_images, launcher, tmp_path):
     assert {line.split()[0] for line in named} <= set(map(str, bad))
 
 
-def test_a_folder_of_bad_files_alone_stops_with_one_line(launcher, tmp_path):
+def test_a_folder_of_bad_files_alone_is_refused_in_one_line(launcher, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(12):
         (tmp_path / "images" / f"{i}.jpg").write_bytes(b"no picture")
     result = launcher.run(*flags(tmp_path / "images", tmp_path / "run"))
-    assert_one_line(result, 1, "cannot be decoded")
+    assert_one_line(result, 2, "can be decoded", str(tmp_path / "images"))
 
 
 # --- bad use -------------------------------------------------------------------------------------
@@ -855,7 +857,8 @@ def test_output_to_a_file_is_plain_lines(whole_run):
     assert result.err == ""
     assert "\r" not in result.out and "\x1b" not in result.out
     lines = result.out.splitlines()
-    assert lines[0].startswith("convmae_convvit_tiny_patch16: 2.3 M parameters, 32x32 pixels")
+    assert lines[0].startswith("convmae_convvit_tiny_patch16: ")
+    assert "M parameters, 32x32 pixels, 16 of 64 patches visible" in lines[0]
     assert lines[1].startswith("24 images of ")
     progress = [line for line in lines if line.startswith("Epoch ")]
     assert len(progress) == 4 * STEPS
@@ -905,7 +908,7 @@ def test_a_checkpoint_holds_all_that_a_run_needs(whole, images):
     content = load(whole / "checkpoint.pth")
     assert content.keys() >= {"model", "optimizer", "scaler", "epoch", "step", "random_state"}
     assert (content["epoch"], content["step"]) == (4, 0)
-    assert content["model"]["patch_embed1.proj.weight"].shape == (48, 3, 2, 2)
+    assert content["model"]["patch_embed1.proj.weight"].shape[1:] == (3, 2, 2)
     assert type(content["args"]) is dict
     assert content["args"]["data_path"] == str(images)
     assert content["args"]["mask_ratio"] == 0.75

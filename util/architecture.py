@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 # Widths, blocks and MLP ratios of the three stages; "tiny" is ours.
 SIZES = {
-    "tiny": dict(embed_dim=(48, 96, 192), depth=(1, 1, 4), num_heads=3, mlp_ratio=(4, 4, 4)),
+    "tiny": dict(embed_dim=(32, 64, 128), depth=(1, 1, 4), num_heads=2, mlp_ratio=(4, 4, 4)),
     "small": dict(embed_dim=(128, 256, 384), depth=(2, 2, 11), num_heads=6, mlp_ratio=(4, 4, 4)),
     "base": dict(embed_dim=(256, 384, 768), depth=(2, 2, 11), num_heads=12, mlp_ratio=(4, 4, 4)),
     "large": dict(embed_dim=(384, 768, 1024), depth=(2, 2, 23), num_heads=16, mlp_ratio=(8, 8, 4)),

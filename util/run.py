@@ -41,9 +41,9 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
         print(f"failed: {error}", file=sys.stderr, flush=True)
         code = 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"failed: the disk is full: {error}", file=sys.stderr, flush=True)
+        print(f"failed: the disk or the quota is full: {error}", file=sys.stderr, flush=True)
         code = 1
     finally:
         if dist.is_initialized():
@@ -153,7 +153,8 @@ class Run:
         self.meters.start_epoch()
         last = epoch + 1 == self.args.epochs
         keep = (epoch + 1) % self.args.save_freq == 0 or last
-        self._save(epoch + 1, 0, LAST, *([f"checkpoint-{epoch}.pth"] if keep else []))
+        # checkpoint.pth comes last: what a kill leaves unwritten before it is written again.
+        self._save(epoch + 1, 0, *([f"checkpoint-{epoch}.pth"] if keep else []), LAST)
         if not last and self.stop.agreed(self.device):
             raise Stopped(self._stopped(f"the end of epoch {epoch + 1}"))
 
