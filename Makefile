@@ -27,4 +27,4 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) output
+	rm -rf $(VENV) output/demo

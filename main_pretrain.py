@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -14,9 +14,10 @@ from models_convmae import MODELS, MaskedAutoencoderConvViT
 from models_convvit import Geometry
 from util import args as arguments
 from util.checkpoint import Checkpoints, find_resumable
-from util.datasets import ImageFiles, Loader, StepSampler, pretrain_transform
+from util.datasets import ImageFiles, Loader, StepSampler, find_train_folder, pretrain_transform
 from util.demo_data import write_digits
 from util.distributed import (
+    gather_objects,
     init_processes,
     is_main_process,
     print_once,
@@ -159,6 +160,7 @@ def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, int,
     content = find_resumable(args.resume, args.output_dir)
     if content:
         arguments.check_same_run(args, content["args"])
+        check_same_images(content, len(loader.dataset))
 
     seed_everything(args.seed)
     model = build_model(args).to(device)
@@ -168,10 +170,31 @@ def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, int,
     step = OptimStep(trained, optimizer, device, amp_dtype(args.amp, device), args.clip_grad)
     meters = Meters(("loss", "grad_norm"), device)
     parts = {"model": model, "optimizer": optimizer, "scaler": step, "meters": meters}
-    checkpoints = Checkpoints(args.output_dir, arguments.plain(args), parts)
+    extra = {"num_images": len(loader.dataset)}
+    checkpoints = Checkpoints(args.output_dir, arguments.plain(args), parts, extra)
     epoch, start = checkpoints.restore(content) if content else (0, 0)
+    views = gather_objects((epoch, start, len(loader.dataset)))
+    if len(set(views)) > 1:
+        raise UsageError(
+            f"the processes see different things (epoch, step, images: {views}): "
+            f"--output_dir and --data_path must be the same folders on every node"
+        )
     log = RunLog(args.output_dir, args.log_dir, epoch + start / loader.steps_per_epoch)
     return Run(args, device, model, loader, step, meters, checkpoints, log), epoch, start
+
+
+def check_same_images(content: Mapping, num_images: int) -> None:
+    """Refuse to go on in the middle of an epoch of other images.
+
+    Raises:
+        UsageError: with both numbers.
+    """
+    if content["step"] and content["num_images"] != num_images:
+        raise UsageError(
+            f"cannot go on at step {content['step']} of an epoch of {content['num_images']} "
+            f"images: there are {num_images} now; give the same images, or resume from the end "
+            f"of an epoch"
+        )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -179,9 +202,11 @@ def main(args: argparse.Namespace) -> None:
     device = init_processes(args.device)
     arguments.complete(args, device.type, world_size())
     check_sizes(args)
-    arguments.check_writable(args.output_dir)
+    arguments.check_writable(args.output_dir, "--output_dir")
+    arguments.check_writable(args.log_dir, "--log_dir")
     run, first, start = build_run(args, device)
-    samples = load_samples(args.data_path, args.input_size, args.in_chans).to(device)
+    if is_main_process():
+        samples = load_samples(args.data_path, args.input_size, args.in_chans).to(device)
     describe(run, first, start)
 
     with closing(run.log):
@@ -202,13 +227,16 @@ def main(args: argparse.Namespace) -> None:
 def describe(run: Run, first: int, start: int) -> None:
     """Print what is about to run."""
     args, geometry = run.args, run.model.geometry
+    if first >= args.epochs:
+        print_once(f"nothing to train: {args.output_dir} holds all {args.epochs} epochs")
+        return
     count = sum(p.numel() for p in run.model.parameters()) / 1e6
     precision = str(run.step.dtype or torch.float32).removeprefix("torch.")
     begin = f"from epoch {first + 1}, step {start}" if first or start else "from the beginning"
     print_once(
         f"{args.model}: {count:.1f} M parameters, {'x'.join(map(str, geometry.img_size))} pixels, "
         f"{geometry.visible_patches(args.mask_ratio)} of {geometry.num_patches} patches visible\n"
-        f"{len(run.loader.dataset)} images of {args.data_path}, "
+        f"{len(run.loader.dataset)} images of {find_train_folder(args.data_path)}, "
         f"{run.loader.steps_per_epoch} steps of {args.batch_size} x {args.accum_iter} x "
         f"{world_size()} = {args.effective_batch_size} an epoch\n"
         f"{args.epochs} epochs {begin}, peak lr {args.lr:.3g}, {precision} on {run.device}"

@@ -181,6 +181,8 @@ class _VisibleDepthwiseConv(torch.autograd.Function):
             [True, True, False],
         )
         # Only visible tokens have a gradient, so the bias needs no sum over the canvas.
+        # Flat and back, for the strides of the weight itself, which DDP prefers.
+        grad_weight = grad_weight.flatten().view(weight.shape)
         return _gather(grad_input, index), grad_weight, grad.sum(0), None, None
 
 
@@ -241,8 +243,11 @@ def conv_as_linear(x: Tensor, conv: nn.Module, units: Sequence[Sequence[int]] = 
     Returns:
         `[…, U, C_out]`.
     """
-    weight = to_nested_blocks(conv.weight, units).flatten(1)  # [C_out, K * C_in]
     kernel = math.prod(conv.weight.shape[2:])
+    if kernel == 1:
+        # No reordering, so that the gradient has the weight's own strides, which DDP prefers.
+        return F.linear(x, conv.weight.flatten(1), conv.bias)
+    weight = to_nested_blocks(conv.weight, units).flatten(1)  # [C_out, K * C_in]
     return F.linear(x.unflatten(-2, (-1, kernel)).flatten(-2), weight, conv.bias)
 
 
@@ -535,7 +540,7 @@ class ConvViTEncoder(nn.Module):
         stage2 = x
 
         x = self.patch_embed4(self.patch_embed3.forward_tokens(x)).flatten(1, 2)
-        x = x + self.pos_embed[0][ids_keep]
+        x = x + self.pos_embed[0, -self.geometry.num_patches :][ids_keep]
         for block in self.blocks3:
             x = block(x)
         return stage1, stage2, x
@@ -637,7 +642,7 @@ class ConvViT(ConvViTEncoder):
             self._make_norm(global_pool)
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(self._initialize)
+        self.head.apply(self._initialize).to(self.patch_embed1.proj.weight)
 
     def _call(self, block: Callable[..., Tensor], *args: object) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():

@@ -39,9 +39,9 @@ RATIOS = (("visible", "dense"), ("visible", "mae"))
 WARMUP_STEPS = 2
 
 # The plain ViT beside each ConvMAE: width and heads of its stage 3, one block more, its decoder.
-TINY_DECODER = dict(decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=6)
+TINY_DECODER = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
 MAE_SIZES = {
-    "tiny": dict(embed_dim=192, depth=5, num_heads=6, **TINY_DECODER),
+    "tiny": dict(embed_dim=128, depth=5, num_heads=2, **TINY_DECODER),
     "small": dict(embed_dim=384, depth=12, num_heads=6),
     "base": dict(embed_dim=768, depth=12, num_heads=12),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),

@@ -550,7 +550,7 @@ def test_a_bad_checkpoint_in_the_output_folder_is_refused_and_kept(
 def test_fewer_images_than_before_are_refused(launcher, tmp_path, stopped):
     few = write_images(tmp_path / "few", 12)
     result = launcher.run(*flags(few, stopped))
-    assert_one_line(result, 2, "cannot go on at step 4 of an epoch of 3 steps")
+    assert_one_line(result, 2, "cannot go on at step 4 of an epoch of 24 images", "12 now")
 
 
 # --- full disks ----------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_only_existing_flags_may_change():
 
 def test_the_output_folder_is_made_and_left_empty(tmp_path):
     for _ in range(2):
-        check_writable(tmp_path / "a" / "b")
+        check_writable(tmp_path / "a" / "b", "--output_dir")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
@@ -243,4 +243,4 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"--output_dir {folder} cannot be written"):
-            check_writable(folder)
+            check_writable(folder, "--output_dir")

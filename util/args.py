@@ -2,12 +2,11 @@
 
 import argparse
 import difflib
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from util.distributed import local_processes
+from util.distributed import cores_per_process
 from util.errors import UsageError
 
 # Flags that a resumed run may change; any other difference is another run. The batch is compared
@@ -58,6 +57,14 @@ def non_negative_int(text: str) -> int:
     value = _number(int, text, "a whole number")
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def seed(text: str) -> int:
+    """0 … 2**32 - 1."""
+    value = non_negative_int(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} must be below 2**32")
     return value
 
 
@@ -273,7 +280,7 @@ def add_run_args(parser: Parser) -> None:
     )
     group.add_argument(
         "--seed",
-        type=non_negative_int,
+        type=seed,
         default=0,
         metavar="N",
         help="of weights, masks, order and augmentation",
@@ -315,8 +322,7 @@ def complete(args: argparse.Namespace, device_type: str, processes: int) -> None
     if args.lr is None:
         args.lr = args.blr * args.effective_batch_size / 256
     if args.num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.num_workers = min(10, max(1, cores // local_processes()))
+        args.num_workers = min(10, max(1, cores_per_process()))
     for switch in ("compile", "pin_mem"):
         if getattr(args, switch) is None:
             setattr(args, switch, device_type == "cuda")
@@ -365,7 +371,7 @@ def _show(value: object) -> str:
     return str(value)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, flag: str) -> None:
     """Make a folder and try to write in it.
 
     Raises:
@@ -377,4 +383,4 @@ def check_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+        raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}") from error

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.distributed import gather_objects, is_main_process, rank
+from util.distributed import gather_objects, is_main_process, print_once, rank
 from util.errors import TrainingError, UsageError
 
 LAST = "checkpoint.pth"
@@ -67,7 +68,8 @@ def load_file(path: str | Path) -> dict:
     if not path.is_file():
         raise UsageError(f"checkpoint {path} does not exist or is not a file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # what they hint at ends in an error below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own text advises how to get round the refusal.
@@ -161,7 +163,9 @@ def find_resumable(resume: str, folder: str | Path) -> dict | None:
     """The checkpoint that `--resume` asks for, checked to hold a training state.
 
     Args:
-        resume: "auto" (the folder's last checkpoint, if there is one), "none", or a path.
+        resume: "auto" (the folder's last checkpoint, if there is one), "none", or a path. A path
+            outside the folder counts only until the folder has a checkpoint of its own, so that
+            the same command can be repeated.
         folder: `--output_dir`.
 
     Returns:
@@ -179,10 +183,13 @@ def find_resumable(resume: str, folder: str | Path) -> dict | None:
                 f"or move {last} away"
             )
         return None
-    if resume == "auto":
-        if not last.exists():
-            return None
+    elsewhere = resume != "auto" and Path(resume).absolute().parent != last.absolute().parent
+    if last.exists() and elsewhere:
+        print_once(f"going on from {last}, not from --resume {resume}, which it began with")
+    if last.exists() and (elsewhere or resume == "auto"):
         resume = str(last)
+    elif resume == "auto":
+        return None
     content = load_file(resume)
     parts = {"model", "optimizer", "scaler", "meters"}
     missing = (parts | {"epoch", "step", "random_state", "args"}) - content.keys()

@@ -28,10 +28,12 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
-def local_processes() -> int:
-    """Processes of the run on this node, as its launcher says."""
-    env = os.environ
-    return int(env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or 1)
+def cores_per_process() -> int:
+    """CPU cores for each process of this node, as its launcher says."""
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        return int(os.environ["SLURM_CPUS_PER_TASK"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _environment() -> dict[str, str]:
@@ -96,6 +98,8 @@ def init_processes(device: str = "auto") -> torch.device:
                 f"visible; start as many processes as GPUs (--nproc_per_node)"
             )
         torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")  # tf32
+        torch.backends.cudnn.allow_tf32 = True
     elif device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: not available here; use --device cpu or auto")
     if int(env.get("WORLD_SIZE", 1)) > 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from util.distributed import all_reduce_sum, is_main_process, rank
+from util.distributed import all_reduce_sum, is_main_process, rank, world_size
 
 
 class Meters:
@@ -57,15 +57,15 @@ class Meters:
         return dict(zip(self.names, values, strict=True))
 
     def state_dict(self) -> dict:
-        """The epoch's sums over all processes (a collective)."""
-        return {"epoch": all_reduce_sum(self.epoch.clone()).tolist()}
+        """The epoch's sums, the mean over all processes (a collective)."""
+        return {"epoch": (all_reduce_sum(self.epoch.clone()) / world_size()).tolist()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned: the main process holds what all had."""
         self.window.zero_()
         self.epoch.zero_()
         if rank() == 0:
-            self.epoch += self.epoch.new_tensor(state["epoch"])
+            self.epoch += self.epoch.new_tensor(state["epoch"]) * world_size()
 
 
 def peak_memory_mb(device: torch.device) -> float:

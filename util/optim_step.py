@@ -138,8 +138,9 @@ class OptimStep:
         if self.skipped_in_a_row.item() >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
                 f"loss or gradient were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; the "
-                f"last checkpoint is intact. Try a lower --blr, --clip_grad 1.0, --amp bf16 or "
-                f"none, a longer --warmup_epochs, or look at the images"
+                f"last checkpoint is intact. Go on from it with --clip_grad 1.0 or --amp bf16 or "
+                f"none; or start anew with a lower --blr or a longer --warmup_epochs; or look at "
+                f"the images"
             )
 
     def state_dict(self) -> dict:

@@ -45,9 +45,12 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
             raise
         print(f"failed: the disk or the quota is full: {error}", file=sys.stderr, flush=True)
         code = 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint counts", file=sys.stderr, flush=True)
+        code = 130
+    # Only where all processes get here: after a failure the others may wait in a collective.
+    if dist.is_initialized() and code == 0:
+        dist.destroy_process_group()
     return code
 
 
@@ -133,7 +136,8 @@ class Run:
                 last_time, last_step = now, done
                 self.log.scalars(epoch + done / steps, values)
                 progress.show(done, values)
-            if done < steps and (report or world_size() == 1) and self.stop.agreed(self.device):
+            cheap = world_size() == 1 or self.device.type == "cpu"
+            if done < steps and (report or cheap) and self.stop.agreed(self.device):
                 progress.close()
                 self._save(epoch, done, LAST)
                 raise Stopped(self._stopped(f"epoch {epoch + 1}, step {done} of {steps}"))
@@ -185,7 +189,8 @@ class Run:
         return values
 
     def _stopped(self, position: str) -> str:
+        command = "--resume auto" if self.args.resume == "none" else "the same command"
         return (
             f"stopped by a signal at {position}: saved in {self.checkpoints.folder / LAST}; "
-            f"the same command goes on from there"
+            f"{command} goes on from there"
         )

@@ -116,7 +116,8 @@ def load_samples(
         images = []
         with contextlib.suppress(UsageError):  # no such folder, or no image in it
             files = list_images(folder)
-            for path in files[:: max(1, len(files) // count)][:count]:
+            count = min(count, len(files))
+            for path in (files[i * len(files) // count] for i in range(count)):
                 with contextlib.suppress(UsageError):
                     images.append(load_images([path], img_size, in_chans))
         if images:
@@ -153,8 +154,9 @@ def load_model(path: Path) -> nn.Module:
     # The one place where util meets a model: this module is a program, too.
     from models_convmae import build_from_checkpoint
 
+    content = load_file(path)
     try:
-        return build_from_checkpoint(load_file(path))
+        return build_from_checkpoint(content)
     except ValueError as error:
         raise UsageError(f"checkpoint {path}: {error}") from error
 
@@ -172,7 +174,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mask_ratio", type=arguments.mask_ratio, default=0.75, help="share of patches to remove")
     add("--max_images", type=arguments.positive_int, default=16, help="take no more than so many")
     add("--columns", type=arguments.positive_int, default=2, help="images next to each other")
-    add("--seed", type=arguments.non_negative_int, default=0, help="of the masks")
+    add("--seed", type=arguments.seed, default=0, help="of the masks")
     return parser.parse_args(argv)
 
 
@@ -183,6 +185,10 @@ def main(args: argparse.Namespace) -> None:
     if not args.output.absolute().parent.is_dir():
         raise UsageError(f"the folder of --output {args.output} does not exist")
     model = load_model(args.checkpoint)
+    try:
+        model.geometry.visible_patches(args.mask_ratio)
+    except ValueError as error:
+        raise UsageError(f"--mask_ratio: {error}") from error
     files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
     imgs = load_images(files[: args.max_images], model.geometry.img_size, model.in_chans)
     save_image(
