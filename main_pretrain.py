@@ -156,6 +156,7 @@ def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, int,
     Returns:
         The run, and the position at which it begins: epoch and steps done in it.
     """
+    dtype = amp_dtype(args.amp, device)
     loader = build_data(args)
     content = find_resumable(args.resume, args.output_dir)
     if content:
@@ -167,7 +168,7 @@ def build_run(args: argparse.Namespace, device: torch.device) -> tuple[Run, int,
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     trained = wrap_model(model, device, args.compile)
-    step = OptimStep(trained, optimizer, device, amp_dtype(args.amp, device), args.clip_grad)
+    step = OptimStep(trained, optimizer, device, dtype, args.clip_grad)
     meters = Meters(("loss", "grad_norm"), device)
     parts = {"model": model, "optimizer": optimizer, "scaler": step, "meters": meters}
     extra = {"num_images": len(loader.dataset)}

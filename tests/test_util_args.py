@@ -1,5 +1,6 @@
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 
@@ -169,11 +170,15 @@ def test_switches_that_were_not_given_are_on_with_cuda_alone(name):
 @pytest.mark.parametrize(("local", "cores", "workers"), [(1, 64, 10), (8, 64, 8), (8, 4, 1)])
 def test_processes_of_a_node_share_its_cores(local, cores, workers, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    monkeypatch.setattr(
-        arguments.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False
-    )
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert completed().num_workers == workers
     assert completed("--num_workers 0").num_workers == 0
+
+
+def test_a_task_of_slurm_has_the_cores_that_it_was_given(monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert completed().num_workers == 6
 
 
 def test_tensorboard_events_go_to_the_output_unless_told_otherwise():

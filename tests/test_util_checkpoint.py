@@ -337,6 +337,17 @@ def test_a_path_goes_on_from_that_file(run_folder, tmp_path):
     assert (content["epoch"], content["step"]) == (0, 5)
 
 
+def test_a_repeated_command_goes_on_from_the_folder_not_from_where_it_began(run_folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    beginning = (run_folder / "earlier.pth").rename(tmp_path / "elsewhere" / "earlier.pth")
+    assert find_resumable(str(beginning), run_folder)["epoch"] == 1
+
+
+def test_a_run_can_be_taken_back_to_an_earlier_checkpoint_of_its_folder(run_folder):
+    content = find_resumable(str(run_folder / "earlier.pth"), run_folder)
+    assert (content["epoch"], content["step"]) == (0, 5)
+
+
 def test_a_path_to_nowhere_is_refused(run_folder):
     with pytest.raises(UsageError, match="does not exist"):
         find_resumable(str(run_folder / "gone.pth"), run_folder)
