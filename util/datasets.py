@@ -503,8 +503,7 @@ def _let_only_fetching_raise() -> None:
     It raises wherever the main thread happens to be, in an optimizer step, say. Without it the
     loss is noticed, within seconds, when the worker's batch is waited for.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and hasattr(signal, "SIGCHLD"):  # Windows has no such signal.
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

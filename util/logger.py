@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from util.distributed import all_reduce_sum, is_main_process, rank, world_size
+from util.distributed import all_reduce_sum, is_main_process, world_size
 
 
 class Meters:
@@ -64,7 +64,7 @@ class Meters:
         """Go on from what `state_dict` returned: the main process holds what all had."""
         self.window.zero_()
         self.epoch.zero_()
-        if rank() == 0:
+        if is_main_process():
             self.epoch += self.epoch.new_tensor(state["epoch"]) * world_size()
 
 

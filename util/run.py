@@ -55,9 +55,9 @@ def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespac
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and random, alike in all processes."""
+    """Seed torch, numpy and random, alike in all processes; `seed` is below 2**32."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
