@@ -13,8 +13,7 @@ from engine_pretrain import train_one_epoch
 from models_convmae import MODELS, MaskedAutoencoderConvViT
 from models_convvit import Geometry
 from util import args as arguments
-from util.checkpoint import Checkpoints, find_resumable
-from util.datasets import ImageFiles, Loader, StepSampler, find_train_folder, pretrain_transform
+from util.datasets import ImageFiles, find_train_folder
 from util.demo_data import write_digits
 from util.distributed import (
     gather_objects,
@@ -26,9 +25,12 @@ from util.distributed import (
     wrap_model,
 )
 from util.errors import UsageError
+from util.loader import Loader, StepSampler
 from util.logger import Meters, RunLog
 from util.optim_step import OptimStep, amp_dtype
+from util.resume import Checkpoints, find_resumable
 from util.run import Run, run_main, seed_everything
+from util.transforms import pretrain_transform
 from util.visualize import load_samples, reconstruction_grid, save_loss_curve
 
 # Settings of --demo: a tiny model on 32x32 digits with 4-pixel patches, minutes on two cores.

@@ -24,8 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from tests.pictures import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = "main_pretrain.py"
@@ -42,12 +41,6 @@ LIBRARIES = (
 
 
 # --- images ------------------------------------------------------------------------------------
-
-
-def picture(seed: int = 0, height: int = 40, width: int = 48) -> Image.Image:
-    """Coloured squares of 8 pixels."""
-    squares = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
-    return Image.fromarray(np.kron(squares, np.ones((8, 8, 1), np.uint8)))
 
 
 def write_images(folder: Path, count: int) -> Path:

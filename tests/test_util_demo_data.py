@@ -10,8 +10,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from util import demo_data
-from util.datasets import ImageFiles, list_images, pretrain_transform
+from util.datasets import ImageFiles, list_images
 from util.demo_data import write_digits
+from util.transforms import pretrain_transform
 
 
 @pytest.fixture(scope="module")

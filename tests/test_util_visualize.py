@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from models_convmae import MaskedAutoencoderConvViT
-from util.checkpoint import random_state
-from util.datasets import channel_stats, denormalize
 from util.errors import UsageError
+from util.resume import random_state
+from util.transforms import channel_stats, denormalize
 from util.visualize import (
     GRAY,
     load_images,

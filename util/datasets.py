@@ -1,42 +1,30 @@
-"""Image data: any file to one picture, any folder to a data set, one order for any split.
+"""Image data: any file to one picture, any folder to a data set.
 
 What a sample looks like depends on the seed that comes with its index and on nothing else: not on
 the number of workers or processes, nor on where a run was resumed.
 """
 
-import logging
-import multiprocessing.connection
 import os
 import random
-import signal
-import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
 from util.errors import TrainingError, UsageError
-
-_logger = logging.getLogger(__name__)  # Prints warnings even if nobody sets it up.
 
 IMAGE_EXTENSIONS = IMG_EXTENSIONS
 
 # Files that may fail one after the other before a sample is given up.
 MAX_TRIES = 10
-# How often workers may be lost in an epoch before the run is given up.
-MAX_LOST_WORKERS = 3
-
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 _TRANSPOSE = {
@@ -67,7 +55,7 @@ def load_image(path: str | os.PathLike, in_chans: int = 3) -> Image.Image:
         UsageError: another number of channels.
         OSError: a file that cannot be read or decoded, whatever the reason.
     """
-    mode = _channel_mode(in_chans)
+    mode = check_channels(in_chans)
     try:
         with Image.open(path) as file:
             file.load()
@@ -76,7 +64,12 @@ def load_image(path: str | os.PathLike, in_chans: int = 3) -> Image.Image:
         raise OSError(f"{path} cannot be decoded: {error}") from error
 
 
-def _channel_mode(in_chans: int) -> str:
+def check_channels(in_chans: int) -> str:
+    """Pillow's mode for a number of channels.
+
+    Raises:
+        UsageError: another number than 1, 3 or 4.
+    """
     if in_chans not in _MODES:
         raise UsageError(
             f"images of {in_chans} channels are not supported: "
@@ -209,7 +202,7 @@ class ImageFiles(Dataset):
         transform: Callable[[Image.Image], Tensor],
         in_chans: int = 3,
     ) -> None:
-        _channel_mode(in_chans)
+        check_channels(in_chans)
         self.transform = transform
         self.in_chans = in_chans
         # One array, because workers would copy a list bit by bit as they touch its strings.
@@ -252,323 +245,3 @@ class ImageFiles(Dataset):
             with seeded(seed):
                 return self.transform(image), index, tuple(bad)
         raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
-
-
-def collate(items: Sequence[tuple]) -> tuple:
-    """Items `(image, …, bad)` to a batch `([N, C, H, W], …, bad)`.
-
-    `bad` is the sorted list of the indices that any of the items reports.
-    """
-    *columns, bad = zip(*items, strict=True)
-    return *(default_collate(column) for column in columns), sorted(set().union(*bad))
-
-
-class StepSampler:
-    """Batch sampler that yields lists of `(index, seed)`, the same images however they are split.
-
-    A step is one of the optimizer and takes `batch_size * accum_iter * world_size` images, a
-    contiguous part of the epoch's permutation. Its micro-batches are contiguous parts of that,
-    and what a process gets is a contiguous part of a micro-batch. So several processes or
-    accumulation see the images of one process with all of the batch, in the same order. The rest
-    of an epoch that fills no step is dropped.
-
-    Args:
-        num_samples: images in the data set.
-        batch_size: images of a micro-batch and process.
-        accum_iter: micro-batches of a step.
-        rank: which of the processes this is.
-        world_size: number of processes.
-        seed: of the run, not negative.
-        shuffle: permute; else the order is that of the data set.
-
-    Raises:
-        UsageError: fewer images than one step takes.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        accum_iter: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-    ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.accum_iter = accum_iter
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.shuffle = shuffle
-        if self.steps_per_epoch == 0:
-            raise UsageError(
-                f"{num_samples} images are fewer than one step of "
-                f"{batch_size} x {accum_iter} x {world_size} = "
-                f"{batch_size * accum_iter * world_size} (batch size x accumulation x processes): "
-                f"lower --batch_size or --accum_iter"
-            )
-        self.set_epoch(0)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of a whole epoch."""
-        return self.num_samples // (self.batch_size * self.accum_iter * self.world_size)
-
-    def set_epoch(self, epoch: int, start_step: int = 0, start_batch: int = 0) -> None:
-        """Choose what the next iteration yields.
-
-        Args:
-            epoch: decides the permutation, together with the seed.
-            start_step: steps of the epoch to leave out.
-            start_batch: further micro-batches to leave out.
-
-        Raises:
-            UsageError: a step beyond the epoch's end.
-        """
-        if start_step > self.steps_per_epoch:
-            raise UsageError(
-                f"cannot go on at step {start_step} of an epoch of {self.steps_per_epoch} steps: "
-                f"use the data and batch size of the run that is resumed"
-            )
-        self.epoch = epoch
-        self.first_batch = start_step * self.accum_iter + start_batch
-
-    def __len__(self) -> int:
-        return self.steps_per_epoch * self.accum_iter - self.first_batch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, seeds = self._draw_epoch()
-        for batch in range(self.first_batch, self.first_batch + len(self)):
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            part = slice(start, start + self.batch_size)
-            yield list(zip(order[part].tolist(), seeds[part].tolist(), strict=True))
-
-    def _draw_epoch(self) -> tuple[Tensor, Tensor]:
-        """The epoch's order of the images and the seed of each place in it, both `[num_samples]`.
-
-        Seeds belong to places, not to images, so that an image looks different in each epoch.
-        """
-        # Hashed, because with a sum the next epoch would be the next seed's.
-        epoch_seed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(epoch_seed[0]))
-        seeds = torch.randint(2**63 - 1, (self.num_samples,), generator=generator)
-        if not self.shuffle:
-            return torch.arange(self.num_samples), seeds
-        return torch.randperm(self.num_samples, generator=generator), seeds
-
-
-class BadImages:
-    """The files of a run that could not be decoded; each is named once.
-
-    Args:
-        warn: takes a line for the user.
-    """
-
-    def __init__(self, warn: Callable[[str], object] = _logger.warning) -> None:
-        self.warn = warn
-        self.paths: dict[int, str] = {}
-
-    @property
-    def count(self) -> int:
-        """Number of different files."""
-        return len(self.paths)
-
-    def add(self, indices: Iterable[int], dataset: ImageFiles) -> None:
-        """Take note of what a batch of `dataset` reports as bad."""
-        for index in indices:
-            if index not in self.paths:
-                self.paths[index] = dataset.path(index)
-                self.warn(f"{self.paths[index]} cannot be decoded: skipped")
-
-    def check(self, total: int, num_files: int, max_share: float) -> None:
-        """Stop a run on damaged data.
-
-        Args:
-            total: bad files of all processes.
-            num_files: files of the data set.
-            max_share: share of them that may be bad.
-
-        Raises:
-            TrainingError: more are.
-        """
-        if total > max_share * num_files:
-            first = next((f"; first: {path}" for path in self.paths.values()), "")
-            raise TrainingError(
-                f"{total} of {num_files} images cannot be decoded, "
-                f"more than --max_bad_images {max_share} allows{first}"
-            )
-
-
-class Loader:
-    """Micro-batches of an epoch, through worker processes of which some may be lost.
-
-    A worker that dies (the out-of-memory killer likes them) costs a warning and a restart of the
-    workers; no batch is lost or given twice.
-
-    Args:
-        dataset: takes the sampler's keys.
-        sampler: which samples make up which batch.
-        num_workers: processes that decode; 0 decodes in this one.
-        pin_memory: put batches where a GPU can fetch them from.
-        warn: takes a line for the user.
-    """
-
-    def __init__(
-        self,
-        dataset: ImageFiles,
-        sampler: StepSampler,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        warn: Callable[[str], object] = _logger.warning,
-    ) -> None:
-        self.dataset = dataset
-        self.sampler = sampler
-        self.warn = warn
-        self._new_dataloader = partial(
-            DataLoader,
-            dataset,
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            # Its own, because each epoch draws a number from it that is of no use here.
-            generator=torch.Generator(),
-        )
-        self._dataloader = self._new_dataloader()
-        self._workers: list[multiprocessing.Process] = []
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of a whole epoch."""
-        return self.sampler.steps_per_epoch
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple]:
-        """Yield what `collate` made of each micro-batch from `start_step` on.
-
-        Raises:
-            TrainingError: too many workers were lost, or a sample was given up.
-        """
-        delivered = lost = 0
-        batches = None
-        while True:
-            try:
-                if batches is None:
-                    self.sampler.set_epoch(epoch, start_step, delivered)
-                    batches = self._start()
-                batch = next(batches, None)
-            except TrainingError as error:
-                # torch puts the worker's stack before the message.
-                raise TrainingError(str(error).rsplit("TrainingError: ")[-1].strip()) from error
-            except Exception as error:
-                if not self._lost_worker():
-                    raise
-                lost += 1
-                self._report_lost_worker(lost, error)
-                self._dataloader, batches = self._new_dataloader(), None
-                continue
-            if batch is None:
-                return
-            delivered += 1
-            yield batch
-
-    def _start(self) -> Iterator[tuple]:
-        batches = iter(self._dataloader)
-        if self._dataloader.num_workers > 0:
-            self._workers = batches._workers
-            _let_only_fetching_raise()
-        return batches
-
-    def _lost_worker(self) -> bool:
-        """Whether a worker has ended. An error can be seen a moment before its cause."""
-        sentinels = [worker.sentinel for worker in self._workers]
-        return bool(sentinels and multiprocessing.connection.wait(sentinels, timeout=1))
-
-    def _report_lost_worker(self, lost: int, error: Exception) -> None:
-        if lost > MAX_LOST_WORKERS:
-            raise TrainingError(
-                f"{lost} data workers were lost in this epoch, probably for want of memory "
-                f"or of shared memory (/dev/shm): lower --num_workers, or give the job more memory"
-            ) from error
-        self.warn(
-            "a data worker was killed or crashed: starting the workers again, no image is lost"
-        )
-
-
-def _let_only_fetching_raise() -> None:
-    """Remove the signal handler by which torch reports a lost worker.
-
-    It raises wherever the main thread happens to be, in an optimizer step, say. Without it the
-    loss is noticed, within seconds, when the worker's batch is waited for.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, for values in [0, 1]: ImageNet's.
-
-    Raises:
-        UsageError: a number of channels other than 1, 3 or 4.
-    """
-    _channel_mode(in_chans)
-    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    if in_chans == 1:
-        return (sum(mean) / 3,), (sum(std) / 3,)
-    alpha = (0.5,) * (in_chans - 3)
-    return mean + alpha, std + alpha
-
-
-def pretrain_transform(
-    img_size: tuple[int, int],
-    in_chans: int = 3,
-    *,
-    hflip: bool = True,
-    scale: tuple[float, float] = (0.2, 1.0),
-) -> Callable[[Image.Image], Tensor]:
-    """The augmentation of pretraining: random resized crop and flip, then normalise.
-
-    Args:
-        img_size: (H, W).
-        in_chans: channels of the images.
-        hflip: mirror every second image; not for digits, letters or the like.
-        scale: share of the image's area that a crop takes.
-
-    Returns:
-        PIL image to `[in_chans, H, W]`, float32.
-    """
-    bicubic = v2.InterpolationMode.BICUBIC
-    crop = v2.RandomResizedCrop(img_size, scale=scale, interpolation=bicubic, antialias=True)
-    flip = [v2.RandomHorizontalFlip()] if hflip else []
-    return v2.Compose([crop, *flip, *_to_normalized(in_chans)])
-
-
-def eval_transform(img_size: tuple[int, int], in_chans: int = 3) -> Callable[[Image.Image], Tensor]:
-    """The largest centred part of the proportions H : W, resized to (H, W) and normalised.
-
-    Returns:
-        PIL image to `[in_chans, H, W]`, float32.
-    """
-    height, width = img_size
-    fit = partial(ImageOps.fit, size=(width, height), method=Image.Resampling.BICUBIC)
-    return v2.Compose([fit, *_to_normalized(in_chans)])
-
-
-def _to_normalized(in_chans: int) -> list[torch.nn.Module]:
-    """The end of every transform: PIL image to a plain, normalised tensor."""
-    return [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(*channel_stats(in_chans)),
-        v2.ToPureTensor(),
-    ]
-
-
-def denormalize(images: Tensor) -> Tensor:
-    """Undo the normalisation, for viewing: `[…, C, H, W]` to the same shape within [0, 1]."""
-    mean, std = (
-        images.new_tensor(values).view(-1, 1, 1) for values in channel_stats(images.shape[-3])
-    )
-    return (images * std + mean).clamp(0, 1)

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from util.checkpoint import LAST, Checkpoints
-from util.datasets import BadImages, Loader
 from util.distributed import StopSignal, gather_objects, print_once, world_size
 from util.errors import TrainingError, UsageError
+from util.loader import BadImages, Loader
 from util.logger import Meters, Progress, RunLog, peak_memory_mb
 from util.lr_sched import adjust_learning_rate
 from util.optim_step import OptimStep
+from util.resume import LAST, Checkpoints
 
 
 class Stopped(Exception):

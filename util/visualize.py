@@ -17,8 +17,9 @@ from torchvision.utils import make_grid, save_image
 
 from util import args as arguments
 from util.checkpoint import load_file
-from util.datasets import denormalize, eval_transform, find_train_folder, list_images, load_image
+from util.datasets import find_train_folder, list_images, load_image
 from util.errors import UsageError
+from util.transforms import denormalize, eval_transform
 
 GRAY = 0.5  # what a removed patch looks like
 
