@@ -392,11 +392,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[N, L, C]` to the same shape."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attend within `x`.
+
+        Args:
+            x: `[N, L, C]`.
+            bias: added to the attention logits, broadcastable to `[N, heads, L, L]`: relative
+                positions, or -inf where a token must not look.
+
+        Returns:
+            `[N, L, C]`.
+        """
         # [N, L, 3C] -> [N, L, 3, heads, C / heads] -> three of [N, heads, L, C / heads]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -418,9 +427,9 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[N, L, C]` to the same shape."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[N, L, C]` to the same shape; `bias` as `Attention` takes it."""
+        x = x + self.drop_path(self.attn(self.norm1(x), bias))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
