@@ -13,14 +13,17 @@ SIZES = {
 }
 
 
-def read_architecture(shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
+def read_architecture(
+    shapes: Mapping[str, Sequence[int]], img_size: Sequence[int] | None = None
+) -> dict[str, object]:
     """The constructor's arguments of the encoder that weights belong to.
 
     Heads are not in the shapes: a known width has its published number, any other 64 channels a
-    head. The image is taken to be square, as the number of tokens does not tell.
+    head. Nor are the proportions of the image: without a hint that fits it is taken to be square.
 
     Args:
         shapes: name to shape, as in the published checkpoints; more names do no harm.
+        img_size: what is known of the input, used if it has the number of tokens.
 
     Returns:
         `img_size`, `patch_size`, `in_chans`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio` and
@@ -36,11 +39,8 @@ def read_architecture(shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
     except KeyError as error:
         raise ValueError(f"these are no weights of a ConvViT: {error} is missing") from None
     patch_size = tuple(tuple(shape[2:]) for shape in projections)
+    stride = tuple(math.prod(p) for p in zip(*patch_size, strict=True))
     class_token = "cls_token" in shapes
-    grid = math.isqrt(tokens)
-    class_position = class_token and grid**2 != tokens
-    if class_position:
-        grid = math.isqrt(tokens - 1)
     depth = tuple(_depth(shapes, stage) for stage in (1, 2, 3))
     ratios = (
         shapes[f"blocks{stage}.0.mlp.fc1.weight"][0] / embed_dim[stage - 1] if blocks else 4
@@ -48,7 +48,7 @@ def read_architecture(shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
     )
     known_heads = {size["embed_dim"][2]: size["num_heads"] for size in SIZES.values()}
     return {
-        "img_size": tuple(grid * math.prod(p) for p in zip(*patch_size, strict=True)),
+        "img_size": _img_size(tokens, class_token, stride, img_size),
         "patch_size": patch_size,
         "in_chans": projections[0][1],
         "embed_dim": embed_dim,
@@ -57,6 +57,25 @@ def read_architecture(shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
         "mlp_ratio": tuple(ratios),
         "class_token": class_token,
     }
+
+
+def grid_size(architecture: Mapping[str, object]) -> tuple[int, ...]:
+    """Stage-3 tokens along each dimension."""
+    strides = (math.prod(p) for p in zip(*architecture["patch_size"], strict=True))
+    return tuple(s // p for s, p in zip(architecture["img_size"], strides, strict=True))
+
+
+def _img_size(
+    tokens: int, class_token: bool, stride: Sequence[int], hint: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The input whose grid has that many tokens; one may be the class token's."""
+    counts = (tokens, tokens - 1) if class_token else (tokens,)
+    if hint and len(hint) == len(stride):
+        grid = [s // p for s, p in zip(hint, stride, strict=True)]
+        if math.prod(grid) in counts:
+            return tuple(hint)
+    side = next((math.isqrt(n) for n in counts if math.isqrt(n) ** 2 == n), math.isqrt(tokens))
+    return tuple(side * p for p in stride)
 
 
 def _depth(shapes: Mapping[str, Sequence[int]], stage: int) -> int:
@@ -70,3 +89,16 @@ def size_name(architecture: Mapping[str, object]) -> str:
         if all(tuple(architecture[k]) == size[k] for k in ("embed_dim", "depth", "mlp_ratio")):
             return name
     return "another size"
+
+
+def describe_architecture(architecture: Mapping[str, object]) -> str:
+    """Size, widths, depths and so on, in a line."""
+
+    def numbers(name: str) -> str:
+        return "-".join(f"{value:g}" for value in architecture[name])
+
+    return (
+        f"{size_name(architecture)} (widths {numbers('embed_dim')}, blocks {numbers('depth')}, "
+        f"MLP ratios {numbers('mlp_ratio')}, {architecture['num_heads']} heads"
+        f"{', class token' if architecture['class_token'] else ''})"
+    )

@@ -1,19 +1,29 @@
-"""Checkpoints: written so that a kill loses nothing, read so that a hostile file runs nothing."""
+"""Checkpoint files: written so that a kill loses nothing, read so that a hostile one runs nothing.
+
+`python -m util.checkpoint inspect FILE` says what a file is, and
+`python -m util.checkpoint export FILE --to model.safetensors` writes its weights alone.
+"""
 
 import argparse
 import os
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from util.errors import TrainingError, UsageError
 
 
-def save_atomically(state: dict, path: Path) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file that is whole or not there: temporary name, flush to disk, rename.
+
+    Args:
+        path: the file's name in the end.
+        write: takes the open file.
 
     Raises:
         TrainingError: the disk is full or the folder cannot be written; an older file of that
@@ -22,7 +32,7 @@ def save_atomically(state: dict, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -37,6 +47,11 @@ def save_atomically(state: dict, path: Path) -> None:
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         kept = "; the previous one is intact" if path.exists() else ""
         raise TrainingError(f"cannot write {path}: {reason}{kept}") from error
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Write a checkpoint that is whole or not there, see `write_atomically`."""
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def load_file(path: str | Path) -> dict:

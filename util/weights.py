@@ -1,0 +1,324 @@
+"""The one loader of weights: from any file to a model, by name and shape, with a report.
+
+Reads this framework's checkpoints, those published for the original code (v1 and v2), bare state
+dicts, names that DDP or torch.compile prefixed, and safetensors. What cannot fit is refused with
+the reason.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from util.architecture import describe_architecture, grid_size, read_architecture
+from util.checkpoint import load_file
+from util.errors import UsageError
+
+# Where a checkpoint keeps its weights; averaged ones are what one evaluates.
+_ENTRIES = ("model_ema", "state_dict_ema", "model", "state_dict")
+# What wrappers put before names: DDP and averages in front, torch.compile anywhere.
+_WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.")
+# Where the encoder's names begin in the segmentors and detectors built on it.
+_BACKBONES = ("", "backbone.", "backbone.bottom_up.", "backbone.net.")
+
+KINDS = {
+    "autoencoder": "a whole masked autoencoder, from pretraining",
+    "encoder": "an encoder alone, without a head",
+    "classifier": "a classifier",
+    "probe": "a linear probe: an encoder, a batch norm and a linear head",
+    "segmentor": "a segmentation model",
+    "detector": "a detection model",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds.
+
+    Attributes:
+        path: the file, for messages.
+        state: name to tensor, without the prefixes of wrappers.
+        info: the file's other plain entries, such as epoch, args (a dict) and classes.
+        entry: where in the file the weights were, "model_ema" for averaged ones.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    info: dict[str, object] = field(default_factory=dict)
+    entry: str = ""
+
+    @property
+    def args(self) -> dict[str, object]:
+        """The arguments of the run that wrote the file; empty if it does not say."""
+        return self.info.get("args") or {}
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, in the order of the head's outputs, if the file has them."""
+        return self.info.get("classes")
+
+    @cached_property
+    def encoder(self) -> str:
+        """What stands before the names of the encoder's weights."""
+        found = (p for p in _BACKBONES if f"{p}patch_embed1.proj.weight" in self.state)
+        return next(found, "")
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        if self.encoder:
+            detector = any(name.startswith("roi_heads.") for name in self.state)
+            return "detector" if detector else "segmentor"
+        if "mask_token" in self.state:
+            return "autoencoder"
+        if "head.1.weight" in self.state:
+            return "probe"
+        return "classifier" if "head.weight" in self.state else "encoder"
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head; 0 without one."""
+        head = self.state.get("head.weight", self.state.get("head.1.weight"))
+        return 0 if head is None else len(head)
+
+    @property
+    def global_pool(self) -> str:
+        """How a classifier pools: its norm's name tells."""
+        return "avg" if "fc_norm.weight" in self.state else "token"
+
+    @cached_property
+    def architecture(self) -> dict[str, object]:
+        """The encoder's constructor arguments, read off the shapes.
+
+        Raises:
+            UsageError: these are no weights of a ConvViT.
+        """
+        prefix, size = self.encoder, self.args.get("input_size")
+        names = (name for name in self.state if name.startswith(prefix))
+        shapes = {name.removeprefix(prefix): self.state[name].shape for name in names}
+        try:
+            return read_architecture(shapes, (size, size) if isinstance(size, int) else size)
+        except ValueError as error:
+            some = ", ".join(sorted(self.state)[:3])
+            raise UsageError(f"checkpoint {self.path}: {error} (it has {some}, …)") from error
+
+    def without(self, *prefixes: str) -> "Weights":
+        """The same without the weights of these modules or parameters."""
+        state = {name: t for name, t in self.state.items() if not _within(name, prefixes)}
+        return Weights(self.path, state, self.info, self.entry)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How weights were matched to a model.
+
+    Attributes:
+        path: the file.
+        loaded: how many tensors were taken.
+        resized: position tables resized to the model's grid, with both sizes.
+        missing: the model's names that begin anew.
+        unexpected: the file's names that the model does not have.
+        averaged: whether these are a run's averaged weights.
+    """
+
+    path: Path
+    loaded: int
+    resized: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    averaged: bool = False
+
+    def __str__(self) -> str:
+        lines = [f"weights of {self.path}: {self.loaded} tensors loaded"]
+        lines[0] += ", the run's average (EMA)" if self.averaged else ""
+        if self.resized:
+            lines.append(f"  resized: {', '.join(self.resized)}")
+        if self.missing:
+            lines.append(f"  missing there, begin anew: {_modules(self.missing)}")
+        if self.unexpected:
+            lines.append(f"  unexpected, not used: {_modules(self.unexpected)}")
+        return "\n".join(lines)
+
+
+def _modules(names: Sequence[str]) -> str:
+    """Names, summed up by the module they belong to."""
+    counts = Counter(name.split(".")[0] for name in names)
+    return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
+
+
+def _within(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read the weights of a file of any kind; nothing in it can run code.
+
+    Raises:
+        UsageError: a file that cannot be read or holds no weights.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return weights_of(load_file(path), path)
+
+
+def weights_of(content: Mapping, path: str | Path) -> Weights:
+    """The weights in a checkpoint's contents, see `read_weights`."""
+    entry = next((name for name in _ENTRIES if _is_state(content.get(name))), "")
+    state = content[entry] if entry else content
+    if not _is_state(state):
+        raise UsageError(
+            f"checkpoint {path} holds no weights: it has {', '.join(map(str, content)) or 'nothing'}"
+        )
+    info = {} if not entry else {k: v for k, v in content.items() if not isinstance(v, Mapping)}
+    args = content.get("args") if entry else None
+    if args is not None:
+        info["args"] = vars(args) if isinstance(args, argparse.Namespace) else dict(args)
+    return Weights(Path(path), _clean(state), info, entry)
+
+
+def _is_state(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(t, Tensor) for t in value.values())
+    )
+
+
+def _clean(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+
+
+def _read_safetensors(path: Path) -> Weights:
+    if not path.is_file():
+        raise UsageError(f"checkpoint {path} does not exist or is not a file")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        info = json.loads(metadata.get("info", "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"checkpoint {path} cannot be read: {error}") from error
+    return Weights(path, _clean(state), info, metadata.get("entry", ""))
+
+
+def load_weights(
+    model: nn.Module, weights: Weights, *, new: Sequence[str] = (), prefix: str = ""
+) -> Report:
+    """Load weights into a model; every tensor but those of `new` must be there and fit.
+
+    Position tables (names that end in `pos_embed`) are resized to the model's grid, and their
+    row for a class token dropped or added as the model has one.
+
+    Args:
+        model: its `geometry` says the grid, its `num_prefix_tokens` the rows before it.
+        weights: what to load.
+        new: modules or parameters that may be missing, or have another shape, and then keep what
+            they have: the head of a model that begins a new task.
+        prefix: load only what the file has below this name, see `Weights.encoder`.
+
+    Raises:
+        UsageError: weights that do not fit, with the reason.
+    """
+    own = model.state_dict()
+    there = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.state.items()
+        if name.startswith(prefix)
+    }
+    chosen, resized, misfits = {}, [], []
+    for name in own.keys() & there.keys():
+        tensor = there[name]
+        if tensor.shape == own[name].shape:
+            chosen[name] = tensor
+        elif name.endswith("pos_embed") and tensor.shape[-1] == own[name].shape[-1]:
+            grid = grid_size(weights.architecture)
+            chosen[name] = _resize_table(tensor, grid, model)
+            resized.append(f"{name} ({_size(grid)} to {_size(model.geometry.grid(3))})")
+        elif not _within(name, new):
+            misfits.append(name)
+    missing = sorted(own.keys() - chosen.keys())
+    absent = [name for name in missing if not _within(name, new) and name not in misfits]
+    if misfits or absent:
+        weights.architecture  # refuses what is no ConvViT's
+        raise UsageError(_why_not(model, weights, own, there, sorted(misfits), absent))
+    model.load_state_dict(chosen, strict=False)
+    return Report(
+        weights.path,
+        len(chosen),
+        sorted(resized),
+        missing,
+        sorted(there.keys() - chosen.keys()),
+        "ema" in weights.entry,
+    )
+
+
+def _size(grid: Sequence[int]) -> str:
+    return "x".join(map(str, grid))
+
+
+def _resize_table(table: Tensor, grid: Sequence[int], model: nn.Module) -> Tensor:
+    """A position table `[1, prefix + L, C]` as the model has it."""
+    tokens, size = math.prod(grid), model.geometry.grid(3)
+    prefix, rows = table[:, :-tokens], table[:, -tokens:]
+    if tuple(grid) != tuple(size):
+        rows = resample_abs_pos_embed(rows, list(size), list(grid), num_prefix_tokens=0)
+    wanted = getattr(model, "num_prefix_tokens", 0)
+    # A class token that had no row had nothing added.
+    prefix = torch.cat([prefix, prefix.new_zeros(1, wanted, table.shape[-1])], dim=1)[:, :wanted]
+    return torch.cat([prefix, rows], dim=1)
+
+
+def _why_not(
+    model: nn.Module,
+    weights: Weights,
+    own: Mapping[str, Tensor],
+    there: Mapping[str, Tensor],
+    misfits: Sequence[str],
+    absent: Sequence[str],
+) -> str:
+    """The reason why weights do not fit, as a user would put it."""
+    start = f"checkpoint {weights.path}"
+    encoders = [
+        read_architecture({name: t.shape for name, t in state.items()})
+        for state in (there, own)
+        if "patch_embed1.proj.weight" in state and "pos_embed" in state
+    ]
+    if len(encoders) == 2 and any(
+        encoders[0][k] != encoders[1][k] for k in ("embed_dim", "depth", "mlp_ratio")
+    ):
+        return (
+            f"{start} holds another size of model: {describe_architecture(encoders[0])}; "
+            f"the model to fill is {describe_architecture(encoders[1])}"
+        )
+    names = [*misfits, *absent]
+    heads = [name for name in names if _within(name, ("head",))]
+    if heads and all(_within(name, ("head", "norm", "fc_norm")) for name in names):
+        if not weights.num_classes:
+            return f"{start} has no head: it is {KINDS[weights.kind]}, no trained classifier"
+        outputs = len(own[heads[0]])
+        return f"{start} has a head of {weights.num_classes} classes, the model has {outputs}"
+    name = names[0]
+    if misfits:
+        shapes = f"{_size(there[name].shape)} there, {_size(own[name].shape)} in the model"
+        return f"{start}: {len(misfits)} weights have another shape ({name}: {shapes})"
+    return f"{start} lacks {len(absent)} weights of the model ({_modules(absent)})"
+
+
+def export_weights(weights: Weights, path: Path) -> bytes:
+    """The weights alone, with what the file says of itself, as the bytes of a safetensors file."""
+    tensors = {name: t.detach().clone().contiguous() for name, t in weights.state.items()}
+    kept = {k: v for k, v in weights.info.items() if k in ("epoch", "args", "classes")}
+    metadata = {"format": "pt", "info": json.dumps(kept), "entry": weights.entry}
+    return safetensors.torch.save(tensors, metadata)
