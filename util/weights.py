@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -158,7 +159,8 @@ def _modules(names: Sequence[str]) -> str:
 
 
 def _within(name: str, modules: Sequence[str]) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
+    """Whether a name is one of these modules or parameters, or lies in one; `*` is a wildcard."""
+    return any(fnmatchcase(name, m) or fnmatchcase(name, f"{m}.*") for m in modules)
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -179,7 +181,7 @@ def weights_of(content: Mapping, path: str | Path) -> Weights:
     state = content[entry] if entry else content
     if not _is_state(state):
         raise UsageError(
-            f"checkpoint {path} holds no weights: it has {', '.join(map(str, content)) or 'nothing'}"
+            f"checkpoint {path} holds no weights, only {', '.join(map(str, content)) or 'nothing'}"
         )
     info = {} if not entry else {k: v for k, v in content.items() if not isinstance(v, Mapping)}
     args = content.get("args") if entry else None
@@ -224,8 +226,8 @@ def load_weights(
     Args:
         model: its `geometry` says the grid, its `num_prefix_tokens` the rows before it.
         weights: what to load.
-        new: modules or parameters that may be missing, or have another shape, and then keep what
-            they have: the head of a model that begins a new task.
+        new: modules or parameters (`*` is a wildcard) that may be missing or have another shape,
+            and then keep what they have: the head of a model that begins a new task.
         prefix: load only what the file has below this name, see `Weights.encoder`.
 
     Raises:
@@ -251,7 +253,7 @@ def load_weights(
     missing = sorted(own.keys() - chosen.keys())
     absent = [name for name in missing if not _within(name, new) and name not in misfits]
     if misfits or absent:
-        weights.architecture  # refuses what is no ConvViT's
+        _ = weights.architecture  # refuses what is no ConvViT's
         raise UsageError(_why_not(model, weights, own, there, sorted(misfits), absent))
     model.load_state_dict(chosen, strict=False)
     return Report(
