@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, v2
 
@@ -36,7 +36,7 @@ def pretrain_transform(
     hflip: bool = True,
     scale: tuple[float, float] = (0.2, 1.0),
 ) -> Callable[[BinaryIO], Tensor]:
-    """The augmentation of pretraining: random resized crop and flip.
+    """The augmentation of pretraining and probing: random resized crop and flip.
 
     Args:
         img_size: (H, W).
@@ -51,6 +51,68 @@ def pretrain_transform(
     choose = partial(RandomResizedCrop.get_params, scale=list(scale), ratio=[3 / 4, 4 / 3])
     crop = partial(load_crop, choose=choose, size=img_size, in_chans=in_chans)
     return v2.Compose([crop, *([v2.RandomHorizontalFlip()] if hflip else [])])
+
+
+def finetune_transform(
+    img_size: tuple[int, int],
+    in_chans: int = 3,
+    *,
+    hflip: bool = True,
+    scale: tuple[float, float] = (0.08, 1.0),
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+    color_jitter: float = 0.0,
+    reprob: float = 0.25,
+) -> Callable[[BinaryIO], Tensor]:
+    """The augmentation of fine-tuning, timm's: random resized crop, flip, RandAugment, erasing.
+
+    Args:
+        img_size: (H, W).
+        in_chans: channels of the images.
+        hflip: mirror every second image.
+        scale: share of the image's area that a crop takes.
+        auto_augment: timm's name of a policy, or None.
+        color_jitter: strength of the colour jitter that takes the policy's place if there is none.
+        reprob: share of the images in which a rectangle is erased with noise.
+
+    Returns:
+        Image file to `[in_chans, H, W]`, float32, normalised.
+    """
+    mean, std = channel_stats(in_chans)
+    transform = create_transform(
+        (in_chans, *img_size),
+        is_training=True,
+        scale=scale,
+        hflip=0.5 if hflip else 0.0,
+        color_jitter=color_jitter,
+        auto_augment=auto_augment,
+        interpolation="bicubic",
+        re_prob=reprob,
+        re_mode="pixel",
+        mean=mean,
+        std=std,
+    )
+    return v2.Compose([partial(load_image, in_chans=in_chans), transform])
+
+
+def center_crop_transform(
+    img_size: tuple[int, int], in_chans: int = 3
+) -> Callable[[BinaryIO], Tensor]:
+    """The view by which a classifier is evaluated, as MAE's: 224 of 256 pixels around the centre.
+
+    Above 224 pixels nothing is cut but what the proportions demand.
+
+    Returns:
+        Image file to `[in_chans, H, W]`, float32, normalised.
+    """
+    mean, std = channel_stats(in_chans)
+    transform = create_transform(
+        (in_chans, *img_size),
+        interpolation="bicubic",
+        crop_pct=224 / 256 if max(img_size) <= 224 else 1.0,
+        mean=mean,
+        std=std,
+    )
+    return v2.Compose([partial(load_image, in_chans=in_chans), transform])
 
 
 def eval_transform(
