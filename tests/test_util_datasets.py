@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from torchvision.transforms import v2
 
-from tests.pictures import noisy, picture, write_pictures
+from tests.pictures import decode, noisy, picture, write_pictures
 from util.datasets import ImageFiles, find_train_folder, list_images, load_image, seeded
 from util.errors import TrainingError, UsageError
 
@@ -222,7 +221,7 @@ def test_train_is_read_where_it_exists(tmp_path):
     write_pictures(tmp_path / "val" / "cat", 5)
     assert find_train_folder(tmp_path) == tmp_path / "train"
     assert find_train_folder(tmp_path / "val") == tmp_path / "val"
-    assert len(ImageFiles(find_train_folder(tmp_path), v2.PILToTensor())) == 2
+    assert len(ImageFiles(find_train_folder(tmp_path), decode)) == 2
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -300,7 +299,7 @@ def test_the_random_state_is_restored_after_an_error():
 
 
 def test_a_bad_file_is_replaced_by_the_same_image_for_the_same_seed(tmp_path):
-    data = ImageFiles(write_pictures(tmp_path, 8), v2.PILToTensor())
+    data = ImageFiles(write_pictures(tmp_path, 8), decode)
     (tmp_path / "002.png").write_bytes(b"")
     image, bad = data[2, 5]
     assert bad[0] == 2
@@ -314,11 +313,11 @@ def test_a_bad_file_is_replaced_by_the_same_image_for_the_same_seed(tmp_path):
 def test_a_folder_of_nothing_but_bad_files_is_given_up(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(TrainingError, match=r"10 files in a row .*a\.png cannot be decoded"):
-        ImageFiles(tmp_path, v2.PILToTensor())[0, 0]
+        ImageFiles(tmp_path, decode)[0, 0]
 
 
 def test_an_error_of_the_transform_is_not_taken_for_a_bad_file(tmp_path):
-    def broken(image):
+    def broken(file):
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):

@@ -38,8 +38,8 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What numpy draws from within `seeded`.
-_BLOCK_GENERATOR = np.random.MT19937(0)
+# What numpy can draw from within `seeded`.
+_spare_generators: list[np.random.MT19937] = []
 
 # A picture of 100 megapixels is large, not an attack; twice Pillow's limit is still an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -176,12 +176,12 @@ def seeded(seed: int) -> Iterator[None]:
     """Run a block with `torch`, `numpy` and `random` seeded on the CPU, then restore their states.
 
     `torch.manual_seed` would also seed the generators of the accelerators, which are not ours.
-    One block must not contain another.
     """
     # numpy's generator is exchanged because to copy its state takes ten times as long.
+    generator = _spare_generators.pop() if _spare_generators else np.random.MT19937(0)
     states = torch.default_generator.get_state(), np.random.get_bit_generator(), random.getstate()
     torch.default_generator.manual_seed(seed)
-    np.random.set_bit_generator(_BLOCK_GENERATOR)
+    np.random.set_bit_generator(generator)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     try:
@@ -189,6 +189,7 @@ def seeded(seed: int) -> Iterator[None]:
     finally:
         torch.default_generator.set_state(states[0])
         np.random.set_bit_generator(states[1])
+        _spare_generators.append(generator)
         random.setstate(states[2])
 
 
