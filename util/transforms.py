@@ -50,7 +50,12 @@ def pretrain_transform(
     check_channels(in_chans)
     choose = partial(RandomResizedCrop.get_params, scale=list(scale), ratio=[3 / 4, 4 / 3])
     crop = partial(load_crop, choose=choose, size=img_size, in_chans=in_chans)
-    return v2.Compose([crop, *([v2.RandomHorizontalFlip()] if hflip else [])])
+    return partial(_crop_and_flip, crop=crop) if hflip else crop
+
+
+def _crop_and_flip(file: BinaryIO, crop: Callable[[BinaryIO], Tensor]) -> Tensor:
+    image = crop(file)
+    return image.flip(-1) if torch.rand(1) < 0.5 else image
 
 
 def finetune_transform(
@@ -142,7 +147,7 @@ def normalize(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8:
         return images
     scale, shift = _scale_and_shift(images.shape[-3], images.device)
-    return torch.addcmul(shift, images, scale)
+    return images.float().mul_(scale).add_(shift)  # twice as fast on a CPU as one operation
 
 
 @cache
