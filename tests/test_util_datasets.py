@@ -365,7 +365,7 @@ def test_a_labeled_item_says_which_index_it_is(tmp_path):
     data = LabeledImages(write_classes(tmp_path, ant=1, bee=1), decode)
     image, label, index, bad = data[1, 0]
     assert (label, index, bad) == (1, 1, ())
-        assert np.array_equal(image.movedim(0, -1), np.asarray(picture(0)))
+    assert np.array_equal(image.movedim(0, -1), np.asarray(picture(0)))
 
 
 def test_a_substitute_comes_with_its_own_label(tmp_path):
