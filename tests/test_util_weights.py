@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -339,6 +340,36 @@ def test_the_architecture_is_read_off_the_shapes(name):
 def test_weights_of_something_else_have_no_architecture():
     with pytest.raises(ValueError, match=r"no weights of a ConvViT: 'patch_embed1.*is missing"):
         read_architecture({"weight": (3, 2)})
+
+
+# --- the published files, by their names and shapes ----------------------------------------------
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "state_dict_keys.json").read_text())
+
+
+def published(name, **content):
+    """Weights with the names and shapes of a published checkpoint, without numbers in them."""
+    state = {k: torch.empty(shape, device="meta") for k, shape in GOLDEN[name].items()}
+    return weights_of({"model": state, **content}, f"{name}.pth")
+
+
+@pytest.mark.parametrize(("mode", "pool"), [("global_pool", "avg"), ("first_token", "token")])
+def test_a_published_classifier_fills_the_model_whole(mode, pool):
+    with torch.device("meta"):
+        model, report = convvit_from_weights(published(f"convvit_base_patch16[{mode}]"))
+    assert (model.global_pool, model.num_classes) == (pool, 1000)
+    assert (report.missing, report.unexpected, report.loaded) == ([], [], 207)
+
+
+def test_a_published_encoder_starts_a_classifier_whole():
+    weights = published("convmae_convvit_base_patch16").without(
+        "mask_token", "decoder_*", "stage1_output_decode", "stage2_output_decode"
+    )
+    assert weights.kind == "encoder"
+    with torch.device("meta"):
+        model, report = convvit_from_weights(weights, num_classes=10)
+    assert {name.split(".")[0] for name in report.missing} == {"fc_norm", "head"}
+    assert model.blocks3[0].attn.num_heads == 12
 
 
 # --- inspect and export --------------------------------------------------------------------------
