@@ -321,13 +321,14 @@ class ImageFiles(Dataset):
         Raises:
             TrainingError: `MAX_TRIES` files failed.
         """
-        draw, bad = random.Random(seed), []
+        bad = []
         while len(bad) < MAX_TRIES:
             try:
                 with self.files.open(index) as file, seeded(seed):
                     return self.transform(file), index, tuple(bad)
             except OSError as error:
                 bad.append(index)
+                draw = random.Random(f"{seed} {len(bad)}")
                 index, reason = draw.randrange(len(self)), error
         raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
 
