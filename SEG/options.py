@@ -28,7 +28,6 @@ def add_config_args(parser: Parser) -> None:
         "--cfg-options",
         nargs="+",
         action=DictAction,
-        default={},
         metavar="KEY=VALUE",
         help="settings of the config to change, such as train_dataloader.batch_size=4",
     )
@@ -46,7 +45,7 @@ def add_data_args(parser: Parser) -> None:
     )
     group.add_argument(
         "--classes",
-        metavar="N",
+        metavar="N|FILE",
         help="number of classes, or a text file with a name a line (default: the config's)",
     )
     group.add_argument(
@@ -71,7 +70,7 @@ def read_config(args: argparse.Namespace) -> Config:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"the config {args.config} cannot be read: {reason}") from error
     try:
-        config.merge_from_dict(args.cfg_options)
+        config.merge_from_dict(args.cfg_options or {})
     except (KeyError, TypeError, IndexError) as error:
         raise UsageError(f"--cfg-options: {error}") from error
     if config.get("work_dir") is None:

@@ -40,6 +40,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--amp",
+        nargs="?",
+        const="auto",
         choices=("auto", "bf16", "fp16", "none"),
         help="mixed precision; auto: bf16 where the GPU has it, else fp16 on CUDA, none elsewhere "
         "(default: the config's)",
