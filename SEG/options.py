@@ -65,10 +65,12 @@ def read_config(args: argparse.Namespace) -> Config:
     if not args.config.is_file():
         raise UsageError(f"the config {args.config} does not exist or is not a file")
     try:
-        config = Config.fromfile(args.config)
+        values = Config.fromfile(args.config).to_dict()
     except Exception as error:  # A config is a program and may raise anything.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"the config {args.config} cannot be read: {reason}") from error
+    # mmengine writes the config into logs and checkpoints, and takes seconds to format it.
+    config = Config(values, filename=str(args.config), format_python_code=False)
     try:
         config.merge_from_dict(args.cfg_options or {})
     except (KeyError, TypeError, IndexError) as error:
