@@ -77,8 +77,8 @@ def test(
         return runner.test()
 
 
-def main(args: argparse.Namespace) -> None:
-    """Read config and checkpoint, test, print."""
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """Read config and checkpoint, test, print; returns the metrics, in percent."""
     config = options.read_config(args)
     options.use_data(config, args)
     if args.work_dir is not None:
@@ -92,6 +92,7 @@ def main(args: argparse.Namespace) -> None:
         check_writable(args.show_dir, "--show-dir")
     metrics = test(config, weights, tta=args.tta, show_dir=args.show_dir)
     print_once("  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    return metrics
 
 
 if __name__ == "__main__":
