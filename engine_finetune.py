@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from util.errors import UsageError
 from util.loader import BadImages, EvalSampler, Loader, StepSampler
 from util.optim_step import amp_dtype
 from util.resume import BEST, LAST, find_resumable
-from util.run import Run, check_program
+from util.run import Run, check_program, check_state
 from util.transforms import center_crop_transform
 from util.weights import KINDS, Report, Weights, read_weights, weights_of
 
@@ -108,6 +108,8 @@ def fit(
         values = train(epoch, start)
         models = {"test": run.model} | ({"test_ema": ema.module} if ema else {})
         for name, model in models.items():
+            if model is not run.model:
+                print_once("With the averaged weights (EMA):")
             evaluation = evaluate(
                 model, val_loader, run.device, run.step.dtype, args.max_bad_images
             )
@@ -281,6 +283,17 @@ def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Wei
     return content, weights
 
 
+def check_resumed(content: dict | None, args: argparse.Namespace, dataset: LabeledImages) -> None:
+    """Refuse to go on from another run, or with other classes.
+
+    Raises:
+        UsageError: saying what differs.
+    """
+    if content:
+        check_state(content, args, len(dataset))
+        check_classes(content["classes"], dataset.classes, "the run to resume", dataset.root)
+
+
 def build_classifier(
     args: argparse.Namespace, weights: Weights | None, classes: Sequence[str], **kwargs
 ) -> tuple[ConvViT, Report | None]:
@@ -315,7 +328,7 @@ def build_classifier(
 def val_loader(args: argparse.Namespace, root: Path) -> Loader:
     """The images to evaluate on, each in one process."""
     transform = center_crop_transform(tuple(args.input_size), args.in_chans)
-    dataset = LabeledImages(root, transform, args.in_chans)
+    dataset = LabeledImages(root, transform)
     if args.dist_eval:
         sampler = EvalSampler(len(dataset), args.batch_size, rank(), world_size())
     else:
@@ -324,7 +337,7 @@ def val_loader(args: argparse.Namespace, root: Path) -> Loader:
 
 
 def build_data(
-    args: argparse.Namespace, transform: Callable[[Image.Image], Tensor]
+    args: argparse.Namespace, transform: Callable[[BinaryIO], Tensor]
 ) -> tuple[Loader, Loader]:
     """Training and validation images of ImageNet's layout, checked to have the same classes.
 
@@ -343,7 +356,7 @@ def build_data(
                 f"--data_path {args.data_path} has no {name}/: it takes train/ and val/, with the "
                 f"images of each class in a folder of its own"
             )
-    dataset = LabeledImages(args.data_path / "train", transform, args.in_chans)
+    dataset = LabeledImages(args.data_path / "train", transform)
     dataset.check_complete()
     val = val_loader(args, args.data_path / "val")
     check_classes(dataset.classes, val.dataset.classes, dataset.root, val.dataset.root)

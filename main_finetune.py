@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
+from typing import BinaryIO
 
 import torch
-from PIL import Image
 from timm.data import Mixup
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -22,6 +22,7 @@ from engine_finetune import (
     Best,
     build_classifier,
     build_data,
+    check_resumed,
     evaluate_checkpoint,
     find_start,
     fit,
@@ -32,7 +33,7 @@ from util import args as arguments
 from util.distributed import init_processes, print_once, rank
 from util.errors import UsageError
 from util.logger import count_parameters
-from util.run import Run, check_state, complete_run, run_main, seed_everything
+from util.run import Run, complete_run, run_main, seed_everything
 from util.transforms import finetune_transform
 
 PROGRAM = "fine-tuning"
@@ -115,7 +116,7 @@ def check_recipe(args: argparse.Namespace) -> None:
         raise UsageError("--aa knows no images with an alpha channel: give --aa none")
 
 
-def build_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
+def build_transform(args: argparse.Namespace) -> Callable[[BinaryIO], Tensor]:
     """The augmentation of the training images."""
     try:
         return finetune_transform(
@@ -172,8 +173,7 @@ def main(args: argparse.Namespace) -> None:
     check_recipe(args)
     train_loader, val_loader = build_data(args, build_transform(args))
     classes = train_loader.dataset.classes
-    if content:
-        check_state(content, args, len(train_loader.dataset))
+    check_resumed(content, args, train_loader.dataset)
 
     seed_everything(args.seed)
     model, report = build_classifier(args, weights, classes, drop_path_rate=args.drop_path)
