@@ -84,11 +84,10 @@ def finetune_transform(
         Image file to `[in_chans, H, W]`, float32, normalised.
     """
     mean, std = channel_stats(in_chans)
-    transform = create_transform(
+    _, augment, finish = create_transform(
         (in_chans, *img_size),
         is_training=True,
-        scale=scale,
-        hflip=0.5 if hflip else 0.0,
+        separate=True,  # the first part is crop and flip
         color_jitter=color_jitter,
         auto_augment=auto_augment,
         interpolation="bicubic",
@@ -97,7 +96,8 @@ def finetune_transform(
         mean=mean,
         std=std,
     )
-    return v2.Compose([partial(load_image, in_chans=in_chans), transform])
+    view = pretrain_transform(img_size, in_chans, hflip=hflip, scale=scale)
+    return v2.Compose([view, v2.ToPILImage(), augment, finish])
 
 
 def center_crop_transform(
