@@ -232,7 +232,7 @@ def load_weights(
 
     Position tables (absolute, names that end in `pos_embed`, and relative ones) are resized to
     the model's grid; the row for a class token is dropped or added as the model has one. The
-    first convolution is adapted to the model's input channels.
+    first convolution is adapted from gray to colour, or from colour to gray.
 
     Args:
         model: the `geometry` of the module that holds a table says the grid, its
@@ -282,10 +282,9 @@ def _fit(
 ) -> tuple[Tensor, str] | None:
     """A tensor in the shape of the model's `own`, and what changed; None if it cannot be."""
     if name.endswith("patch_embed1.proj.weight"):
-        if tensor.shape[0] != own.shape[0] or tensor.shape[2:] != own.shape[2:]:
-            return None
-        channels = tensor.shape[1], own.shape[1]
-        return _adapt_channels(tensor, own.shape[1]), "{} to {} channels".format(*channels)
+        adapted = _adapt_channels(tensor, own.shape[1])
+        change = f"{tensor.shape[1]} to {own.shape[1]} channels"
+        return (adapted, change) if adapted.shape == own.shape else None
     if tensor.shape[-1] != own.shape[-1]:
         return None
     if name.endswith("pos_embed"):
@@ -298,14 +297,16 @@ def _fit(
 
 
 def _adapt_channels(kernel: Tensor, channels: int) -> Tensor:
-    """A kernel `[C_out, C_in, *size]` for another number of input channels.
+    """A kernel `[C_out, C_in, *size]` for colour instead of gray, or for gray instead of colour.
 
-    Its output stays the same for pictures whose channels are alike.
+    Its output stays the same for gray pictures. Between two numbers of colours there is no such
+    kernel: then it stays as it is.
     """
-    have = kernel.shape[1]
     if channels == 1:
         return kernel.sum(dim=1, keepdim=True)
-    return kernel[:, torch.arange(channels) % have] * (have / channels)
+    if kernel.shape[1] == 1:
+        return kernel.expand(-1, channels, *kernel.shape[2:]) / channels
+    return kernel
 
 
 def _table_grid(table: Tensor, weights: Weights) -> tuple[int, int]:
