@@ -403,9 +403,16 @@ class Attention(nn.Module):
         Returns:
             `[N, L, C]`.
         """
-        # [N, L, 3C] -> [N, L, 3, heads, C / heads] -> three of [N, heads, L, C / heads]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        q, k, v = self.split_heads(x)
+        return self.merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of tokens `[N, L, C]`: `[3, N, heads, L, C / heads]`."""
+        # [N, L, 3C] -> [N, L, 3, heads, C / heads]
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def merge_heads(self, y: Tensor) -> Tensor:
+        """What the heads found, `[N, heads, L, C / heads]`, to the output `[N, L, C]`."""
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -690,15 +697,18 @@ class ConvViT(ConvViTEncoder):
             outputs.append(x)
         if stages == 3:
             x = self.patch_embed4(self.patch_embed3.forward_channels_last(x))
-            pos_embed = self.position_embedding(x.shape[1:-1])
+            grid = x.shape[1:-1]
             x = x.flatten(1, -2)  # [N, L, C]
             if self.num_prefix_tokens:
                 x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-            x = x + pos_embed
-            for block in self.blocks3:
-                x = self._call(block, x)
-            outputs.append(x)
+            outputs.append(self.forward_transformer(x + self.position_embedding(grid), grid))
         return outputs
+
+    def forward_transformer(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """The blocks of stage 3: tokens `[N, prefix + L, C]` of a `grid` to the same shape."""
+        for block in self.blocks3:
+            x = self._call(block, x)
+        return x
 
     def _check_strides(self, x: Tensor) -> None:
         stride = self.geometry.stride(3)

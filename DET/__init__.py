@@ -1,0 +1,1 @@
+"""Object detection and instance segmentation with ConvViT backbones, on Detectron2."""
