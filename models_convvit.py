@@ -455,6 +455,7 @@ class ConvViTEncoder(nn.Module):
         mlp_ratio: hidden width of the MLPs over the stage's width, for each stage.
         drop_path_rate: stochastic depth, linear from 0 over all blocks of all stages.
         norm_layer: LayerNorm of stage 3 and after; the stages before always use eps 1e-5.
+        block: makes the blocks of stage 3, from the arguments of `Block`.
 
     Raises:
         ValueError: a size, stride or width that does not divide, or a list that is not one entry
@@ -472,6 +473,7 @@ class ConvViTEncoder(nn.Module):
         mlp_ratio: Sequence[float] = (4, 4, 4),
         drop_path_rate: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
+        block: Callable[..., Block] = Block,
     ) -> None:
         super().__init__()
         for name, value in (("embed_dim", embed_dim), ("depth", depth), ("mlp_ratio", mlp_ratio)):
@@ -497,7 +499,7 @@ class ConvViTEncoder(nn.Module):
             for s in (0, 1)
         )
         self.blocks3 = nn.ModuleList(
-            Block(embed_dim[2], num_heads, mlp_ratio[2], next(rates), norm_layer)
+            block(embed_dim[2], num_heads, mlp_ratio[2], next(rates), norm_layer)
             for _ in range(depth[2])
         )
         # For stages 1 and 2 the grid position of each token in nested order, [L, U].
@@ -707,11 +709,14 @@ class ConvViT(ConvViTEncoder):
             x = x.flatten(1, -2)  # [N, L, C]
             if self.num_prefix_tokens:
                 x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-            outputs.append(self.forward_transformer(x + self.position_embedding(grid), grid))
+            outputs.append(self.forward_blocks3(x + self.position_embedding(grid), grid))
         return outputs
 
-    def forward_transformer(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """The blocks of stage 3: tokens `[N, prefix + L, C]` of a `grid` to the same shape."""
+    def forward_blocks3(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """The transformer blocks: tokens `[N, prefix + L, C]` of a grid to the same shape.
+
+        To override where attention depends on the grid.
+        """
         for block in self.blocks3:
             x = self._call(block, x)
         return x

@@ -124,7 +124,7 @@ class _DetectionConvViT(ConvViT, Backbone):
         """The bias of the windowed blocks and that of the global ones, if the model has any."""
         return None, None
 
-    def forward_transformer(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+    def forward_blocks3(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """The blocks of stage 3 on the grid: `[N, L, C]` to the same shape."""
         windowed, everywhere = self.block_bias(grid)
         x = x.unflatten(1, grid)

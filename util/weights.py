@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from util.architecture import describe_architecture, grid_size, read_architecture
 from util.checkpoint import load_file, save_atomically, write_atomically
 from util.errors import UsageError
+from util.rel_pos import RelativePositions, resize_relative_table
 
 # Where a checkpoint keeps its weights; averaged ones are what one evaluates.
 _ENTRIES = ("model_ema", "state_dict_ema", "model", "state_dict")
@@ -32,6 +33,10 @@ _ENTRIES = ("model_ema", "state_dict_ema", "model", "state_dict")
 _WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.")
 # Where the encoder's names begin in the segmentors and detectors built on it.
 _BACKBONES = ("", "backbone.", "backbone.bottom_up.", "backbone.net.")
+# What gives the logits, in the order in which `num_classes` looks for it.
+_HEADS = ("head", "head.1", "decode_head.conv_seg", "auxiliary_head.conv_seg")
+# Buffers that follow from the grid: a model has its own, whatever a file says.
+_COMPUTED = "relative_position_index"
 
 KINDS = {
     "autoencoder": "a whole masked autoencoder, from pretraining",
@@ -90,8 +95,8 @@ class Weights:
     @property
     def num_classes(self) -> int:
         """Outputs of the head; 0 without one."""
-        head = self.state.get("head.weight", self.state.get("head.1.weight"))
-        return 0 if head is None else len(head)
+        heads = (self.state.get(f"{name}.weight") for name in _HEADS)
+        return next((len(head) for head in heads if head is not None), 0)
 
     @property
     def global_pool(self) -> str:
@@ -127,7 +132,8 @@ class Report:
     Attributes:
         path: the file.
         loaded: how many tensors were taken.
-        resized: position tables resized to the model's grid, with both sizes.
+        resized: position tables resized to the model's grid, and the first convolution adapted to
+            its channels, with both sizes.
         missing: the model's names that begin anew.
         unexpected: the file's names that the model does not have.
         averaged: whether these are a run's averaged weights.
@@ -220,11 +226,13 @@ def load_weights(
 ) -> Report:
     """Load weights into a model; every tensor but those of `new` must be there and fit.
 
-    Position tables (names that end in `pos_embed`) are resized to the model's grid, and their
-    row for a class token dropped or added as the model has one.
+    Position tables (absolute, names that end in `pos_embed`, and relative ones) are resized to
+    the model's grid; the row for a class token is dropped or added as the model has one. The
+    first convolution is adapted to the model's input channels.
 
     Args:
-        model: its `geometry` says the grid, its `num_prefix_tokens` the rows before it.
+        model: the `geometry` of the module that holds a table says the grid, its
+            `num_prefix_tokens` the rows before it.
         weights: what to load.
         new: modules or parameters (`*` is a wildcard) that may be missing or have another shape,
             and then keep what they have: the head of a model that begins a new task.
@@ -233,28 +241,27 @@ def load_weights(
     Raises:
         UsageError: weights that do not fit, with the reason.
     """
-    own = model.state_dict()
+    own = {name: t for name, t in model.state_dict().items() if not name.endswith(_COMPUTED)}
     there = {
         name.removeprefix(prefix): tensor
         for name, tensor in weights.state.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and not name.endswith(_COMPUTED)
     }
     chosen, resized, misfits = {}, [], []
     for name in own.keys() & there.keys():
-        tensor = there[name]
-        if tensor.shape == own[name].shape:
-            chosen[name] = tensor
-        elif name.endswith("pos_embed") and tensor.shape[-1] == own[name].shape[-1]:
-            grid = grid_size(weights.architecture)
-            chosen[name] = _resize_table(tensor, grid, model)
-            resized.append(f"{name} ({_size(grid)} to {_size(model.geometry.grid(3))})")
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if there[name].shape == own[name].shape:
+            chosen[name] = there[name]
+        elif fitted := _fit(name, there[name], own[name], owner, weights):
+            chosen[name], change = fitted
+            resized.append(f"{name} ({change})")
         elif not _within(name, new):
             misfits.append(name)
     missing = sorted(own.keys() - chosen.keys())
     absent = [name for name in missing if not _within(name, new) and name not in misfits]
     if misfits or absent:
         _ = weights.architecture  # refuses what is no ConvViT's
-        raise UsageError(_why_not(model, weights, own, there, sorted(misfits), absent))
+        raise UsageError(_why_not(weights, own, there, sorted(misfits), absent))
     model.load_state_dict(chosen, strict=False)
     return Report(
         weights.path,
@@ -264,6 +271,45 @@ def load_weights(
         sorted(there.keys() - chosen.keys()),
         "ema" in weights.entry,
     )
+
+
+def _fit(
+    name: str, tensor: Tensor, own: Tensor, owner: nn.Module, weights: Weights
+) -> tuple[Tensor, str] | None:
+    """A tensor in the shape of the model's `own`, and what changed; None if it cannot be."""
+    if name.endswith("patch_embed1.proj.weight"):
+        if tensor.shape[0] != own.shape[0] or tensor.shape[2:] != own.shape[2:]:
+            return None
+        channels = tensor.shape[1], own.shape[1]
+        return _adapt_channels(tensor, own.shape[1]), "{} to {} channels".format(*channels)
+    if tensor.shape[-1] != own.shape[-1]:
+        return None
+    if name.endswith("pos_embed"):
+        old, new = grid_size(weights.architecture), owner.geometry.grid(3)
+        return _resize_table(tensor, old, owner), f"{_size(old)} to {_size(new)}"
+    if isinstance(owner, RelativePositions):
+        old, new = _table_grid(tensor, weights), owner.table_grid
+        return resize_relative_table(tensor, old, new), f"{_size(old)} to {_size(new)}"
+    return None
+
+
+def _adapt_channels(kernel: Tensor, channels: int) -> Tensor:
+    """A kernel `[C_out, C_in, *size]` for another number of input channels.
+
+    Its output stays the same for pictures whose channels are alike.
+    """
+    have = kernel.shape[1]
+    if channels == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    return kernel[:, torch.arange(channels) % have] * (have / channels)
+
+
+def _table_grid(table: Tensor, weights: Weights) -> tuple[int, int]:
+    """The grid of a relative table `[(2h - 1) * (2w - 1), heads]`: the input's, or a square."""
+    height, width = grid_size(weights.architecture)
+    if len(table) != (2 * height - 1) * (2 * width - 1):
+        height = width = (math.isqrt(len(table)) + 1) // 2
+    return height, width
 
 
 def _size(grid: Sequence[int]) -> str:
@@ -283,7 +329,6 @@ def _resize_table(table: Tensor, grid: Sequence[int], model: nn.Module) -> Tenso
 
 
 def _why_not(
-    model: nn.Module,
     weights: Weights,
     own: Mapping[str, Tensor],
     there: Mapping[str, Tensor],
@@ -292,11 +337,7 @@ def _why_not(
 ) -> str:
     """The reason why weights do not fit, as a user would put it."""
     start = f"checkpoint {weights.path}"
-    encoders = [
-        read_architecture({name: t.shape for name, t in state.items()})
-        for state in (there, own)
-        if "patch_embed1.proj.weight" in state and "pos_embed" in state
-    ]
+    encoders = [architecture for architecture in map(_architecture, (there, own)) if architecture]
     if len(encoders) == 2 and any(
         encoders[0][k] != encoders[1][k] for k in ("embed_dim", "depth", "mlp_ratio")
     ):
@@ -305,8 +346,8 @@ def _why_not(
             f"the model to fill is {describe_architecture(encoders[1])}"
         )
     names = [*misfits, *absent]
-    heads = [name for name in names if _within(name, ("head",))]
-    if heads and all(_within(name, ("head", "norm", "fc_norm")) for name in names):
+    heads = [name for name in names if _within(name, _HEADS)]
+    if heads and all(_within(name, (*_HEADS, "norm", "fc_norm")) for name in names):
         if not weights.num_classes:
             return f"{start} has no head: it is {KINDS[weights.kind]}, no trained classifier"
         outputs = len(own[heads[0]])
@@ -316,6 +357,15 @@ def _why_not(
         shapes = f"{_size(there[name].shape)} there, {_size(own[name].shape)} in the model"
         return f"{start}: {len(misfits)} weights have another shape ({name}: {shapes})"
     return f"{start} lacks {len(absent)} weights of the model ({_modules(absent)})"
+
+
+def _architecture(state: Mapping[str, Tensor]) -> dict[str, object] | None:
+    """The encoder in a state dict, wherever its names begin; None without one."""
+    for prefix in _BACKBONES:
+        if {f"{prefix}patch_embed1.proj.weight", f"{prefix}pos_embed"} <= state.keys():
+            names = (name for name in state if name.startswith(prefix))
+            return read_architecture({n.removeprefix(prefix): state[n].shape for n in names})
+    return None
 
 
 def export_weights(weights: Weights, path: Path) -> None:
