@@ -165,9 +165,7 @@ class ConvViTDet(_DetectionConvViT):
         use_act_checkpoint: bool = False,
         **encoder,
     ) -> None:
-        super().__init__(
-            img_size=img_size, use_act_checkpoint=use_act_checkpoint, **encoder
-        )
+        super().__init__(img_size=img_size, use_act_checkpoint=use_act_checkpoint, **encoder)
         width, grid = self.embed_dim[2], self.geometry.grid(3)
         heads = self.blocks3[0].attn.num_heads
         for i in range(len(self.blocks3)):

@@ -19,6 +19,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ _WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.")
 _BACKBONES = ("", "backbone.", "backbone.bottom_up.", "backbone.net.")
 # What gives the logits, in the order in which `num_classes` looks for it.
 _HEADS = ("head", "head.1", "decode_head.conv_seg", "auxiliary_head.conv_seg")
+_BOXES = "roi_heads.box_predictor.cls_score.weight"
 # Buffers that follow from the grid: a model has its own, whatever a file says.
 _COMPUTED = "relative_position_index"
 
@@ -94,7 +96,9 @@ class Weights:
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the head; 0 without one."""
+        """Classes of the head, without a detector's background; 0 without a head."""
+        if _BOXES in self.state:
+            return len(self.state[_BOXES]) - 1
         heads = (self.state.get(f"{name}.weight") for name in _HEADS)
         return next((len(head) for head in heads if head is not None), 0)
 
@@ -290,6 +294,9 @@ def _fit(
     if isinstance(owner, RelativePositions):
         old, new = _table_grid(tensor, weights), owner.table_grid
         return resize_relative_table(tensor, old, new), f"{_size(old)} to {_size(new)}"
+    if name.endswith(("rel_pos_h", "rel_pos_w")):
+        rows = F.interpolate(tensor.T.unsqueeze(0), len(own), mode="linear")  # [1, C, shifts]
+        return rows[0].T, f"{len(tensor)} to {len(own)} shifts"
     return None
 
 
