@@ -54,7 +54,7 @@ def coco(everything: list[Scene]) -> dict:
                     "iscrowd": 0,
                 }
             )
-    return {"images": images, "annotations": annotations, "categories": categories}
+    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
 def outlines(mask: np.ndarray) -> list[list[float]]:
