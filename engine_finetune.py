@@ -23,7 +23,7 @@ from util.errors import UsageError
 from util.loader import BadImages, EvalSampler, Loader, StepSampler
 from util.optim_step import amp_dtype
 from util.resume import BEST, LAST, find_resumable
-from util.run import Run, check_program
+from util.run import Run, check_program, check_state
 from util.transforms import center_crop_transform
 from util.weights import KINDS, Report, Weights, read_weights, weights_of
 
@@ -108,6 +108,8 @@ def fit(
         values = train(epoch, start)
         models = {"test": run.model} | ({"test_ema": ema.module} if ema else {})
         for name, model in models.items():
+            if model is not run.model:
+                print_once("With the averaged weights (EMA):")
             evaluation = evaluate(
                 model, val_loader, run.device, run.step.dtype, args.max_bad_images
             )
@@ -279,6 +281,17 @@ def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Wei
             )
     complete_architecture(args, weights and weights.architecture, weights and str(weights.path))
     return content, weights
+
+
+def check_resumed(content: dict | None, args: argparse.Namespace, dataset: LabeledImages) -> None:
+    """Refuse to go on from another run, or with other classes.
+
+    Raises:
+        UsageError: saying what differs.
+    """
+    if content:
+        check_state(content, args, len(dataset))
+        check_classes(content["classes"], dataset.classes, "the run to resume", dataset.root)
 
 
 def build_classifier(

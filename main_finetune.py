@@ -22,6 +22,7 @@ from engine_finetune import (
     Best,
     build_classifier,
     build_data,
+    check_resumed,
     evaluate_checkpoint,
     find_start,
     fit,
@@ -32,7 +33,7 @@ from util import args as arguments
 from util.distributed import init_processes, print_once, rank
 from util.errors import UsageError
 from util.logger import count_parameters
-from util.run import Run, check_state, complete_run, run_main, seed_everything
+from util.run import Run, complete_run, run_main, seed_everything
 from util.transforms import finetune_transform
 
 PROGRAM = "fine-tuning"
@@ -172,8 +173,7 @@ def main(args: argparse.Namespace) -> None:
     check_recipe(args)
     train_loader, val_loader = build_data(args, build_transform(args))
     classes = train_loader.dataset.classes
-    if content:
-        check_state(content, args, len(train_loader.dataset))
+    check_resumed(content, args, train_loader.dataset)
 
     seed_everything(args.seed)
     model, report = build_classifier(args, weights, classes, drop_path_rate=args.drop_path)

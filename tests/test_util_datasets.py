@@ -9,7 +9,15 @@ from PIL import ExifTags, Image
 from torchvision.transforms import v2
 
 from tests.pictures import noisy, picture, write_pictures
-from util.datasets import ImageFiles, find_train_folder, list_images, load_image, seeded
+from util.datasets import (
+    ImageFiles,
+    LabeledImages,
+    check_classes,
+    find_train_folder,
+    list_images,
+    load_image,
+    seeded,
+)
 from util.errors import TrainingError, UsageError
 
 # What a camera does to an upright picture so that orientation 2…8 turns it back.
@@ -323,3 +331,91 @@ def test_an_error_of_the_transform_is_not_taken_for_a_bad_file(tmp_path):
 
     with pytest.raises(ValueError, match="a bug"):
         ImageFiles(write_pictures(tmp_path, 1), broken)[0, 0]
+
+
+# --- class folders -------------------------------------------------------------------------------
+
+
+def write_classes(folder: Path, **counts: int) -> Path:
+    for name, count in counts.items():
+        write_pictures(folder / name, count)
+    return folder
+
+
+def test_labels_are_the_places_of_the_sorted_folder_names(tmp_path):
+    data = LabeledImages(write_classes(tmp_path, cat=2, ant=1, bee=3), v2.PILToTensor())
+    assert data.classes == ["ant", "bee", "cat"]
+    assert [(Path(data.path(i)).parent.name, label) for i, label in enumerate(data.labels)] == [
+        *[("ant", 0)], *[("bee", 1)] * 3, *[("cat", 2)] * 2,
+    ]  # fmt: skip
+
+
+def test_images_below_a_class_folder_have_its_label(tmp_path):
+    write_classes(tmp_path, ant=1)
+    write_pictures(tmp_path / "bee" / "black" / "small", 2)
+    assert LabeledImages(tmp_path, v2.PILToTensor()).labels.tolist() == [0, 1, 1]
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    write_classes(tmp_path, ant=1)
+    write_pictures(tmp_path / ".ipynb_checkpoints", 1)
+    assert LabeledImages(tmp_path, v2.PILToTensor()).classes == ["ant"]
+
+
+def test_a_labeled_item_says_which_index_it_is(tmp_path):
+    data = LabeledImages(write_classes(tmp_path, ant=1, bee=1), v2.PILToTensor())
+    image, label, index, bad = data[1, 0]
+    assert (label, index, bad) == (1, 1, ())
+    assert torch.equal(image, v2.functional.pil_to_tensor(picture(0)))
+
+
+def test_a_substitute_comes_with_its_own_label(tmp_path):
+    data = LabeledImages(write_classes(tmp_path, ant=1, bee=1), v2.PILToTensor())
+    (tmp_path / "ant" / "000.png").write_bytes(b"no picture")
+    label, index, bad = next(item[1:] for seed in range(9) for item in [data[0, seed]])
+    assert (label, index, set(bad)) == (1, 0, {0})
+
+
+def test_relative_and_dotted_paths_have_labels_too(tmp_path, monkeypatch):
+    write_classes(tmp_path / "data", ant=1, bee=1)
+    monkeypatch.chdir(tmp_path / "data")
+    for root in (".", "../data", "./"):
+        assert LabeledImages(root, v2.PILToTensor()).labels.tolist() == [0, 1]
+
+
+def test_a_folder_without_class_folders_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="has no class folders"):
+        LabeledImages(write_pictures(tmp_path, 2), v2.PILToTensor())
+
+
+def test_images_beside_the_class_folders_are_refused(tmp_path):
+    write_pictures(write_classes(tmp_path, ant=1), 2)
+    with pytest.raises(UsageError, match=r"2 images of .* outside .*\(first: .*000\.png\)"):
+        LabeledImages(tmp_path, v2.PILToTensor())
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    data = LabeledImages(write_classes(tmp_path, ant=1, bee=0), v2.PILToTensor())
+    with pytest.raises(UsageError, match="no image in bee"):
+        data.check_complete()
+
+
+def test_equal_classes_are_accepted():
+    check_classes(["a", "b"], ["a", "b"], "the model", "val")
+
+
+@pytest.mark.parametrize(
+    ("known", "found", "message"),
+    [
+        ("abc", "ab", r"2 here, 3 there; it lacks c \(an empty folder stands"),
+        ("ab", "abc", "3 here, 2 there; it has c, unknown there"),
+        ("abc", "abd", "it lacks c; it has d, unknown there"),
+        ("abc", "acb", "same names in another order.*output 1 is b there, c here"),
+        ("abcdef", "a", "it lacks b, c, d and 2 more"),
+    ],
+)
+def test_other_classes_are_refused_with_the_difference(known, found, message):
+    with pytest.raises(
+        UsageError, match=f"val does not hold the classes of the model: .*{message}"
+    ):
+        check_classes(known, found, "the model", "val")

@@ -15,7 +15,7 @@ from tests.pictures import noisy, picture, write_pictures
 from util import loader as loader_module
 from util.datasets import ImageFiles
 from util.errors import TrainingError, UsageError
-from util.loader import BadImages, Loader, StepSampler, collate
+from util.loader import BadImages, EvalSampler, Loader, StepSampler, collate
 
 
 def test_collate_stacks_images_and_merges_bad_files():
@@ -108,6 +108,27 @@ def test_a_step_beyond_the_epoch_is_refused():
     sampler = StepSampler(100, 16)
     with pytest.raises(UsageError, match="step 7 of an epoch of 6 steps"):
         sampler.set_epoch(0, 7)
+
+
+# --- the order of an evaluation ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 20])
+@pytest.mark.parametrize("batch_size", [1, 4, 17])
+def test_an_evaluation_takes_each_sample_once_over_all_processes(processes, batch_size):
+    samplers = [EvalSampler(17, batch_size, rank, processes) for rank in range(processes)]
+    batches = [batch for sampler in samplers for batch in sampler]
+    assert sorted(index for batch in batches for index, _ in batch) == list(range(17))
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
+    assert sum(map(len, samplers)) == len(batches)
+
+
+def test_an_evaluation_can_go_on_after_a_lost_worker():
+    sampler = EvalSampler(10, 3)
+    everything = list(sampler)
+    sampler.set_epoch(0, 0, 2)
+    assert list(sampler) == everything[2:]
+    assert len(sampler) == 2
 
 
 # --- bad files ---------------------------------------------------------------------------------

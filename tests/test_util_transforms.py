@@ -7,7 +7,14 @@ from torchvision.transforms import v2
 from tests.pictures import picture
 from util.datasets import load_image, seeded
 from util.errors import UsageError
-from util.transforms import channel_stats, denormalize, eval_transform, pretrain_transform
+from util.transforms import (
+    center_crop_transform,
+    channel_stats,
+    denormalize,
+    eval_transform,
+    finetune_transform,
+    pretrain_transform,
+)
 
 # --- transforms --------------------------------------------------------------------------------
 
@@ -69,3 +76,53 @@ def test_a_crop_takes_the_share_of_the_area_asked_for():
     with seeded(0):
         view = denormalize(small(ramp))
     assert view.max() - view.min() < 0.3
+
+
+@pytest.mark.parametrize("make", [finetune_transform, center_crop_transform])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_classification_transforms_give_plain_tensors_of_the_size_asked_for(make, in_chans):
+    image = picture(0, 64, 80).convert({1: "L", 3: "RGB"}[in_chans])
+    for size in ((32, 32), (32, 64)):
+        out = make(size, in_chans)(image)
+        assert type(out) is torch.Tensor
+        assert out.shape == (in_chans, *size) and out.dtype == torch.float32
+
+
+def test_the_recipes_augmentation_runs_for_long():
+    """Every operation of RandAugment at every strength it is drawn with."""
+    transform, image = finetune_transform((32, 32)), picture(0, 64, 80)
+    with seeded(0):
+        assert all(transform(image).isfinite().all() for _ in range(2000))
+
+
+def test_a_classifier_sees_224_of_256_pixels_around_the_centre():
+    image = Image.new("RGB", (512, 256), "red")
+    image.paste("white", (256 - 112 + 1, 17, 256 + 112 - 1, 256 - 17))
+    out = denormalize(center_crop_transform((224, 224))(image))
+    assert (out[:, 3:-3, 3:-3] == 1).all()
+    assert out[1, 0].max() < 0.9  # at the rim it is no longer white
+
+
+def test_above_224_pixels_nothing_is_cut_but_for_the_proportions():
+    image = picture(0, 384, 384)
+    out = denormalize(center_crop_transform((384, 384))(image))
+    torch.testing.assert_close(
+        out,
+        v2.functional.to_dtype(v2.functional.pil_to_tensor(image), scale=True),
+        atol=2e-3,
+        rtol=0,
+    )
+
+
+def test_fine_tuning_flips_only_if_asked_to():
+    image = Image.new("L", (32, 32))
+    image.paste(255, (0, 0, 16, 32))  # white on the left
+    plain = dict(auto_augment=None, reprob=0.0, scale=(1.0, 1.0))
+
+    def left_is_white(hflip):
+        transform = finetune_transform((32, 32), 1, hflip=hflip, **plain)
+        with seeded(0):
+            return [bool((t := transform(image))[0, 16, 2] > t[0, 16, -2]) for _ in range(64)]
+
+    assert all(left_is_white(False))
+    assert 16 < sum(left_is_white(True)) < 48
