@@ -1,4 +1,4 @@
-"""The ConvMAE encoder as a backbone of MMSegmentation (paper section 3.4, semantic segmentation)."""
+"""The ConvMAE encoder as a backbone of MMSegmentation (the paper's semantic segmentation)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

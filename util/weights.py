@@ -197,6 +197,10 @@ def weights_of(content: Mapping, path: str | Path) -> Weights:
     args = content.get("args") if entry else None
     if args is not None:
         info["args"] = vars(args) if isinstance(args, argparse.Namespace) else dict(args)
+    meta = content.get("meta") if entry else None
+    if isinstance(meta, Mapping):  # MMSegmentation's, of today and of before
+        names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")
+        info |= {"classes": list(names)} if names else {}
     return Weights(Path(path), _clean(state), info, entry)
 
 
