@@ -10,6 +10,7 @@ from torch import nn
 from models_convvit import ConvViT
 from util.checkpoint import load_file, save_atomically, write_atomically
 from util.errors import UsageError
+from util.resume import random_state, set_random_state
 from util.weights import KINDS, Report, Weights, load_weights, read_weights
 
 # What a checkpoint of pretraining or classification does not have …
@@ -26,6 +27,20 @@ NOT_USED = (
 )
 # The parts of a detector that depend on the classes, or on whether there are masks.
 TASK_LAYERS = ("roi_heads.box_predictor", "roi_heads.mask_head")
+
+
+class RandomState:
+    """The random number generators of this process, as a part of a checkpoint."""
+
+    @staticmethod
+    def state_dict() -> dict:
+        """What to save."""
+        return random_state()
+
+    @staticmethod
+    def load_state_dict(state: Mapping) -> None:
+        """Go on from what was saved."""
+        set_random_state(state)
 
 
 class Checkpointer(DetectionCheckpointer):

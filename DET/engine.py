@@ -13,7 +13,13 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
-from DET.checkpoint import Checkpointer, fit_heads, load_to_train, read_detector
+from DET.checkpoint import (
+    Checkpointer,
+    RandomState,
+    fit_heads,
+    load_to_train,
+    read_detector,
+)
 from DET.config import load_config
 from DET.data import prepare_data
 from DET.schedule import Schedule
@@ -22,6 +28,7 @@ from util.args import check_writable
 from util.distributed import is_main_process, rank, world_size
 from util.errors import UsageError
 from util.optim_step import OptimStep, amp_dtype
+from util.run import seed_everything
 from util.weights import load_weights, read_weights
 
 logger = logging.getLogger("DET")
@@ -138,13 +145,21 @@ def train(cfg: DictConfig, device: torch.device, resume: bool) -> None:
     )
     step = OptimStep(trained, optimizer, device, dtype, options.clip_grad)
     trainer = Trainer(trained, loader, step, options.accum_iter, options.log_period)
+    parts = {"trainer": trainer, "random": RandomState()}
     checkpointer = Checkpointer(
-        model, options.output_dir, describe_run(cfg, schedule), classes, trainer=trainer
+        model, options.output_dir, describe_run(cfg, schedule), classes, **parts
     )
     start = checkpointer.resume() if resume else 0
     if start == 0:
         begin(cfg, model)
+    elif world_size() > 1:  # the file has the random state of the main process alone
+        seed_everything(options.seed + start + rank())
     stream.start = start * schedule.batch_size
+    if start == schedule.iterations:
+        logger.info("Nothing to train: %s holds all iterations", options.output_dir)
+        if cfg.data.val.json:
+            evaluate(cfg, model)
+        return
     register_hooks(cfg, trainer, checkpointer, schedule, model)
     trainer.train(start, schedule.iterations)
 

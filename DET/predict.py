@@ -1,4 +1,7 @@
-"""Draw what a detector finds in images: `python -m DET.predict --config-file … IMAGES… --out DIR`."""
+"""Draw what a detector finds in images.
+
+`python -m DET.predict --config-file FILE --checkpoint FILE IMAGES… --out DIR`
+"""
 
 import argparse
 import sys

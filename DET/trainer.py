@@ -121,7 +121,7 @@ class SaveOnSignal(HookBase):
         if done == self.trainer.max_iter or not (cheap or done % self.period == 0):
             return
         if self.stop.agreed(self.device):
-            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+            self.checkpointer.save("model_stopped", iteration=self.trainer.iter)
             print_once(
                 f"stopped by a signal after {done} of {self.trainer.max_iter} iterations: saved in "
                 f"{self.checkpointer.save_dir}; the same command with --resume goes on from there"

@@ -2,12 +2,14 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from contourpy import FillType, contour_generator
 from PIL import Image
 
+from util.args import Parser
 from util.demo_data import write_once
 from util.demo_scenes import CLASSES, COUNT, Scene, scenes
 
@@ -76,3 +78,14 @@ def outlines(mask: np.ndarray) -> list[list[float]]:
         for points, offsets in zip(*polygons, strict=True)
         if offsets[1] > 3
     ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the scenes below a folder."""
+    parser = Parser(prog="python -m util.demo_coco", description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="where to write pictures and annotations")
+    print(f"scenes in {write_coco_scenes(parser.parse_args(argv).folder)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from .common.optim import cosine as lr_multiplier
 from .common.optim import optimizer
 from .common.train import train
 
-_scenes = "output/demo/det/scenes"
+_scenes = "output/demo/scenes_coco"
 data.train = dict(json=f"{_scenes}/training.json", images=f"{_scenes}/training")
 data.val = dict(json=f"{_scenes}/validation.json", images=f"{_scenes}/validation")
 data.image_size = 112
@@ -20,7 +20,7 @@ dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 dataloader.evaluator.use_fast_impl = False  # pycocotools itself
 
-# The strides of the demo's pretraining: stages at 1/2, 1/4 and 1/4. The FPN takes the last, and 1/8.
+# Strides as in the demo's pretraining, 2, 4 and 4; the FPN takes the last stage and its pooling.
 model.backbone.bottom_up.update(
     SIZES["tiny"], patch_size=[2, 2, 1], window_size=7, global_blocks=[3], drop_path_rate=0.0
 )

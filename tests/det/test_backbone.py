@@ -190,9 +190,11 @@ def test_the_windows_share_one_relative_table_and_the_global_blocks_another():
         bias = dict(zip(blocks, model.block_bias((4, 4)), strict=True))[table]
         for i, block in enumerate(model.blocks3):
             block.attn.register_forward_pre_hook(
-                lambda _, args, i=i, seen=seen, bias=bias: seen.append(i)
-                if args[1].shape == bias.shape and (args[1] == bias).all()
-                else None
+                lambda _, args, i=i, seen=seen, bias=bias: (
+                    seen.append(i)
+                    if args[1].shape == bias.shape and (args[1] == bias).all()
+                    else None
+                )
             )
     model.forward_blocks3(x, (4, 4))
     assert blocks == {"windowed_rel_pos_bias": [0, 2], "global_rel_pos_bias": [1]}

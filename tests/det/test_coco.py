@@ -156,13 +156,13 @@ def test_what_evaluation_asks_for_is_filled_in(read):
     ],
 )
 def test_a_file_that_cannot_be_used_is_an_error_that_says_why(read, what, message):
-    with pytest.raises(UsageError, match="some.json") as error:
+    with pytest.raises(UsageError, match=r"some\.json") as error:
         read(what)
     assert message in str(error.value)
 
 
 def test_a_missing_file_and_a_missing_folder_are_errors(tmp_path):
-    with pytest.raises(UsageError, match="annotation file .*none.json does not exist"):
+    with pytest.raises(UsageError, match=r"annotation file .*none.json does not exist"):
         read_coco(tmp_path / "none.json", tmp_path)
-    with pytest.raises(UsageError, match="image folder .*none of .* does not exist"):
+    with pytest.raises(UsageError, match=r"image folder .*none of .* does not exist"):
         read_coco(tmp_path / "none.json", tmp_path / "none")
