@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -134,17 +135,8 @@ def train(cfg: DictConfig, device: torch.device, resume: bool) -> None:
     ddp = dict(cfg.train.ddp, device_ids=[device.index] if device.type == "cuda" else None)
     trained = create_ddp_model(model, **ddp)
 
-    stream = ShuffledStream(len(records), options.seed)
-    loader = instantiate(
-        {
-            **cfg.dataloader.train,
-            "dataset": records,
-            "sampler": stream,
-            "total_batch_size": schedule.batch_size // options.accum_iter,
-        }
-    )
     step = OptimStep(trained, optimizer, device, dtype, options.clip_grad)
-    trainer = Trainer(trained, loader, step, options.accum_iter, options.log_period)
+    trainer = Trainer(trained, None, step, options.accum_iter, options.log_period)
     parts = {"trainer": trainer, "random": RandomState()}
     checkpointer = Checkpointer(
         model, options.output_dir, describe_run(cfg, schedule), classes, **parts
@@ -154,14 +146,28 @@ def train(cfg: DictConfig, device: torch.device, resume: bool) -> None:
         begin(cfg, model)
     elif world_size() > 1:  # the file has the random state of the main process alone
         seed_everything(options.seed + start + rank())
-    stream.start = start * schedule.batch_size
     if start == schedule.iterations:
         logger.info("Nothing to train: %s holds all iterations", options.output_dir)
         if cfg.data.val.json:
             evaluate(cfg, model)
         return
+    trainer.data_loader = build_loader(cfg, records, schedule, start)
     register_hooks(cfg, trainer, checkpointer, schedule, model)
     trainer.train(start, schedule.iterations)
+
+
+def build_loader(
+    cfg: DictConfig, records: list[dict], schedule: Schedule, start: int
+) -> Iterable[list[dict]]:
+    """Micro-batches without end, from where `start` iterations end."""
+    options = {
+        "dataset": records,
+        "sampler": ShuffledStream(len(records), cfg.train.seed, start * schedule.batch_size),
+        "total_batch_size": schedule.batch_size // cfg.train.accum_iter,
+        # Its own generator, because an iterator draws a number where it begins.
+        "seed": cfg.train.seed + start + rank(),
+    }
+    return instantiate({**cfg.dataloader.train, **options})
 
 
 def begin(cfg: DictConfig, model: nn.Module) -> None:

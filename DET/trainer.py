@@ -20,7 +20,7 @@ class Trainer(SimpleTrainer):
 
     Args:
         model: the detector, in DDP if there are several processes.
-        loader: yields micro-batches without end.
+        loader: yields micro-batches without end; may be set later, as `data_loader`.
         step: takes the optimizer's steps.
         accum_iter: micro-batches of a step.
         log_period: iterations between two reports of the losses, their means.
@@ -29,7 +29,7 @@ class Trainer(SimpleTrainer):
     def __init__(
         self,
         model: nn.Module,
-        loader: Iterable[list[dict]],
+        loader: Iterable[list[dict]] | None,
         step: OptimStep,
         accum_iter: int,
         log_period: int,
@@ -71,7 +71,7 @@ class Trainer(SimpleTrainer):
         skipped = self.step.skipped.item()
         if skipped:
             self.storage.put_scalar("skipped_steps", skipped, smoothing_hint=False)
-        self.storage.put_scalars(**self.meters.read())
+        self.storage.put_scalars(smoothing_hint=False, **self.meters.read())
         self.step.check()
 
     def state_dict(self) -> dict:

@@ -34,9 +34,7 @@ def write_encoder(path: Path) -> Path:
     args = dict(
         model="convmae_convvit_tiny_patch16", input_size=[32, 32], patch_size=[2, 2, 1], in_chans=1
     )
-    model = convmae_convvit_tiny_patch16(
-        img_size=32, patch_size=(2, 2, 1), in_chans=1, **ENCODER
-    )
+    model = convmae_convvit_tiny_patch16(img_size=32, patch_size=(2, 2, 1), in_chans=1, **ENCODER)
     torch.save({"model": model.state_dict(), "args": args, "epoch": 3}, path)
     return path
 
