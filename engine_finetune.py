@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -328,7 +328,7 @@ def build_classifier(
 def val_loader(args: argparse.Namespace, root: Path) -> Loader:
     """The images to evaluate on, each in one process."""
     transform = center_crop_transform(tuple(args.input_size), args.in_chans)
-    dataset = LabeledImages(root, transform, args.in_chans)
+    dataset = LabeledImages(root, transform)
     if args.dist_eval:
         sampler = EvalSampler(len(dataset), args.batch_size, rank(), world_size())
     else:
@@ -337,7 +337,7 @@ def val_loader(args: argparse.Namespace, root: Path) -> Loader:
 
 
 def build_data(
-    args: argparse.Namespace, transform: Callable[[Image.Image], Tensor]
+    args: argparse.Namespace, transform: Callable[[BinaryIO], Tensor]
 ) -> tuple[Loader, Loader]:
     """Training and validation images of ImageNet's layout, checked to have the same classes.
 
@@ -356,7 +356,7 @@ def build_data(
                 f"--data_path {args.data_path} has no {name}/: it takes train/ and val/, with the "
                 f"images of each class in a folder of its own"
             )
-    dataset = LabeledImages(args.data_path / "train", transform, args.in_chans)
+    dataset = LabeledImages(args.data_path / "train", transform)
     dataset.check_complete()
     val = val_loader(args, args.data_path / "val")
     check_classes(dataset.classes, val.dataset.classes, dataset.root, val.dataset.root)

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
+from typing import BinaryIO
 
 import torch
-from PIL import Image
 from timm.data import Mixup
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -116,7 +116,7 @@ def check_recipe(args: argparse.Namespace) -> None:
         raise UsageError("--aa knows no images with an alpha channel: give --aa none")
 
 
-def build_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
+def build_transform(args: argparse.Namespace) -> Callable[[BinaryIO], Tensor]:
     """The augmentation of the training images."""
     try:
         return finetune_transform(

@@ -126,7 +126,7 @@ def build_data(args: argparse.Namespace) -> Loader:
     transform = pretrain_transform(
         args.input_size, args.in_chans, hflip=args.hflip, scale=tuple(args.crop_scale)
     )
-    dataset = ImageFiles(find_train_folder(args.data_path), transform, args.in_chans)
+    dataset = ImageFiles(find_train_folder(args.data_path), transform)
     sampler = StepSampler(
         len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed
     )

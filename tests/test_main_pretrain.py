@@ -804,7 +804,7 @@ def test_output_to_a_file_is_plain_lines(whole_run):
     progress = [line for line in lines if line.startswith("Epoch ")]
     assert len(progress) == 4 * STEPS
     assert progress[0].startswith("Epoch 1/4  [1/6]")
-    for name in ("lr", "loss", "grad_norm", "images_per_s", "memory_mb", "left"):
+    for name in ("lr", "loss", "grad_norm", "images_per_s", "data_wait", "memory_mb", "left"):
         assert all(f"  {name} " in line for line in progress)
     assert lines[-1].startswith("done: ") and str(output) in lines[-1]
 
@@ -902,6 +902,7 @@ def test_the_log_has_a_line_an_epoch_with_maes_keys(demo):
     lines = log_lines(demo)
     assert [line["epoch"] for line in lines] == [0, 1]
     assert all(line.keys() >= {"train_lr", "train_loss", "epoch"} for line in lines)
+    assert all(0 < line["data_wait"] < 1 for line in lines)
 
 
 def test_the_loss_falls(demo):
@@ -917,7 +918,9 @@ def test_the_pictures_can_be_looked_at(demo):
     assert loss.width > 400 and loss.height > 200
 
 
-@pytest.mark.parametrize("tag", ["loss", "lr", "grad_norm", "images_per_s", "memory_mb"])
+@pytest.mark.parametrize(
+    "tag", ["loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"]
+)
 def test_tensorboard_shows_curves_against_thousandths_of_epochs(whole, demo, tag):
     steps = [step for step, _ in curve(whole, tag)]
     assert steps == [round(1000 * (i + 1) / STEPS) for i in range(4 * STEPS)]
