@@ -5,11 +5,15 @@ PYTHON ?= python3
 VENV := .venv
 OUTPUT ?= output/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-det test lint clean
 
 $(VENV)/.run: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/.det: $(VENV)/.run requirements-det.txt
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements-det.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
@@ -35,6 +39,20 @@ demo: $(VENV)/.run
 		--output_dir $(OUTPUT)/finetune
 	@echo && $(VENV)/bin/python -m util.compare $(addprefix $(OUTPUT)/,probe_random probe finetune)
 	@echo && echo "pictures: $(OUTPUT)/pretrain/reconstruction.png and loss.png"
+
+# Detect and outline the digits of scenes with Mask R-CNN on the pretrained encoder, judged by
+# scenes of digits never seen. Detectron2 must be there, see DET/README.md.
+DET := --config-file DET/configs/convmae_tiny_mask_rcnn_FPN_demo.py
+SCENES := $(OUTPUT)/scenes_coco
+DET_DATA := $(foreach s,train val,data.$(s).json=$(SCENES)/$(s).json data.$(s).images=$(SCENES)/$(s))
+
+demo-det: $(VENV)/.det
+	$(VENV)/bin/python main_pretrain.py --demo --output_dir $(OUTPUT)/pretrain
+	$(VENV)/bin/python -m util.demo_coco $(SCENES)
+	$(VENV)/bin/python -m DET.train_net $(DET) --resume $(DET_DATA) \
+		train.init_checkpoint=$(PRETRAINED) train.output_dir=$(OUTPUT)/det
+	$(VENV)/bin/python -m DET.predict $(DET) --checkpoint $(OUTPUT)/det/model_final.pth \
+		--out $(OUTPUT)/det/drawn $(addprefix $(SCENES)/val/,0000.png 0001.png 0002.png)
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest

@@ -13,18 +13,8 @@ from util.errors import UsageError
 from util.resume import random_state, set_random_state
 from util.weights import KINDS, Report, Weights, load_weights, read_weights
 
-# What a checkpoint of pretraining or classification does not have …
+# What a checkpoint of pretraining or classification does not have.
 NEW = ("*_rel_pos_bias", "blocks3.*.attn.rel_pos_[hw]")
-# … and what it has besides: decoder, fusion, head.
-NOT_USED = (
-    "decoder_*",
-    "mask_token",
-    "stage*_output_decode",
-    "norm",
-    "fc_norm",
-    "head",
-    "cls_token",
-)
 # The parts of a detector that depend on the classes, or on whether there are masks.
 TASK_LAYERS = ("roi_heads.box_predictor", "roi_heads.mask_head")
 
@@ -119,7 +109,7 @@ def load_encoder(model: nn.Module, weights: Weights) -> Report:
         UsageError: weights that do not fit, with the reason.
     """
     encoder = next(module for module in model.modules() if isinstance(module, ConvViT))
-    return load_weights(encoder, weights.without(*NOT_USED), new=NEW, prefix=weights.encoder)
+    return load_weights(encoder, weights.without_heads(), new=NEW, prefix=weights.encoder)
 
 
 def load_to_train(model: nn.Module, weights: Weights) -> Report:

@@ -11,8 +11,14 @@ from torch.utils.data import Sampler
 
 from DET.checkpoint import Checkpointer
 from util.distributed import StopSignal, print_once, rank, world_size
+from util.errors import TrainingError
 from util.logger import Meters
-from util.optim_step import OptimStep
+from util.optim_step import MAX_SKIPPED_IN_A_ROW, OptimStep
+
+DIVERGED = (
+    "the last checkpoint is intact. Go on from it with train.clip_grad=1 or train.amp=bf16; or "
+    "start anew with a lower optimizer.lr or a longer train.warmup_epochs"
+)
 
 
 class Trainer(SimpleTrainer):
@@ -60,7 +66,10 @@ class Trainer(SimpleTrainer):
             yield batch
 
     def _forward(self, batch: list[dict]) -> Tensor:
-        losses = self.model(batch)
+        try:
+            losses = self.model(batch)
+        except FloatingPointError as error:  # Detectron2's: proposals that are not finite
+            raise TrainingError(f"predictions are not finite; {DIVERGED}") from error
         for name, loss in losses.items():
             share = loss.detach() / self.accum_iter
             self._losses[name] = self._losses.get(name, 0) + share
@@ -72,7 +81,11 @@ class Trainer(SimpleTrainer):
         if skipped:
             self.storage.put_scalar("skipped_steps", skipped, smoothing_hint=False)
         self.storage.put_scalars(smoothing_hint=False, **self.meters.read())
-        self.step.check()
+        if self.step.skipped_in_a_row.item() >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"loss or gradient were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row; "
+                f"{DIVERGED}"
+            )
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of the run, beside the model."""

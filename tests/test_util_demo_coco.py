@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from util import demo_scenes
 from util.demo_coco import coco, outlines, write_coco_scenes
 from util.demo_scenes import scenes
 
@@ -65,12 +64,20 @@ def test_boxes_are_tight_and_categories_are_the_digits(some):
 
 
 def test_files_and_pictures_belong_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_scenes, "COUNT", {"training": 3, "validation": 2})
-    monkeypatch.setattr("util.demo_coco.COUNT", {"training": 3, "validation": 2})
+    for module in ("util.demo_scenes", "util.demo_coco"):
+        monkeypatch.setattr(f"{module}.COUNT", {"training": 3, "validation": 2})
     write_coco_scenes(tmp_path)
-    for split, count in (("training", 3), ("validation", 2)):
-        content = json.loads((tmp_path / f"{split}.json").read_text())
+    for name, count in (("train", 3), ("val", 2)):
+        content = json.loads((tmp_path / f"{name}.json").read_text())
         assert len(content["images"]) == count
         for image in content["images"]:
-            with Image.open(tmp_path / split / image["file_name"]) as file:
+            with Image.open(tmp_path / name / image["file_name"]) as file:
                 assert file.size == (image["width"], image["height"])
+
+
+def test_a_complete_copy_is_left_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("util.demo_coco.COUNT", {"training": 0, "validation": 0})
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.json").write_text("kept")
+    write_coco_scenes(tmp_path)
+    assert (tmp_path / "train.json").read_text() == "kept"

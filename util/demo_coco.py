@@ -13,27 +13,36 @@ from util.args import Parser
 from util.demo_data import write_once
 from util.demo_scenes import CLASSES, COUNT, Scene, scenes
 
+# Names here to those of `util.demo_scenes`.
+SPLITS = {"train": "training", "val": "validation"}
+
 
 def write_coco_scenes(root: str | os.PathLike) -> Path:
-    """Write all scenes: `root/{training,validation}/*.png`, `root/{training,validation}.json`.
+    """Write all scenes: `root/{train,val}/*.png` and `root/{train,val}.json`.
 
     Returns:
         `root`, see `write_once`.
     """
-    files = [f"{split}/{index:04d}.png" for split, n in COUNT.items() for index in range(n)]
+    files = [f"{name}.json" for name in SPLITS]
+    for name, split in SPLITS.items():
+        files += (f"{name}/{index:04d}.png" for index in range(COUNT[split]))
 
     def write(folder: Path) -> None:
-        for split in COUNT:
-            (folder / split).mkdir()
-            everything = list(scenes(split))
-            for scene in everything:
-                Image.fromarray(scene.image).save(folder / split / f"{scene.name}.png")
-            (folder / f"{split}.json").write_text(json.dumps(coco(everything)))
+        for name, split in SPLITS.items():
+            write_coco(folder, name, list(scenes(split)))
 
-    return write_once(root, [*files, *(f"{split}.json" for split in COUNT)], write)
+    return write_once(root, files, write)
 
 
-def coco(everything: list[Scene]) -> dict:
+def write_coco(folder: Path, name: str, everything: Sequence[Scene]) -> None:
+    """Write scenes as a new folder of pictures, `folder/name/`, and `folder/name.json`."""
+    (folder / name).mkdir(parents=True)
+    for scene in everything:
+        Image.fromarray(scene.image).save(folder / name / f"{scene.name}.png")
+    (folder / f"{name}.json").write_text(json.dumps(coco(everything)))
+
+
+def coco(everything: Sequence[Scene]) -> dict:
     """Scenes as the content of a COCO annotation file; the category of digit `d` is `d + 1`."""
     categories = [{"id": d + 1, "name": name} for d, name in enumerate(CLASSES)]
     images, annotations = [], []

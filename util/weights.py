@@ -34,6 +34,8 @@ _ENTRIES = ("model_ema", "state_dict_ema", "model", "state_dict")
 _WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.")
 # Where the encoder's names begin in the segmentors and detectors built on it.
 _BACKBONES = ("", "backbone.", "backbone.bottom_up.", "backbone.net.")
+# What pretraining and classification have beside the encoder.
+_BESIDES_ENCODER = ("decoder_*", "mask_token", "stage*_output_decode", "norm", "fc_norm", "head")
 # What gives the logits, in the order in which `num_classes` looks for it.
 _HEADS = ("head", "head.1", "decode_head.conv_seg", "auxiliary_head.conv_seg")
 _BOXES = "roi_heads.box_predictor.cls_score.weight"
@@ -122,6 +124,10 @@ class Weights:
         except ValueError as error:
             some = ", ".join(sorted(self.state)[:3])
             raise UsageError(f"checkpoint {self.path}: {error} (it has {some}, …)") from error
+
+    def without_heads(self) -> "Weights":
+        """The encoder alone: without decoder, fusion and final norm, without a head."""
+        return self.without(*_BESIDES_ENCODER)
 
     def without(self, *prefixes: str) -> "Weights":
         """The same without the weights of these modules or parameters."""
@@ -438,5 +444,7 @@ _USES = {
     "classifier": "main_finetune.py --eval --resume {file}; or --finetune {file} for new classes",
     "probe": "main_linprobe.py --eval --resume {file}",
     "segmentor": "python -m SEG.test CONFIG {file}",
-    "detector": "python -m DET.train_net --eval-only train.init_checkpoint={file}",
+    "detector": "python -m DET.train_net --config-file CONFIG --eval-only "
+    "train.init_checkpoint={file}; python -m DET.predict --config-file CONFIG --checkpoint {file} "
+    "IMAGES --out DIR",
 }

@@ -9,8 +9,8 @@ from .common.optim import optimizer
 from .common.train import train
 
 _scenes = "output/demo/scenes_coco"
-data.train = dict(json=f"{_scenes}/training.json", images=f"{_scenes}/training")
-data.val = dict(json=f"{_scenes}/validation.json", images=f"{_scenes}/validation")
+data.train = dict(json=f"{_scenes}/train.json", images=f"{_scenes}/train")
+data.val = dict(json=f"{_scenes}/val.json", images=f"{_scenes}/val")
 data.image_size = 112
 
 # Digits are not mirrored, and the jitter is small.
@@ -20,7 +20,7 @@ dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 dataloader.evaluator.use_fast_impl = False  # pycocotools itself
 
-# Strides as in the demo's pretraining, 2, 4 and 4; the FPN takes the last stage and its pooling.
+# Strides as in the demo's pretrain, 2, 4 and 4; the FPN takes the last stage and its pooling.
 model.backbone.bottom_up.update(
     SIZES["tiny"], patch_size=[2, 2, 1], window_size=7, global_blocks=[3], drop_path_rate=0.0
 )
@@ -44,10 +44,10 @@ model.roi_heads.box_predictor.input_shape.channels = 256
 model.roi_heads.mask_head.update(conv_dims=[64, 64, 64], conv_norm="")
 model.roi_heads.mask_head.input_shape.channels = 64
 
-train.epochs = 12
-train.warmup_epochs = 1
+train.epochs = 5
+train.warmup_epochs = 0.5
 train.base_batch_size = 8
-train.eval_epochs = 6
+train.eval_epochs = 5
 train.log_period = 25
 train.output_dir = "output/demo/det"
 train.init_checkpoint = "output/demo/pretrain/checkpoint.pth"

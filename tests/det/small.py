@@ -6,25 +6,20 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from models_convmae import convmae_convvit_tiny_patch16
-from util.demo_coco import coco
+from util.demo_coco import SPLITS, write_coco
 from util.demo_scenes import scenes
 
 CONFIG = "DET/configs/convmae_tiny_mask_rcnn_FPN_demo.py"
 ENCODER = dict(embed_dim=(16, 24, 32), depth=(1, 1, 2))
-IMAGES = {"training": 6, "validation": 3}
+IMAGES = {"train": 6, "val": 3}
 
 
 def write_scenes(folder: Path) -> Path:
     """The first scenes of each split in COCO's layout."""
-    for split, count in IMAGES.items():
-        some = list(itertools.islice(scenes(split), count))
-        (folder / split).mkdir(parents=True)
-        for scene in some:
-            Image.fromarray(scene.image).save(folder / split / f"{scene.name}.png")
-        (folder / f"{split}.json").write_text(json.dumps(coco(some)))
+    for name, count in IMAGES.items():
+        write_coco(folder, name, list(itertools.islice(scenes(SPLITS[name]), count)))
     return folder
 
 
@@ -42,10 +37,10 @@ def write_encoder(path: Path) -> Path:
 def overrides(folder: Path, output: Path, *more: str) -> list[str]:
     """The demo's recipe made smaller: three iterations of two scenes, seen half as large."""
     return [
-        f"data.train.json={folder}/training.json",
-        f"data.train.images={folder}/training",
-        f"data.val.json={folder}/validation.json",
-        f"data.val.images={folder}/validation",
+        f"data.train.json={folder}/train.json",
+        f"data.train.images={folder}/train",
+        f"data.val.json={folder}/val.json",
+        f"data.val.images={folder}/val",
         f"train.output_dir={output}",
         "train.init_checkpoint=''",
         "data.image_size=64",

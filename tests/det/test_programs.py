@@ -90,12 +90,12 @@ def test_a_signal_saves_and_the_same_command_goes_on_and_predicts(launcher, scen
     done = launcher.run(
         "--config-file", tmp_path / "run" / "config.yaml",
         "--checkpoint", tmp_path / "run" / "model_stopped.pth",
-        scenes / "validation", "--out", tmp_path / "drawn", "--threshold", 0.01,
+        scenes / "val", "--out", tmp_path / "drawn", "--threshold", 0.01,
         program="DET.predict",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert done.out.count(" found, drawn in ") == small.IMAGES["validation"]
-    for path in (scenes / "validation").iterdir():
+    assert done.out.count(" found, drawn in ") == small.IMAGES["val"]
+    for path in (scenes / "val").iterdir():
         with Image.open(path) as scene, Image.open(tmp_path / "drawn" / path.name) as drawn:
             assert min(drawn.size) == 480
             plain = np.asarray(scene.resize(drawn.size)).astype(int)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import signal
@@ -195,7 +196,7 @@ def test_without_masks_boxes_alone_are_trained_and_it_is_said(scenes, tmp_path):
         )
     run(some, tmp_path / "run")
     text = log(tmp_path / "run")
-    assert "training.json has no masks: training boxes only" in text
+    assert "train.json has no masks: training boxes only" in text
     assert "results for bbox" in text and "results for segm" not in text
     assert all("loss_mask" not in row for row in lines(tmp_path / "run"))
     run(
@@ -219,7 +220,7 @@ def test_run_length_masks_are_trained(scenes, tmp_path):
             rle = masks.merge(masks.frPyObjects(a["segmentation"], *size))
             a["segmentation"] = {**rle, "counts": rle["counts"].decode()}
 
-    small.change_json(some / "training.json", encode)
+    small.change_json(some / "train.json", encode)
     run(some, tmp_path / "run", "data.val.json=null")
     assert all(row["loss_mask"] > 0 for row in lines(tmp_path / "run"))
 
@@ -234,7 +235,7 @@ def test_broken_annotations_are_counted_skipped_and_not_evaluated(scenes, tmp_pa
 
     for split in small.IMAGES:
         small.change_json(some / f"{split}.json", spoil)
-    (some / "training" / "0000.png").unlink()
+    (some / "train" / "0000.png").unlink()
     run(some, tmp_path / "run")
     text = log(tmp_path / "run")
     assert "skipped 1 annotation of zero area, 1 annotation out of the image, 1 annotation" in text
@@ -244,18 +245,18 @@ def test_broken_annotations_are_counted_skipped_and_not_evaluated(scenes, tmp_pa
 
 def test_a_damaged_image_is_named_and_skipped_in_training(scenes, tmp_path):
     some = copy_of(scenes, tmp_path)
-    (some / "training" / "0003.png").write_bytes(b"no picture")
-    Image.new("RGB", (5, 5)).save(some / "training" / "0004.png")
+    (some / "train" / "0003.png").write_bytes(b"no picture")
+    Image.new("RGB", (5, 5)).save(some / "train" / "0004.png")
     run(some, tmp_path / "run", "data.val.json=null", "train.epochs=2")
     text = log(tmp_path / "run")
-    assert "skipped an image" in text and "training/0003.png cannot be decoded" in text
-    assert "training/0004.png" in text and len(lines(tmp_path / "run")) == 6
+    assert "skipped an image" in text and "train/0003.png cannot be decoded" in text
+    assert "train/0004.png" in text and len(lines(tmp_path / "run")) == 6
 
 
 def test_a_damaged_image_to_evaluate_on_is_an_error_that_names_it(scenes, trained, tmp_path):
     some = copy_of(scenes, tmp_path)
-    (some / "validation" / "0001.png").write_bytes(b"no picture")
-    with pytest.raises(TrainingError, match=r"cannot evaluate: .*validation/0001\.png"):
+    (some / "val" / "0001.png").write_bytes(b"no picture")
+    with pytest.raises(TrainingError, match=r"cannot evaluate: .*val/0001\.png"):
         run(
             some,
             tmp_path / "run",
@@ -280,9 +281,9 @@ def test_a_grayscale_detector_reads_colour_files(scenes, encoder, tmp_path):
 def test_classes_of_training_and_evaluation_must_be_the_same(scenes, tmp_path):
     some = copy_of(scenes, tmp_path)
     small.change_json(
-        some / "validation.json", lambda content: content["categories"][0].update(name="zero")
+        some / "val.json", lambda content: content["categories"][0].update(name="zero")
     )
-    with pytest.raises(UsageError, match=r"training\.json \(0, 1.*validation\.json \(zero, 1.*dif"):
+    with pytest.raises(UsageError, match=r"train\.json \(0, 1.*val\.json \(zero, 1.*dif"):
         run(some, tmp_path / "run")
 
 
@@ -306,7 +307,7 @@ def test_a_detector_of_other_classes_cannot_be_evaluated(scenes, trained, tmp_pa
     def add(content):
         content["categories"].append({"id": 11, "name": "ten"})
 
-    small.change_json(some / "validation.json", add)
+    small.change_json(some / "val.json", add)
     begin = f"train.init_checkpoint={trained}/model_final.pth"
     with pytest.raises(UsageError, match=r"detects 10 classes, .* has 11"):
         run(some, tmp_path / "run", begin, eval_only=True)
@@ -360,6 +361,22 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     model, trainer, reported = stepped([[torch.tensor([float("inf"), 1.0])]], 1)
     assert model.weight.tolist() == [1.0, 2.0] and reported["skipped_steps"] == 1
     assert trainer.step.skipped.item() == 1
+
+
+def test_ten_such_steps_in_a_row_end_the_run():
+    model = Squares()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    step = OptimStep(model, optimizer, torch.device("cpu"))
+    batches = itertools.repeat([torch.tensor([float("nan"), 1.0])])
+    trainer = Trainer(model, batches, step, accum_iter=1, log_period=1)
+    with pytest.raises(TrainingError, match="in 10 steps in a row; the last checkpoint is intact"):
+        trainer.train(0, 100)
+    assert trainer.iter == 9 and model.weight.tolist() == [1.0, 2.0]
+
+
+def test_proposals_that_are_not_finite_end_the_run_with_advice(scenes, tmp_path):
+    with pytest.raises(TrainingError, match=r"predictions are not finite.*train\.clip_grad=1"):
+        run(scenes, tmp_path, "optimizer.lr=1e30", "train.warmup_epochs=0", "train.epochs=3")
 
 
 def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
