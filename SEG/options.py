@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import CheckpointLoader
 
 from SEG.data import class_names
-from util.args import Parser
+from util.args import Parser, positive_int
 from util.checkpoint import load_file
 from util.distributed import init_processes, world_size
 from util.errors import UsageError
@@ -30,6 +30,14 @@ def add_config_args(parser: Parser) -> None:
         action=DictAction,
         metavar="KEY=VALUE",
         help="settings of the config to change, such as train_dataloader.batch_size=4",
+    )
+    parser.add_argument(
+        "--crop-size",
+        type=positive_int,
+        nargs="+",
+        metavar="PIXELS",
+        help="size of the crops to train on and of the window that slides over test images: one "
+        "number, or height and width (default: the config's)",
     )
 
 
@@ -75,9 +83,28 @@ def read_config(args: argparse.Namespace) -> Config:
         config.merge_from_dict(args.cfg_options or {})
     except (KeyError, TypeError, IndexError) as error:
         raise UsageError(f"--cfg-options: {error}") from error
+    if args.crop_size is not None:
+        set_crop_size(config, args.crop_size)
     if config.get("work_dir") is None:
         config.work_dir = str(Path("output") / args.config.stem)
     return config
+
+
+def set_crop_size(config: Config, crop_size: Sequence[int]) -> None:
+    """Give training and sliding windows another size; windows overlap by a third.
+
+    Raises:
+        UsageError: more than two numbers.
+    """
+    if len(crop_size) > 2:
+        raise UsageError(f"--crop-size takes one or two numbers, not {len(crop_size)}")
+    size = tuple(crop_size) if len(crop_size) == 2 else (*crop_size, *crop_size)
+    model = config.model
+    model.data_preprocessor.size = model.backbone.img_size = model.test_cfg.crop_size = size
+    model.test_cfg.stride = tuple(side * 2 // 3 for side in size)
+    for step in config.train_dataloader.dataset.pipeline:
+        if step.type == "RandomCrop":
+            step.crop_size = size
 
 
 def use_data(config: Config, args: argparse.Namespace) -> None:

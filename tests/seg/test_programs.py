@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.pictures import picture
-from tests.seg.small import CONFIG, OPTIONS
+from tests.seg.small import CONFIG, CROP, OPTIONS
 
 
 class Hostile:
@@ -38,7 +38,7 @@ def refused(result) -> str:
 
 def test_a_run_loads_the_encoder_trains_validates_and_saves(trained):
     work, result = trained
-    assert "patch_embed1.proj.weight (1 to 3 channels), pos_embed (4x4 to 8x8)" in result.out
+    assert "patch_embed1.proj.weight (1 to 3 channels), pos_embed (4x4 to 12x12)" in result.out
     assert re.search(r"Iter\(train\) \[6/6\].* loss: \d", result.out)
     assert "mIoU" in result.out
     assert sorted(path.name for path in work.glob("*.pth")) == [
@@ -108,14 +108,15 @@ def test_whole_images_larger_than_the_crop_and_of_odd_size(trained, programs, da
 
 def test_augmented_testing(trained, programs, data, tmp_path):
     arguments = (trained[0] / "iter_6.pth", "--data-path", data, "--work-dir", tmp_path)
-    result = programs.run("test", *arguments, "--tta")
+    first = ("test_dataloader.dataset.indices=1",)
+    result = programs.run("test", *arguments, "--tta", options=first)
     assert result.code == 0, result.err
     assert 0 <= miou(result.out) <= 100
 
 
 def test_two_processes_on_cpus_train_together(programs, data, tmp_path):
     command = [CONFIG, "--data-path", data, "--pretrained", "none", "--work-dir", tmp_path]
-    command += ["--cfg-options", *OPTIONS, "train_cfg.max_iters=2"]
+    command += [*CROP, "--cfg-options", *OPTIONS, "train_cfg.max_iters=2"]
     results = programs.launcher.run_ranks(*command, program="SEG.train")
     assert [result.code for result in results] == [0, 0], results[0].err + results[1].err
     assert "note: 4 images a step" in results[0].out
@@ -272,6 +273,24 @@ def test_a_number_that_is_no_class_is_one_clear_line(programs, tmp_path, workers
         r"are 0 … 2, 255 is ignored",
         line,
     )
+
+
+def test_crops_of_any_shape_by_the_command_line_alone(programs, data, tmp_path):
+    arguments = (CONFIG, "--data-path", data, "--pretrained", "none", "--work-dir", tmp_path)
+    common = ("--crop-size", 32, 64, "--cfg-options", *OPTIONS, "train_cfg.max_iters=1")
+    result = programs.launcher.run(*arguments, *common, program="SEG.train")
+    assert result.code == 0, result.err
+    state = torch.load(tmp_path / "iter_1.pth", weights_only=True)["state_dict"]
+    table = state["backbone.blocks3.0.attn.relative_position_bias_table"]
+    assert len(table) == (2 * 8 - 1) * (2 * 16 - 1)
+
+
+def test_a_crop_that_the_patch_does_not_divide_is_one_clear_line(programs, data, tmp_path):
+    arguments = (CONFIG, "--data-path", data, "--pretrained", "none", "--work-dir", tmp_path)
+    result = programs.launcher.run(*arguments, "--crop-size", 34, program="SEG.train")
+    assert result.code == 2
+    line = result.err.strip().splitlines()[-1]
+    assert line.startswith("error: img_size 34x34 is not divisible by the patch of 4x4 pixels")
 
 
 def test_a_missing_mask_is_one_clear_line(programs, tmp_path):
