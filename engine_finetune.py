@@ -24,6 +24,7 @@ from util.loader import BadImages, EvalSampler, Loader, StepSampler
 from util.optim_step import amp_dtype
 from util.resume import BEST, LAST, find_resumable
 from util.run import Run, check_program, check_state
+from util.shards import is_shards
 from util.transforms import center_crop_transform
 from util.weights import KINDS, Report, Weights, read_weights, weights_of
 
@@ -350,18 +351,21 @@ def build_data(
     """
     if args.data_path is None:
         raise UsageError("--data_path is missing: a folder with train/ and val/, a folder a class")
-    for name in ("train", "val"):
-        if not (args.data_path / name).is_dir():
+    train = args.data_path if is_shards(args.data_path) else args.data_path / "train"
+    val_path = args.val_path or args.data_path / "val"
+    for path in (train, val_path):
+        if not path.is_dir() and not is_shards(path):
             raise UsageError(
-                f"--data_path {args.data_path} has no {name}/: it takes train/ and val/, with the "
-                f"images of each class in a folder of its own"
+                f"--data_path {args.data_path} has no {path.name}/: it takes train/ and val/, with "
+                f"the images of each class in a folder of its own (or shards, see --val_path)"
             )
-    dataset = LabeledImages(args.data_path / "train", transform)
+    dataset = LabeledImages(train, transform)
     dataset.check_complete()
-    val = val_loader(args, args.data_path / "val")
+    val = val_loader(args, val_path)
     check_classes(dataset.classes, val.dataset.classes, dataset.root, val.dataset.root)
     sampler = StepSampler(
-        len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed
+        *(len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed),
+        group_sizes=dataset.files.group_sizes,
     )
     return Loader(dataset, sampler, args.num_workers, args.pin_mem), val
 
@@ -381,10 +385,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     complete_architecture(args, weights.architecture, str(weights.path))
     complete(args, device.type, world_size())
     dtype = amp_dtype(args.amp, device)
-    if args.data_path is None:
-        raise UsageError("--data_path is missing: a folder with val/, a folder a class in it")
-    val = args.data_path / "val"
-    loader = val_loader(args, val if val.is_dir() else args.data_path)
+    loader = val_loader(args, _val_path(args))
     check_outputs(weights, loader.dataset)
     model, report = convvit_from_weights(weights, img_size=args.input_size)
     print_once(report)
@@ -392,6 +393,16 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     evaluation.report()
     if args.predictions:
         evaluation.write(args.predictions, loader.dataset)
+
+
+def _val_path(args: argparse.Namespace) -> Path:
+    """The images that `--eval` means."""
+    if args.val_path is not None:
+        return args.val_path
+    if args.data_path is None:
+        raise UsageError("--data_path is missing: a folder with val/, a folder a class in it")
+    val = args.data_path / "val"
+    return val if val.is_dir() else args.data_path
 
 
 def _evaluated(args: argparse.Namespace) -> Path:

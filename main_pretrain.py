@@ -51,7 +51,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
     parser = arguments.Parser(description="Pretrain a ConvMAE on a folder of images.")
     arguments.add_data_args(
-        parser, data="folder of images, nested or flat; its train/ if it has one"
+        parser,
+        data="folder of images, nested or flat, its train/ if it has one; or its shards, as "
+        "'DIR/{000000..000999}.tar'",
     )
     arguments.add_augmentation_args(parser, crop_scale=(0.2, 1.0))
     group = parser.add_argument_group("model")
@@ -128,7 +130,8 @@ def build_data(args: argparse.Namespace) -> Loader:
     )
     dataset = ImageFiles(find_train_folder(args.data_path), transform)
     sampler = StepSampler(
-        len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed
+        *(len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed),
+        group_sizes=dataset.files.group_sizes,
     )
     return Loader(dataset, sampler, args.num_workers, args.pin_mem)
 
