@@ -405,9 +405,16 @@ class Attention(nn.Module):
         Returns:
             `[N, L, C]`.
         """
-        # [N, L, 3C] -> [N, L, 3, heads, C / heads] -> three of [N, heads, L, C / heads]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        q, k, v = self.split_heads(x)
+        return self.merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of tokens `[N, L, C]`: `[3, N, heads, L, C / heads]`."""
+        # [N, L, 3C] -> [N, L, 3, heads, C / heads]
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def merge_heads(self, y: Tensor) -> Tensor:
+        """What the heads found, `[N, heads, L, C / heads]`, to the output `[N, L, C]`."""
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -431,7 +438,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[N, L, C]` to the same shape; `bias` as `Attention` takes it."""
-        x = x + self.drop_path(self.attn(self.norm1(x), bias))
+        return self.feed_forward(self.attend(x, bias))
+
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The first half, in which tokens see each other."""
+        return x + self.drop_path(self.attn(self.norm1(x), bias))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half, each token for itself."""
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

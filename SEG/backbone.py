@@ -16,8 +16,6 @@ from util.weights import Report, load_weights, read_weights
 
 # What a checkpoint of pretraining or classification does not have.
 NEW = ("fpn", "blocks3.*.gamma_[12]", "blocks3.*.attn.relative_position_bias_table")
-# What such a checkpoint has besides: decoder, fusion, head.
-NOT_USED = ("decoder_*", "mask_token", "stage*_output_decode", "norm", "fc_norm", "head")
 
 
 class RelativeAttention(RelativePositions, Attention):
@@ -120,8 +118,7 @@ class ConvMAE(ConvViT):
             UsageError: a file that is no checkpoint of this architecture, with the reason.
         """
         weights = read_weights(path)
-        encoder = weights.without(*NOT_USED)
-        return load_weights(self, encoder, new=NEW, prefix=weights.encoder)
+        return load_weights(self, weights.without_heads(), new=NEW, prefix=weights.encoder)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

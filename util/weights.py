@@ -19,6 +19,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -33,8 +34,11 @@ _ENTRIES = ("model_ema", "state_dict_ema", "model", "state_dict")
 _WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.")
 # Where the encoder's names begin in the segmentors and detectors built on it.
 _BACKBONES = ("", "backbone.", "backbone.bottom_up.", "backbone.net.")
+# What pretraining and classification have beside the encoder.
+_BESIDES_ENCODER = ("decoder_*", "mask_token", "stage*_output_decode", "norm", "fc_norm", "head")
 # What gives the logits, in the order in which `num_classes` looks for it.
 _HEADS = ("head", "head.1", "decode_head.conv_seg", "auxiliary_head.conv_seg")
+_BOXES = "roi_heads.box_predictor.cls_score.weight"
 # Buffers that follow from the grid: a model has its own, whatever a file says.
 _COMPUTED = "relative_position_index"
 
@@ -94,7 +98,9 @@ class Weights:
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the head; 0 without one."""
+        """Classes of the head, without a detector's background; 0 without a head."""
+        if _BOXES in self.state:
+            return len(self.state[_BOXES]) - 1
         heads = (self.state.get(f"{name}.weight") for name in _HEADS)
         return next((len(head) for head in heads if head is not None), 0)
 
@@ -118,6 +124,10 @@ class Weights:
         except ValueError as error:
             some = ", ".join(sorted(self.state)[:3])
             raise UsageError(f"checkpoint {self.path}: {error} (it has {some}, …)") from error
+
+    def without_heads(self) -> "Weights":
+        """The encoder alone: without decoder, fusion and final norm, without a head."""
+        return self.without(*_BESIDES_ENCODER)
 
     def without(self, *prefixes: str) -> "Weights":
         """The same without the weights of these modules or parameters."""
@@ -293,6 +303,9 @@ def _fit(
     if isinstance(owner, RelativePositions):
         old, new = _table_grid(tensor, weights), owner.table_grid
         return resize_relative_table(tensor, old, new), f"{_size(old)} to {_size(new)}"
+    if name.endswith(("rel_pos_h", "rel_pos_w")):
+        rows = F.interpolate(tensor.T.unsqueeze(0), len(own), mode="linear")  # [1, C, shifts]
+        return rows[0].T, f"{len(tensor)} to {len(own)} shifts"
     return None
 
 
@@ -432,5 +445,7 @@ _USES = {
     "classifier": "main_finetune.py --eval --resume {file}; or --finetune {file} for new classes",
     "probe": "main_linprobe.py --eval --resume {file}",
     "segmentor": "python -m SEG.test CONFIG {file}",
-    "detector": "python -m DET.train_net --eval-only train.init_checkpoint={file}",
+    "detector": "python -m DET.train_net --config-file CONFIG --eval-only "
+    "train.init_checkpoint={file}; python -m DET.predict --config-file CONFIG --checkpoint {file} "
+    "IMAGES --out DIR",
 }
