@@ -52,8 +52,10 @@ def random_images(args: argparse.Namespace) -> tuple[Tensor]:
     return (torch.randn(args.batch_size, 3, size, size, device=args.device),)
 
 
-def loss(model: nn.Module, args: argparse.Namespace, imgs: Tensor) -> Tensor:
-    """The loss of a batch."""
+def loss(form: str, model: nn.Module, args: argparse.Namespace, imgs: Tensor) -> Tensor:
+    """The loss of a batch, as each form's training takes it."""
+    if form == "visible":
+        return model(imgs, args.mask_ratio, predict=False)[0]
     return model(imgs, args.mask_ratio)[0]
 
 
