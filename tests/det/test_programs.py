@@ -107,9 +107,10 @@ def train_in_two_processes(settings):
 
     from detectron2.engine import launch
 
-    from DET.train_net import work
+    from DET.train_net import pass_on_signals, work
     from tests.det import small
 
+    pass_on_signals()
     launch(work, 2, dist_url="auto", args=(small.arguments(settings),))
     sys.exit(0)
 
@@ -124,6 +125,19 @@ def test_two_processes_train_and_evaluate_together(launcher, scenes, tmp_path):
     assert "A step is 2 processes x 1 micro-batches x 1 images" in text
     assert "Evaluation results for segm" in text
     assert {path.name for path in (tmp_path / "run").glob("*.pth")} >= {"model_final.pth"}
+
+
+@needs_detectron2
+def test_a_signal_reaches_both_processes_and_is_saved_once(launcher, scenes, tmp_path):
+    more = ("train.epochs=100", "train.log_period=5", "data.val.json=null")
+    settings = small.overrides(scenes, tmp_path / "run", *more)
+    run = launcher.start("unused", before=code_of(train_in_two_processes, settings=settings))
+    run.wait_for("iter: 4", timeout=200)
+    run.signal(signal.SIGTERM)
+    stopped = run.wait()
+    assert stopped.code == 0, stopped.err
+    assert stopped.out.count("stopped by a signal after") == 1
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_stopped.pth"
 
 
 def test_pictures_of_files_with_the_same_name_do_not_replace_each_other(tmp_path):
