@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, resample_abs_pos_embed
+from timm.layers import DropPath
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -35,6 +35,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from util.architecture import SIZES
+from util.pos_embed import resize_pos_embed
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # Of the transformer blocks, the final norms and the decoder; the stages before keep eps 1e-5.
@@ -46,22 +47,29 @@ class Geometry:
     """The input's size and the stages' strides, checked to fit each other.
 
     Attributes:
-        img_size: input size in pixels, one entry a spatial dimension.
+        img_size: input size in pixels, one entry a spatial dimension; time, if there is one, first.
         patch_size: for each stage its stride along each dimension.
+        mask_unit: stage-3 tokens along each dimension that stay or go together when masked.
     """
 
     img_size: tuple[int, ...]
     patch_size: tuple[tuple[int, ...], ...]
+    mask_unit: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, img_size: int | Sequence[int], patch_size: Sequence[int | Sequence[int]]
+        cls,
+        img_size: int | Sequence[int],
+        patch_size: Sequence[int | Sequence[int]],
+        mask_unit: Sequence[int] | None = None,
     ) -> "Geometry":
         """Expand integers to one entry a dimension; a bare `img_size` is a square image.
 
+        Without a `mask_unit` every token is one.
+
         Raises:
-            ValueError: not three stages, entries of different lengths, or a size that the strides
-                do not divide.
+            ValueError: not three stages, entries of different lengths, a size that the strides do
+                not divide, or a grid that the mask unit does not.
         """
         size = (img_size,) * 2 if isinstance(img_size, Integral) else tuple(img_size)
         ndim = len(size)
@@ -82,7 +90,13 @@ class Geometry:
                 f"img_size {'x'.join(map(str, size))} is not divisible by the patch of "
                 f"{'x'.join(map(str, strides))} pixels that patch_size {patch_size} makes"
             )
-        return cls(size, patch)
+        unit = tuple(mask_unit or (1,) * ndim)
+        grid = tuple(s // stride for s, stride in zip(size, strides, strict=True))
+        if len(unit) != ndim or any(u < 1 or g % u for g, u in zip(grid, unit, strict=False)):
+            raise ValueError(
+                f"mask_unit {unit} does not divide the grid of {'x'.join(map(str, grid))} tokens"
+            )
+        return cls(size, patch, unit)
 
     @property
     def ndim(self) -> int:
@@ -107,19 +121,27 @@ class Geometry:
         """Tokens of stage 3 (`L`)."""
         return math.prod(self.grid(3))
 
+    @property
+    def num_mask_units(self) -> int:
+        """Mask units of the grid; the mask takes one random number for each."""
+        return self.num_patches // math.prod(self.mask_unit)
+
     def visible_patches(self, mask_ratio: float) -> int:
-        """Stage-3 tokens that stay when a share of them is removed, `int(L * (1 - ratio))`.
+        """Stage-3 tokens that stay when a share of the mask units is removed.
+
+        Of `U` units `int(U * (1 - ratio))` stay.
 
         Raises:
             ValueError: a ratio that removes nothing or everything.
         """
-        keep = int(self.num_patches * (1 - mask_ratio))
-        if not 0 < keep < self.num_patches:
+        keep = int(self.num_mask_units * (1 - mask_ratio))
+        if not 0 < keep < self.num_mask_units:
+            unit = "patches" if self.num_mask_units == self.num_patches else "mask units"
             raise ValueError(
-                f"mask_ratio {mask_ratio} keeps {keep} of {self.num_patches} patches: "
+                f"mask_ratio {mask_ratio} keeps {keep} of {self.num_mask_units} {unit}: "
                 f"at least one must stay and one must go"
             )
-        return keep
+        return keep * math.prod(self.mask_unit)
 
     @property
     def patch_pixels(self) -> int:
@@ -444,6 +466,8 @@ class ConvViTEncoder(nn.Module):
         depth: blocks of each stage.
         num_heads: attention heads of stage 3.
         mlp_ratio: hidden width of the MLPs over the stage's width, for each stage.
+        temporal_kernel: extent in time of the depthwise convolutions of a video model, odd; in
+            space they are 5×5.
         drop_path_rate: stochastic depth, linear from 0 over all blocks of all stages.
         norm_layer: LayerNorm of stage 3 and after; the stages before always use eps 1e-5.
 
@@ -461,17 +485,20 @@ class ConvViTEncoder(nn.Module):
         depth: Sequence[int] = (2, 2, 11),
         num_heads: int = 12,
         mlp_ratio: Sequence[float] = (4, 4, 4),
+        temporal_kernel: int = 3,
         drop_path_rate: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
     ) -> None:
         super().__init__()
+        if temporal_kernel < 1 or temporal_kernel % 2 == 0:
+            raise ValueError(f"temporal_kernel {temporal_kernel} must be odd")
         for name, value in (("embed_dim", embed_dim), ("depth", depth), ("mlp_ratio", mlp_ratio)):
             if len(value) != 3:
                 raise ValueError(f"{name} {tuple(value)} must have three entries, one a stage")
         self.geometry = geometry = Geometry.of(img_size, patch_size)
         self.in_chans = in_chans
         self.embed_dim = tuple(embed_dim)
-        kernel = (5,) * geometry.ndim
+        kernel = (temporal_kernel, 5, 5)[-geometry.ndim :]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depth), device="cpu").tolist())
 
         self.pos_embed = nn.Parameter(torch.zeros(1, geometry.num_patches, embed_dim[2]))
@@ -663,7 +690,7 @@ class ConvViT(ConvViTEncoder):
         size = self.geometry.grid(3)
         if tuple(grid) == size:
             return self.pos_embed
-        return resample_abs_pos_embed(self.pos_embed, list(grid), size, self.num_prefix_tokens)
+        return resize_pos_embed(self.pos_embed, size, grid, self.num_prefix_tokens)
 
     def forward_stages(self, x: Tensor, stages: int = 3) -> list[Tensor]:
         """The outputs of the first stages.

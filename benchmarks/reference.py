@@ -32,20 +32,24 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
             masks[stage] = F.interpolate(
                 block_mask, self.geometry.grid(stage), mode="nearest-exact"
             )
-        x = self.patch_embed1(x)
+        x = stage1 = self.patch_embed1(x)
         for block in self.blocks1:
-            x = block(x, masks[1])
-        stage1 = self.stage1_output_decode(x).flatten(2).transpose(1, 2)
-        x = self.patch_embed2(x)
+            x = stage1 = block(x, masks[1])
+        x = stage2 = self.patch_embed2(x)
         for block in self.blocks2:
-            x = block(x, masks[2])
-        stage2 = self.stage2_output_decode(x).flatten(2).transpose(1, 2)
+            x = stage2 = block(x, masks[2])
         x = self.patch_embed4(self.patch_embed3(x).flatten(2).transpose(1, 2)) + self.pos_embed
 
-        x, stage1, stage2 = (gather_tokens(tokens, ids_keep) for tokens in (x, stage1, stage2))
+        x = gather_tokens(x, ids_keep)
         for block in self.blocks3:
             x = block(x)
-        return self.norm(x + stage1 + stage2), mask, ids_restore
+        if self.multi_scale:
+            for decode, grid in (
+                (self.stage1_output_decode, stage1),
+                (self.stage2_output_decode, stage2),
+            ):
+                x = x + gather_tokens(decode(grid).flatten(2).transpose(1, 2), ids_keep)
+        return self.norm(x), mask, ids_restore
 
 
 class PlainMaskedAutoencoder(nn.Module):

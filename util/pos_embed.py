@@ -1,8 +1,13 @@
-"""Fixed sine-cosine position embeddings on a grid of any number of dimensions."""
+"""Position embeddings on a grid of any number of dimensions: fixed sine-cosine ones, resizing."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
 
 
 def get_1d_sincos_pos_embed(embed_dim: int, positions: np.ndarray) -> np.ndarray:
@@ -46,3 +51,33 @@ def get_sincos_pos_embed(embed_dim: int, grid_size: Sequence[int]) -> np.ndarray
     return np.concatenate(
         [get_1d_sincos_pos_embed(embed_dim // ndim, p) for p in reversed(positions)], axis=1
     )
+
+
+def resize_pos_embed(
+    table: Tensor, old: Sequence[int], new: Sequence[int], num_prefix_tokens: int = 0
+) -> Tensor:
+    """A position table for another grid: bicubic in space, linear in time.
+
+    A table of images becomes one of videos by repeating it over time.
+
+    Args:
+        table: `[1, prefix + prod(old), C]`.
+        old: its grid, (H, W) or (T, H, W).
+        new: the grid wanted, of as many dimensions, or (T, H, W) where `old` is (H, W).
+        num_prefix_tokens: rows before those of the grid; they stay as they are.
+
+    Returns:
+        `[1, prefix + prod(new), C]`.
+    """
+    prefix, rows = table[:, :num_prefix_tokens], table[:, num_prefix_tokens:]
+    frames, size = math.prod(new[:-2]), list(new[-2:])
+    before = math.prod(old[:-2])
+    # The frames go among the channels: [1, T * L, C] -> [1, L, T * C], L = H * W.
+    rows = rows.unflatten(1, (before, -1)).transpose(1, 2).flatten(2)
+    rows = resample_abs_pos_embed(rows, size, list(old[-2:]), num_prefix_tokens=0)
+    rows = rows[0].unflatten(-1, (before, -1))  # [L, T, C]
+    if before != frames:
+        over_time = F.interpolate(rows.transpose(1, 2).float(), frames, mode="linear")
+        rows = over_time.transpose(1, 2).to(rows.dtype)
+    rows = rows.transpose(0, 1).flatten(0, 1)  # [T * L, C]
+    return torch.cat([prefix, rows.unsqueeze(0)], dim=1)
