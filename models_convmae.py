@@ -1,7 +1,8 @@
 """ConvMAE: a masked autoencoder with a ConvViT encoder (arXiv 2205.03892, section 3)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -18,7 +19,9 @@ from models_convvit import (
     to_nested_blocks,
 )
 from util.architecture import SIZES
+from util.errors import UsageError
 from util.pos_embed import get_sincos_pos_embed
+from util.weights import KINDS, load_weights, read_weights
 
 
 class MaskedAutoencoderConvViT(ConvViTEncoder):
@@ -278,35 +281,32 @@ convmae_convvit_base_patch16_dec512d8b = convmae_convvit_base_patch16
 MODELS = {name: value for name, value in vars().items() if name.startswith("convmae_convvit_")}
 
 
-def build_from_checkpoint(content: Mapping) -> MaskedAutoencoderConvViT:
-    """The model of a pretraining checkpoint, with its weights.
+def convmae_from_checkpoint(path: str | Path) -> MaskedAutoencoderConvViT:
+    """The masked autoencoder of a pretraining checkpoint, with its weights.
 
     Args:
-        content: a checkpoint's contents: "model", the weights, and "args", a dict of this
-            framework or the original's Namespace.
+        path: a file of this framework or of the original code; its arguments name the model.
 
     Raises:
-        ValueError: no arguments, an unknown model, or weights that are not a whole autoencoder.
+        UsageError: a file that cannot be read, an unknown model, or weights that are not a whole
+            autoencoder.
     """
-    args = content.get("args")
-    args = args if isinstance(args, Mapping) else vars(args) if args is not None else {}
-    if "model" not in content or args.get("model") not in MODELS:
-        raise ValueError(
-            f"it is no pretraining checkpoint: its model is {args.get('model')!r}, "
-            f"not one of {', '.join(MODELS)}"
+    weights = read_weights(path)
+    name, args = weights.args.get("model"), weights.args
+    if name not in MODELS:
+        raise UsageError(
+            f"checkpoint {path}: it is no pretraining checkpoint: its model is {name!r}, not one "
+            f"of {', '.join(MODELS)}"
+        )
+    if weights.kind != "autoencoder":
+        raise UsageError(
+            f"checkpoint {path} is {KINDS[weights.kind]}: only a whole autoencoder can reconstruct"
         )
     sizes = {"img_size": args.get("input_size"), "patch_size": args.get("patch_size")}
     sizes |= {"in_chans": args.get("in_chans"), "norm_pix_loss": args.get("norm_pix_loss")}
-    model = MODELS[args["model"]](**{k: v for k, v in sizes.items() if v is not None})
-    missing = sorted(model.state_dict().keys() - content["model"].keys())
-    if missing:
-        raise ValueError(
-            f"it lacks {len(missing)} weights of a whole {args['model']} ({missing[0]}, …): an "
-            f"encoder alone cannot reconstruct"
-        )
     try:
-        model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"its weights do not fit a {args['model']}: {reason}") from error
+        model = MODELS[name](**{k: v for k, v in sizes.items() if v is not None})
+    except ValueError as error:
+        raise UsageError(f"checkpoint {path}: {error}") from error
+    load_weights(model, weights)
     return model

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from util.architecture import SIZES
 from util.pos_embed import resize_pos_embed
+from util.weights import Report, Weights, load_weights, read_weights
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # Of the transformer blocks, the final norms and the decoder; the stages before keep eps 1e-5.
@@ -680,6 +682,10 @@ class ConvViT(ConvViTEncoder):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.apply(self._initialize).to(self.patch_embed1.proj.weight)
 
+    def add_probe_norm(self, norm: type[nn.BatchNorm1d] = nn.BatchNorm1d) -> None:
+        """Put a batch norm without affine before the head: a linear probe's (MAE, appendix A)."""
+        self.head = nn.Sequential(norm(self.num_features, affine=False, eps=1e-6), self.head)
+
     def _call(self, block: Callable[..., Tensor], *args: object) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args)
@@ -812,6 +818,48 @@ class ConvViT(ConvViTEncoder):
         return taken
 
 
+def convvit_from_weights(
+    weights: Weights, num_classes: int | None = None, **kwargs
+) -> tuple[ConvViT, Report]:
+    """The model that weights belong to, its architecture read off their shapes, filled.
+
+    Args:
+        weights: of a pretraining, an encoder, a classifier or a probe.
+        num_classes: None for the model as it was trained (without a head if it had none); a
+            number for one that goes on learning, whose head begins anew unless it fits.
+        **kwargs: override arguments of `ConvViT`, such as `img_size`, `drop_path_rate` and
+            `global_pool` (default: as trained; "avg" for what had no head).
+
+    Returns:
+        The model and how the weights were matched.
+
+    Raises:
+        UsageError: weights of something else.
+    """
+    trained = weights.kind in ("classifier", "probe")
+    kwargs = {"global_pool": weights.global_pool if trained else "avg", **kwargs}
+    outputs = weights.num_classes if num_classes is None else num_classes
+    model = ConvViT(num_classes=outputs, **{**weights.architecture, **kwargs})
+    if num_classes is None and weights.kind == "probe":
+        model.add_probe_norm()
+    as_trained = num_classes is None and trained
+    report = load_weights(model, weights, new=() if as_trained else ("head", "norm", "fc_norm"))
+    return model, report
+
+
+def convvit_from_checkpoint(path: str | Path, **kwargs) -> ConvViT:
+    """The model of a checkpoint of any kind, with its weights.
+
+    Args:
+        path: a file of this framework or of the original code, or safetensors.
+        **kwargs: as `convvit_from_weights` takes them.
+
+    Raises:
+        UsageError: a file that cannot be read, or weights of something else.
+    """
+    return convvit_from_weights(read_weights(path), **kwargs)[0]
+
+
 def _cfg(**kwargs) -> dict:
     """What timm wants to know of a model."""
     return {
@@ -869,3 +917,7 @@ def convvit_large_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
 def convvit_huge_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """ConvViT-H. `kwargs` override any argument of `ConvViT`."""
     return _create("convvit_huge_patch16", pretrained, SIZES["huge"], kwargs)
+
+
+# Model name to factory, for command lines.
+MODELS = {name: globals()[name] for name in default_cfgs}

@@ -32,6 +32,7 @@ from benchmarks.reference import DenseMaskedAutoencoder, PlainMaskedAutoencoder
 from models_convmae import MODELS
 from util.args import Parser, mask_ratio, positive_int
 from util.errors import UsageError
+from util.logger import markdown_table
 from util.optim_step import amp_dtype
 
 FORMS = ("visible", "dense", "mae")
@@ -303,10 +304,7 @@ def table(results: dict[str, Result], batch_size: int) -> str:
     for name, ratio in compare(results).items():
         memory = "–" if ratio["peak_memory"] is None else f"{ratio['peak_memory']:.3g}"
         rows.append([name, spread(ratio["seconds"]), "", memory, f"{ratio['flops']:.3g}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = ([cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(rows)
 
 
 def report(args: argparse.Namespace, argv: Sequence[str]) -> None:

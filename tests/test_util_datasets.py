@@ -222,7 +222,7 @@ def test_train_is_read_where_it_exists(tmp_path):
     write_pictures(tmp_path / "val" / "cat", 5)
     assert find_train_folder(tmp_path) == tmp_path / "train"
     assert find_train_folder(tmp_path / "val") == tmp_path / "val"
-    assert len(ImageFiles(tmp_path, v2.PILToTensor())) == 2
+    assert len(ImageFiles(find_train_folder(tmp_path), v2.PILToTensor())) == 2
 
 
 def test_a_missing_folder_is_named(tmp_path):

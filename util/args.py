@@ -2,10 +2,11 @@
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from util.architecture import describe_architecture, size_name
 from util.distributed import cores_per_process
 from util.errors import UsageError
 
@@ -13,9 +14,11 @@ from util.errors import UsageError
 # as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
 MAY_CHANGE = frozenset(
     {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
-    | {"log_dir", "max_bad_images", "num_workers", "output_dir", "pin_mem", "print_freq"}
-    | {"resume", "save_freq", "save_steps"}
+    | {"dist_eval", "log_dir", "max_bad_images", "num_workers", "output_dir", "pin_mem"}
+    | {"predictions", "print_freq", "resume", "save_freq", "save_steps"}
 )
+# Of a model that no checkpoint describes.
+DEFAULT_INPUT_SIZE, DEFAULT_IN_CHANS, DEFAULT_PATCH_SIZE = 224, 3, (4, 2, 2)
 # What `complete` derives from other flags.
 _DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}
 
@@ -135,22 +138,32 @@ def add_switch(
     )
 
 
-def add_data_args(parser: Parser) -> None:
-    """Where the images are, and how they are read."""
+def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False) -> None:
+    """Where the images are, and how they are read.
+
+    Args:
+        parser: gets the arguments.
+        data: what `--data_path` is.
+        follow_checkpoint: size and channels are by default those of the checkpoint to start from.
+    """
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data_path", type=Path, help="folder of images, nested or flat; its train/ if it has one"
-    )
+    group.add_argument("--data_path", type=Path, help=data)
+    default = " (default: the checkpoint's, else {})" if follow_checkpoint else ""
     group.add_argument(
         "--input_size",
         type=positive_int,
         nargs="+",
-        default=[224],
+        default=None if follow_checkpoint else [DEFAULT_INPUT_SIZE],
         metavar="PIXELS",
-        help="size of the model's input: one number, or height and width",
+        help="size of the model's input: one number, or height and width"
+        + default.format(DEFAULT_INPUT_SIZE),
     )
     group.add_argument(
-        "--in_chans", type=int, choices=(1, 3, 4), default=3, help="channels: 1 gray, 3 RGB, 4 RGBA"
+        "--in_chans",
+        type=int,
+        choices=(1, 3, 4),
+        default=None if follow_checkpoint else DEFAULT_IN_CHANS,
+        help="channels: 1 gray, 3 RGB, 4 RGBA" + default.format(DEFAULT_IN_CHANS),
     )
     group.add_argument(
         "--max_bad_images",
@@ -174,6 +187,93 @@ def add_data_args(parser: Parser) -> None:
     )
 
 
+def add_augmentation_args(
+    parser: Parser, crop_scale: tuple[float, float]
+) -> argparse._ArgumentGroup:
+    """Random crop and flip, `crop_scale` being a recipe's default; returns the group."""
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--crop_scale",
+        type=share,
+        nargs=2,
+        default=list(crop_scale),
+        metavar=("MIN", "MAX"),
+        help="area of the random crop, as a share of the image",
+    )
+    add_switch(group, "hflip", True, "flip half of the images", "never flip")
+    return group
+
+
+def add_patch_size_arg(group: argparse._ArgumentGroup, default: Sequence[int] | None) -> None:
+    """The strides of the stages; without a default they are the checkpoint's."""
+    follows = "" if default else " (default: the checkpoint's, else 4 2 2)"
+    group.add_argument(
+        "--patch_size",
+        type=positive_int,
+        nargs=3,
+        default=default and list(default),
+        metavar="STRIDE",
+        help=f"strides of the three stages; their product is the patch's side in pixels{follows}",
+    )
+
+
+def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._ArgumentGroup:
+    """What a classifier is built from; returns the group, for more arguments of the model."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--finetune",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint to start from; size and geometry of the model are read off it",
+    )
+    group.add_argument(
+        "--model",
+        type=ChoiceOf(models),
+        metavar="NAME",
+        help=f"start from random weights: one of {', '.join(models)}",
+    )
+    add_patch_size_arg(group, None)
+    group.add_argument(
+        "--cls_token",
+        dest="global_pool",
+        action="store_const",
+        const="token",
+        help="classify the first token, as the original does without --global_pool (default: the "
+        "mean of all tokens)",
+    )
+    group.add_argument(
+        "--global_pool",
+        action="store_const",
+        const="avg",
+        default="avg",
+        help="classify the mean of all tokens",
+    )
+    return group
+
+
+def add_eval_args(parser: Parser) -> None:
+    """How a classifier is evaluated."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--eval",
+        action="store_true",
+        help="only evaluate --resume FILE (default: the best checkpoint in --output_dir)",
+    )
+    add_switch(
+        group,
+        "dist_eval",
+        True,
+        "evaluate in all processes, each image in one of them (the default)",
+        "evaluate in the first process alone",
+    )
+    group.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="CSV",
+        help="write path, label, prediction and probability of each image of the last evaluation",
+    )
+
+
 def add_optim_args(
     parser: Parser,
     *,
@@ -182,8 +282,10 @@ def add_optim_args(
     warmup_epochs: int,
     blr: float,
     weight_decay: float,
-) -> None:
-    """Batch, schedule and optimizer, with a recipe's defaults."""
+    min_lr: float = 0.0,
+    optimizer: str = "AdamW",
+) -> argparse._ArgumentGroup:
+    """Batch, schedule and optimizer, with a recipe's defaults; returns the group."""
     group = parser.add_argument_group("optimization")
     group.add_argument(
         "--batch_size",
@@ -225,7 +327,7 @@ def add_optim_args(
     group.add_argument(
         "--min_lr",
         type=non_negative_float,
-        default=0.0,
+        default=min_lr,
         metavar="LR",
         help="learning rate at the end",
     )
@@ -234,7 +336,7 @@ def add_optim_args(
         type=non_negative_float,
         default=weight_decay,
         metavar="WD",
-        help="AdamW's, none on biases and norms",
+        help=f"{optimizer}'s, none on biases and norms",
     )
     group.add_argument(
         "--clip_grad",
@@ -242,6 +344,7 @@ def add_optim_args(
         metavar="NORM",
         help="largest gradient norm (default: no clipping)",
     )
+    return group
 
 
 def add_run_args(parser: Parser) -> None:
@@ -303,6 +406,49 @@ def add_run_args(parser: Parser) -> None:
     )
 
 
+def complete_architecture(
+    args: argparse.Namespace, architecture: Mapping[str, object] | None, source: str = ""
+) -> None:
+    """Fill in `--input_size`, `--in_chans` and `--patch_size` of a classifier.
+
+    Args:
+        args: those that were given stay.
+        architecture: read off the checkpoint to start from; None for random weights.
+        source: what it was read off, for messages.
+
+    Raises:
+        UsageError: flags that describe another model than the checkpoint's, or no model.
+    """
+    if architecture is None:
+        if args.model is None:
+            raise UsageError(
+                "what to start from? --finetune FILE for a checkpoint, or --model NAME for "
+                "random weights"
+            )
+        args.input_size = args.input_size or [DEFAULT_INPUT_SIZE]
+        args.in_chans = args.in_chans or DEFAULT_IN_CHANS
+        args.patch_size = args.patch_size or list(DEFAULT_PATCH_SIZE)
+        return
+    size = size_name(architecture)
+    if args.model is not None and args.model.split("_")[1] != size:
+        raise UsageError(
+            f"--model {args.model} is not what {source} holds: "
+            f"{describe_architecture(architecture)}"
+        )
+    patch_size = [
+        entry[0] if len(set(entry)) == 1 else entry for entry in architecture["patch_size"]
+    ]
+    for name, there in (("patch_size", patch_size), ("in_chans", architecture["in_chans"])):
+        given = getattr(args, name)
+        if given is not None and given != there:
+            raise UsageError(
+                f"--{name} {_show(given)} is not what {source} holds: {_show(there)}; leave the "
+                f"flag away to take it from there"
+            )
+        setattr(args, name, there)
+    args.input_size = args.input_size or list(architecture["img_size"])
+
+
 def complete(args: argparse.Namespace, device_type: str, processes: int) -> None:
     """Fill in what depends on the machine: sizes, learning rate, workers, switches.
 
@@ -311,6 +457,8 @@ def complete(args: argparse.Namespace, device_type: str, processes: int) -> None
     """
     if len(args.input_size) > 2:
         raise UsageError(f"--input_size takes one or two numbers, not {len(args.input_size)}")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
+        raise UsageError("--crop_scale takes the smaller share first, and more than 0")
     if args.warmup_epochs >= args.epochs:
         raise UsageError(
             f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"

@@ -8,13 +8,15 @@ import argparse
 import os
 import pickle
 import re
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
+from util import args as arguments
 from util.errors import TrainingError, UsageError
 
 
@@ -83,3 +85,39 @@ def load_file(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise UsageError(f"checkpoint {path} holds a {type(content).__name__}, not a dictionary")
     return content
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = arguments.Parser(
+        prog="python -m util.checkpoint", description="Look into checkpoints, and convert them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    inspect = commands.add_parser("inspect", help="say what files are and what they are good for")
+    inspect.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    export = commands.add_parser("export", help="write the weights alone")
+    export.add_argument("file", type=Path, metavar="FILE")
+    export.add_argument(
+        "--to", type=Path, required=True, metavar="FILE", help=".safetensors, .pth or .pt"
+    )
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Inspect or export."""
+    from util import weights  # which reads files by this module
+
+    if args.command == "inspect":
+        print("\n\n".join(weights.describe(weights.read_weights(path)) for path in args.files))
+        return
+    found = weights.read_weights(args.file)
+    if args.to.exists():
+        raise UsageError(f"--to {args.to} exists already: give another name")
+    weights.export_weights(found, args.to)
+    print(f"{len(found.state)} tensors of {args.file} in {args.to}")
+
+
+if __name__ == "__main__":
+    from util.run import run_main
+
+    sys.exit(run_main(main, parse_args()))

@@ -8,7 +8,7 @@ import os
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -183,12 +183,12 @@ def seeded(seed: int) -> Iterator[None]:
 class ImageFiles(Dataset):
     """All images below a folder, without labels.
 
-    An item's key is `(index, seed)`, as `StepSampler` gives it. The item is `(image, bad)`: what
+    An item's key is `(index, seed)`, as a sampler gives it. The item is `(image, bad)`: what
     `transform` made of the file, and the indices of files that could not be decoded. Another
     image, drawn by the same seed, takes the place of such a file.
 
     Args:
-        root: a folder, nested or flat; of `train/` in it only that is read.
+        root: a folder, nested or flat.
         transform: PIL image to `[C, H, W]`; may draw from `torch`, `numpy` and `random`.
         in_chans: 1, 3 or 4, see `load_image`.
 
@@ -203,10 +203,11 @@ class ImageFiles(Dataset):
         in_chans: int = 3,
     ) -> None:
         check_channels(in_chans)
+        self.root = Path(root)
         self.transform = transform
         self.in_chans = in_chans
         # One array, because workers would copy a list bit by bit as they touch its strings.
-        self._paths = np.array([os.fsencode(path) for path in list_images(find_train_folder(root))])
+        self._paths = np.array([os.fsencode(path) for path in list_images(self.root)])
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -245,3 +246,103 @@ class ImageFiles(Dataset):
             with seeded(seed):
                 return self.transform(image), index, tuple(bad)
         raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
+
+
+class LabeledImages(ImageFiles):
+    """Images in one folder a class, as in ImageNet's `train/` and `val/`.
+
+    An item is `(image, label, index, bad)`: what `ImageFiles` gives, the place of the image's
+    class among the sorted names of the folders, and the index that was asked for. A bad file's
+    substitute comes with its own label.
+
+    Args:
+        root: the folder of the class folders.
+        transform, in_chans: see `ImageFiles`.
+
+    Attributes:
+        classes: the folders' names, sorted.
+        labels: `[num_images]`, int64.
+
+    Raises:
+        UsageError: no class folders, images outside of them, or see `ImageFiles`.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        transform: Callable[[Image.Image], Tensor],
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__(root, transform, in_chans)
+        visible = (f for f in self.root.iterdir() if not f.name.startswith(".") and f.is_dir())
+        self.classes = sorted(folder.name for folder in visible)
+        if not self.classes:
+            raise UsageError(
+                f"{root} has no class folders: put the images of each class in a folder of its own"
+            )
+        numbers = {name: label for label, name in enumerate(self.classes)}
+        start = len(os.path.join(self.root, ""))
+        firsts = (self.path(i)[start:].partition(os.sep)[0] for i in range(len(self)))
+        self.labels = np.array([numbers.get(name, -1) for name in firsts])
+        outside = np.flatnonzero(self.labels < 0)
+        if len(outside):
+            raise UsageError(
+                f"{len(outside)} images of {root} lie outside of the class folders (first: "
+                f"{self.path(outside[0])}): each belongs in one"
+            )
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, tuple[int, ...]]:
+        image, index, bad = self.read(*key)
+        return image, int(self.labels[index]), key[0], bad
+
+    def check_complete(self) -> None:
+        """Refuse a class without images, of which nothing can be learned.
+
+        Raises:
+            UsageError: naming the first such folders.
+        """
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
+        if empty:
+            raise UsageError(f"{self.root}: no image in {some(empty)}: fill or remove the folder")
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def check_classes(
+    known: Sequence[str], found: Sequence[str], known_by: str, folder: str | os.PathLike
+) -> None:
+    """Refuse a folder whose labels would mean something else than the model's outputs.
+
+    Args:
+        known: names of the classes in the order of the outputs.
+        found: those of the folder.
+        known_by: who knows them, for the message.
+        folder: where `found` was found.
+
+    Raises:
+        UsageError: classes of another number, other names or another order.
+    """
+    if list(known) == list(found):
+        return
+    lacking, foreign = sorted(set(known) - set(found)), sorted(set(found) - set(known))
+    if not lacking and not foreign:
+        first = next(i for i, (a, b) in enumerate(zip(known, found, strict=True)) if a != b)
+        difference = (
+            f"the same names in another order (output {first} is {known[first]} there, "
+            f"{found[first]} here): labels would be compared with the wrong outputs"
+        )
+    else:
+        parts = [f"it lacks {some(lacking)}"] * bool(lacking)
+        parts += [f"it has {some(foreign)}, unknown there"] * bool(foreign)
+        difference = "; ".join(parts)
+        if lacking and not foreign:
+            difference += " (an empty folder stands for a class without images)"
+    raise UsageError(
+        f"{folder} does not hold the classes of {known_by}: "
+        f"{len(found)} here, {len(known)} there; {difference}"
+    )

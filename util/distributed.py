@@ -124,6 +124,29 @@ def wrap_model(model: nn.Module, device: torch.device, compile_model: bool) -> n
     return torch.compile(model, fullgraph=world_size() == 1, dynamic=False)
 
 
+class SyncedBatchNorm1d(nn.BatchNorm1d):
+    """Batch norm with the statistics of all processes' batches, for inputs without a gradient.
+
+    A linear probe normalises the features of a frozen encoder; so any split of the batch over
+    processes takes the same step. (torch's SyncBatchNorm has a backward pass, and no CPU.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features `[N, C]` to the same shape."""
+        if world_size() == 1 or not self.training:
+            return super().forward(x)
+        if x.requires_grad or self.affine:
+            raise ValueError("this batch norm is for frozen features: they have a gradient")
+        values = x.float()
+        n = len(x) * world_size()
+        mean = all_reduce_sum(values.sum(0)) / n
+        var = all_reduce_sum(((values - mean) ** 2).sum(0)) / n
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        return ((values - mean) * (var + self.eps).rsqrt()).to(x.dtype)
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all processes, in place."""
     if world_size() > 1:

@@ -126,6 +126,44 @@ class StepSampler:
         return torch.randperm(self.num_samples, generator=generator), seeds
 
 
+class EvalSampler:
+    """Batch sampler of `(index, seed)` that gives every sample once, in order.
+
+    Each process gets its own samples, none of them twice, and none is left out; the last batch is
+    as small as it comes. It stands where a `StepSampler` can.
+
+    Args:
+        num_samples: images in the data set.
+        batch_size: images of a batch.
+        rank: which of the processes this is.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.own = range(rank, num_samples, world_size)
+        self.batch_size = batch_size
+        self.set_epoch(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of this process."""
+        return -(-len(self.own) // self.batch_size)
+
+    def set_epoch(self, epoch: int, start_step: int = 0, start_batch: int = 0) -> None:
+        """Leave out the first batches; all epochs are alike."""
+        self.first_batch = start_step + start_batch
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch - self.first_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in range(self.first_batch, self.steps_per_epoch):
+            part = self.own[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(index, 0) for index in part]
+
+
 class BadImages:
     """The files of a run that could not be decoded; each is named once.
 
@@ -185,7 +223,7 @@ class Loader:
     def __init__(
         self,
         dataset: ImageFiles,
-        sampler: StepSampler,
+        sampler: StepSampler | EvalSampler,
         num_workers: int = 0,
         pin_memory: bool = False,
         warn: Callable[[str], object] = _logger.warning,

@@ -13,7 +13,7 @@ from util.checkpoint import load_file, save_atomically
 from util.distributed import gather_objects, is_main_process, print_once, rank
 from util.errors import UsageError
 
-LAST = "checkpoint.pth"
+LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 
 
 class Stateful(Protocol):

@@ -5,7 +5,7 @@ import errno
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from util.distributed import StopSignal, gather_objects, print_once, world_size
+from util.args import check_same_run, check_writable, complete, plain
+from util.distributed import StopSignal, gather_objects, print_once, world_size, wrap_model
 from util.errors import TrainingError, UsageError
 from util.loader import BadImages, Loader
 from util.logger import Meters, Progress, RunLog, peak_memory_mb
 from util.lr_sched import adjust_learning_rate
-from util.optim_step import OptimStep
-from util.resume import LAST, Checkpoints
+from util.optim_step import OptimStep, amp_dtype
+from util.resume import BEST, LAST, Checkpoints, Stateful
 
 
 class Stopped(Exception):
@@ -61,6 +62,56 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def complete_run(args: argparse.Namespace, device: torch.device) -> None:
+    """Fill in the arguments and check all that can be checked before anything is built.
+
+    Raises:
+        UsageError: values that do not go together or that this machine cannot do.
+    """
+    complete(args, device.type, world_size())
+    amp_dtype(args.amp, device)
+    check_writable(args.output_dir, "--output_dir")
+    check_writable(args.log_dir, "--log_dir")
+
+
+def check_program(content: Mapping, program: str) -> None:
+    """Refuse to go on from the state of another kind of run.
+
+    Args:
+        content: the checkpoint to resume from.
+        program: what kind of run this is, such as "pretraining".
+
+    Raises:
+        UsageError: saying what to do instead.
+    """
+    other = content.get("program", program)
+    if other != program:
+        raise UsageError(
+            f"the checkpoint to resume from belongs to a {other} run, and this is {program}: give "
+            f"another --output_dir, and the checkpoint as --finetune to start from its weights"
+        )
+
+
+def check_state(content: Mapping, args: argparse.Namespace, num_images: int) -> None:
+    """Refuse to go on from the state of another run.
+
+    Args:
+        content: the checkpoint to resume from.
+        args: this run's arguments, completed.
+        num_images: images of the data set.
+
+    Raises:
+        UsageError: saying what differs.
+    """
+    check_same_run(args, content["args"])
+    if content["step"] and content["num_images"] != num_images:
+        raise UsageError(
+            f"cannot go on at step {content['step']} of an epoch of {content['num_images']} "
+            f"images: there are {num_images} now; give the same images, or resume from the end "
+            f"of an epoch"
+        )
+
+
 @dataclass
 class Run:
     """A training run: what takes steps, and what is told and saved on the way.
@@ -74,6 +125,8 @@ class Run:
         meters: of loss and gradient norm.
         checkpoints: of the run.
         log: TensorBoard and log.txt.
+        position: epoch and steps done in it at which the run begins.
+        after_step: called after each step.
     """
 
     args: argparse.Namespace
@@ -84,6 +137,81 @@ class Run:
     meters: Meters
     checkpoints: Checkpoints
     log: RunLog
+    position: tuple[int, int]
+    after_step: Callable[[], object] = lambda: None
+
+    @classmethod
+    def prepare(
+        cls,
+        args: argparse.Namespace,
+        device: torch.device,
+        loader: Loader,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        content: Mapping | None,
+        *,
+        program: str,
+        parts: Mapping[str, Stateful] | None = None,
+        extra: Mapping[str, object] | None = None,
+    ) -> "Run":
+        """Put a run together and set it to the state to go on from.
+
+        Args:
+            args: completed arguments.
+            device: where `model` is.
+            loader: the training data.
+            model: bare.
+            optimizer: of the model's parameters, one that honours `found_inf`.
+            content: a checkpoint's contents, checked by `check_state`; None to begin.
+            program: what kind of run this is.
+            parts: what checkpoints hold beside model, optimizer, scaler and meters.
+            extra: further plain values for the checkpoints.
+
+        Raises:
+            UsageError: the processes do not see the same files.
+        """
+        trained = wrap_model(model, device, args.compile)
+        step = OptimStep(trained, optimizer, device, amp_dtype(args.amp, device), args.clip_grad)
+        meters = Meters(("loss", "grad_norm"), device)
+        parts = {"model": model, "optimizer": optimizer, "scaler": step, "meters": meters} | dict(
+            parts or {}
+        )
+        extra = {"program": program, "num_images": len(loader.dataset)} | dict(extra or {})
+        checkpoints = Checkpoints(args.output_dir, plain(args), parts, extra)
+        position = checkpoints.restore(content) if content else (0, 0)
+        views = gather_objects((*position, len(loader.dataset)))
+        if len(set(views)) > 1:
+            raise UsageError(
+                f"the processes see different things (epoch, step, images: {views}): "
+                f"--output_dir and --data_path must be the same folders on every node"
+            )
+        begin = position[0] + position[1] / loader.steps_per_epoch
+        log = RunLog(args.output_dir, args.log_dir, begin)
+        return cls(args, device, model, loader, step, meters, checkpoints, log, position)
+
+    def describe(self, title: str) -> None:
+        """Print what is about to run, `title` first."""
+        args, (epoch, step) = self.args, self.position
+        if epoch >= args.epochs:
+            print_once(f"nothing to train: {args.output_dir} holds all {args.epochs} epochs")
+            return
+        precision = str(self.step.dtype or torch.float32).removeprefix("torch.")
+        begin = f"from epoch {epoch + 1}, step {step}" if epoch or step else "from the beginning"
+        print_once(
+            f"{title}\n"
+            f"{len(self.loader.dataset)} images of {self.loader.dataset.root}, "
+            f"{self.loader.steps_per_epoch} steps of {args.batch_size} x {args.accum_iter} x "
+            f"{world_size()} = {args.effective_batch_size} an epoch\n"
+            f"{args.epochs} epochs {begin}, peak lr {args.lr:.3g}, {precision} on {self.device}"
+            f"{', compiled' if args.compile else ''}, output in {args.output_dir}"
+        )
+
+    def epochs(self) -> Iterator[tuple[int, int]]:
+        """The epochs to run, each with the steps already done in it."""
+        first, step = self.position
+        for epoch in range(first, self.args.epochs):
+            yield epoch, step
+            step = 0
 
     def __post_init__(self) -> None:
         self.stop = StopSignal()
@@ -124,6 +252,7 @@ class Run:
             )
             micro_batches = islice(batches, args.accum_iter)
             result = self.step.take(micro_batches, args.accum_iter, lambda b: forward(*b))
+            self.after_step()
             self.meters.update(result.taken, loss=result.loss, grad_norm=result.grad_norm)
             progress.advance()
 
@@ -147,8 +276,13 @@ class Run:
         means = self.meters.read_epoch()
         return {"train_lr": rate, **{f"train_{name}": value for name, value in means.items()}}
 
-    def end_epoch(self, epoch: int, values: dict[str, float]) -> None:
+    def end_epoch(self, epoch: int, values: dict[str, float], *, best: bool = False) -> None:
         """Write the epoch's line and checkpoints.
+
+        Args:
+            epoch: the one that is done.
+            values: for log.txt.
+            best: whether it gave the best model so far.
 
         Raises:
             Stopped: a signal came; the state is saved.
@@ -158,7 +292,8 @@ class Run:
         last = epoch + 1 == self.args.epochs
         keep = (epoch + 1) % self.args.save_freq == 0 or last
         # checkpoint.pth comes last: what a kill leaves unwritten before it is written again.
-        self._save(epoch + 1, 0, *([f"checkpoint-{epoch}.pth"] if keep else []), LAST)
+        names = [BEST] * best + [f"checkpoint-{epoch}.pth"] * keep
+        self._save(epoch + 1, 0, *names, LAST)
         if not last and self.stop.agreed(self.device):
             raise Stopped(self._stopped(f"the end of epoch {epoch + 1}"))
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -33,7 +33,7 @@ def pretrain_transform(
     hflip: bool = True,
     scale: tuple[float, float] = (0.2, 1.0),
 ) -> Callable[[Image.Image], Tensor]:
-    """The augmentation of pretraining: random resized crop and flip, then normalise.
+    """The augmentation of pretraining and probing: random resized crop and flip, then normalise.
 
     Args:
         img_size: (H, W).
@@ -48,6 +48,66 @@ def pretrain_transform(
     crop = v2.RandomResizedCrop(img_size, scale=scale, interpolation=bicubic, antialias=True)
     flip = [v2.RandomHorizontalFlip()] if hflip else []
     return v2.Compose([crop, *flip, *_to_normalized(in_chans)])
+
+
+def finetune_transform(
+    img_size: tuple[int, int],
+    in_chans: int = 3,
+    *,
+    hflip: bool = True,
+    scale: tuple[float, float] = (0.08, 1.0),
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+    color_jitter: float = 0.0,
+    reprob: float = 0.25,
+) -> Callable[[Image.Image], Tensor]:
+    """The augmentation of fine-tuning, timm's: random resized crop, flip, RandAugment, erasing.
+
+    Args:
+        img_size: (H, W).
+        in_chans: channels of the images.
+        hflip: mirror every second image.
+        scale: share of the image's area that a crop takes.
+        auto_augment: timm's name of a policy, or None.
+        color_jitter: strength of the colour jitter that takes the policy's place if there is none.
+        reprob: share of the images in which a rectangle is erased with noise.
+
+    Returns:
+        PIL image to `[in_chans, H, W]`, float32, normalised.
+    """
+    mean, std = channel_stats(in_chans)
+    return create_transform(
+        (in_chans, *img_size),
+        is_training=True,
+        scale=scale,
+        hflip=0.5 if hflip else 0.0,
+        color_jitter=color_jitter,
+        auto_augment=auto_augment,
+        interpolation="bicubic",
+        re_prob=reprob,
+        re_mode="pixel",
+        mean=mean,
+        std=std,
+    )
+
+
+def center_crop_transform(
+    img_size: tuple[int, int], in_chans: int = 3
+) -> Callable[[Image.Image], Tensor]:
+    """The view by which a classifier is evaluated, as MAE's: 224 of 256 pixels around the centre.
+
+    Above 224 pixels nothing is cut but what the proportions demand.
+
+    Returns:
+        PIL image to `[in_chans, H, W]`, float32, normalised.
+    """
+    mean, std = channel_stats(in_chans)
+    return create_transform(
+        (in_chans, *img_size),
+        interpolation="bicubic",
+        crop_pct=224 / 256 if max(img_size) <= 224 else 1.0,
+        mean=mean,
+        std=std,
+    )
 
 
 def eval_transform(img_size: tuple[int, int], in_chans: int = 3) -> Callable[[Image.Image], Tensor]:

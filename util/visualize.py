@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from util import args as arguments
-from util.checkpoint import load_file
 from util.datasets import find_train_folder, list_images, load_image
 from util.errors import UsageError
 from util.transforms import denormalize, eval_transform
@@ -146,22 +145,6 @@ def save_loss_curve(log: Path, output: Path) -> None:
     plt.close(figure)
 
 
-def load_model(path: Path) -> nn.Module:
-    """The masked autoencoder of a checkpoint, ours or the original's.
-
-    Raises:
-        UsageError: a file that cannot be read, or holds no whole masked autoencoder.
-    """
-    # The one place where util meets a model: this module is a program, too.
-    from models_convmae import build_from_checkpoint
-
-    content = load_file(path)
-    try:
-        return build_from_checkpoint(content)
-    except ValueError as error:
-        raise UsageError(f"checkpoint {path}: {error}") from error
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
     parser = arguments.Parser(
@@ -185,7 +168,10 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--output {args.output} has no ending of a picture, such as .png")
     if not args.output.absolute().parent.is_dir():
         raise UsageError(f"the folder of --output {args.output} does not exist")
-    model = load_model(args.checkpoint)
+    # The one place where util meets a model: this module is a program, too.
+    from models_convmae import convmae_from_checkpoint
+
+    model = convmae_from_checkpoint(args.checkpoint)
     try:
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:

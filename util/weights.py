@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from util.architecture import describe_architecture, grid_size, read_architecture
-from util.checkpoint import load_file
+from util.checkpoint import load_file, save_atomically, write_atomically
 from util.errors import UsageError
 from util.pos_embed import resize_pos_embed
 
@@ -371,9 +371,63 @@ def _why_not(
     return f"{start} lacks {len(absent)} weights of the model ({_modules(absent)})"
 
 
-def export_weights(weights: Weights, path: Path) -> bytes:
-    """The weights alone, with what the file says of itself, as the bytes of a safetensors file."""
-    tensors = {name: t.detach().clone().contiguous() for name, t in weights.state.items()}
-    kept = {k: v for k, v in weights.info.items() if k in ("epoch", "args", "classes")}
-    metadata = {"format": "pt", "info": json.dumps(kept), "entry": weights.entry}
-    return safetensors.torch.save(tensors, metadata)
+def export_weights(weights: Weights, path: Path) -> None:
+    """Write weights alone, with the little that a file should say of itself.
+
+    Args:
+        weights: what to write.
+        path: ends in .safetensors, .pth or .pt.
+
+    Raises:
+        UsageError: another ending, or a folder that is not there.
+        TrainingError: the file cannot be written.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the folder of {path} does not exist")
+    info = {k: v for k, v in weights.info.items() if k in ("epoch", "args", "classes")}
+    state = {name: t.detach().clone().contiguous() for name, t in weights.state.items()}
+    if path.suffix == ".safetensors":
+        # The format's metadata are texts.
+        data = safetensors.torch.save(state, {"format": "pt", "info": json.dumps(info)})
+        write_atomically(path, lambda file: file.write(data))
+    elif path.suffix in (".pth", ".pt"):
+        save_atomically({"model": state, **info}, path)
+    else:
+        raise UsageError(f"{path} must end in .safetensors, .pth or .pt")
+
+
+def describe(weights: Weights) -> str:
+    """What a file is, what its model looks like and what it can be used for, in a few lines."""
+    architecture, epoch = weights.architecture, weights.info.get("epoch")
+    patch = [math.prod(p) for p in zip(*architecture["patch_size"], strict=True)]
+    kind = KINDS[weights.kind]
+    kind += f" of {weights.num_classes} classes" if weights.num_classes else ""
+    kind += ", averaged (EMA)" if "ema" in weights.entry else ""
+    count = sum(t.numel() for t in weights.state.values() if t.is_floating_point())
+    rows = {
+        "file": f"{weights.path} ({weights.path.stat().st_size / 1e6:.1f} MB)",
+        "kind": kind,
+        "model": f"{describe_architecture(architecture)}, {count / 1e6:.1f} M numbers in all",
+        "input": f"{_size(architecture['img_size'])} pixels, {architecture['in_chans']} channels, "
+        f"{_size(grid_size(architecture))} patches of {_size(patch)}",
+        "run": f"{weights.args.get('model') or 'of unnamed model'}"
+        + ("" if epoch is None else f", {epoch} epochs done"),
+        "classes": _some(weights.classes) if weights.classes else None,
+        "use": _USES[weights.kind].format(file=weights.path),
+    }
+    return "\n".join(f"{name:9}{text}" for name, text in rows.items() if text)
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f", … {names[-1]}" if len(names) > most else "")
+
+
+_USES = {
+    "autoencoder": "main_finetune.py or main_linprobe.py --finetune {file}; python -m "
+    "util.visualize --checkpoint {file}",
+    "encoder": "main_finetune.py or main_linprobe.py --finetune {file}",
+    "classifier": "main_finetune.py --eval --resume {file}; or --finetune {file} for new classes",
+    "probe": "main_linprobe.py --eval --resume {file}",
+    "segmentor": "python -m SEG.test CONFIG {file}",
+    "detector": "python -m DET.train_net --eval-only train.init_checkpoint={file}",
+}

@@ -1,0 +1,419 @@
+"""Supervised training and evaluation: what fine-tuning and linear probing share."""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models_convvit import MODELS, ConvViT, convvit_from_weights
+from util.args import complete, complete_architecture
+from util.datasets import LabeledImages, check_classes
+from util.distributed import gather_objects, is_main_process, print_once, rank, world_size
+from util.errors import UsageError
+from util.loader import BadImages, EvalSampler, Loader, StepSampler
+from util.optim_step import amp_dtype
+from util.resume import BEST, LAST, find_resumable
+from util.run import Run, check_program
+from util.transforms import center_crop_transform
+from util.weights import KINDS, Report, Weights, read_weights, weights_of
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def train_one_epoch(
+    run: Run,
+    epoch: int,
+    start_step: int,
+    criterion: nn.Module,
+    trained: nn.Module,
+    mixup: Mixup | None = None,
+) -> dict[str, float]:
+    """Train a classifier for one epoch.
+
+    Args:
+        run: the run of a model that gives logits.
+        epoch: number of the epoch, from 0.
+        start_step: steps already done in it.
+        criterion: from logits and labels (or mixed targets) to a mean loss.
+        trained: the part of the model in training mode: all of it, or a probe's head.
+        mixup: mixes images and labels of a batch.
+
+    Returns:
+        The epoch's means.
+    """
+    run.model.eval()
+    trained.train()
+
+    def forward(imgs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        if mixup is not None:
+            imgs, labels = mixup(imgs, labels)
+        return criterion(run.step.model(imgs), labels)
+
+    return run.train_epoch(epoch, start_step, forward)
+
+
+class Best:
+    """The best accuracy of a run so far, kept in its checkpoints.
+
+    Attributes:
+        acc1: in percent; -1 before the first evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.acc1 = -1.0
+
+    def improves(self, acc1: float) -> bool:
+        """Take note of an accuracy; True if there was none as high."""
+        better = acc1 > self.acc1
+        self.acc1 = max(acc1, self.acc1)
+        return better
+
+    def state_dict(self) -> dict:
+        """What to save."""
+        return {"acc1": self.acc1}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what was saved."""
+        self.acc1 = state["acc1"]
+
+
+def fit(
+    run: Run,
+    train: Callable[[int, int], dict[str, float]],
+    val_loader: Loader,
+    best: Best,
+    ema: ModelEmaV3 | None = None,
+) -> None:
+    """Run the epochs, evaluate after each, keep the best checkpoint by accuracy.
+
+    Args:
+        run: set to where it begins.
+        train: one epoch, from its number and the steps already done in it to the epoch's means.
+        val_loader: see `evaluate`.
+        best: the best accuracy, as restored.
+        ema: averaged weights; if given they decide which checkpoint is best.
+    """
+    args, evaluation = run.args, None
+    for epoch, start in run.epochs():
+        values = train(epoch, start)
+        models = {"test": run.model} | ({"test_ema": ema.module} if ema else {})
+        for name, model in models.items():
+            evaluation = evaluate(
+                model, val_loader, run.device, run.step.dtype, args.max_bad_images
+            )
+            evaluation.report()
+            values |= {f"{name}_{k}": v for k, v in evaluation.values().items()}
+        tests = {name: value for name, value in values.items() if name.startswith("test")}
+        run.log.scalars(epoch + 1, tests)
+        values["n_parameters"] = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        is_best = best.improves(evaluation.acc1)
+        print_once(f"Max accuracy: {best.acc1:.2f}%")
+        run.end_epoch(epoch, values, best=is_best)
+    if args.predictions and evaluation:
+        evaluation.write(args.predictions, val_loader.dataset)
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model says of a data set, in the order of its images, those that failed left out.
+
+    Attributes:
+        indices: `[n]`, places in the data set.
+        losses: `[n]`, cross entropy.
+        top1, top5: `[n]`, whether the label is (among the five of) the model's best.
+        predictions: `[n]`, the best class.
+        probabilities: `[n]`, the model's for it.
+    """
+
+    indices: Tensor
+    losses: Tensor
+    top1: Tensor
+    top5: Tensor
+    predictions: Tensor
+    probabilities: Tensor
+
+    @property
+    def acc1(self) -> float:
+        """Accuracy in percent."""
+        return 100 * self.top1.double().mean().item()
+
+    @property
+    def acc5(self) -> float:
+        """Share of labels among the five best, in percent."""
+        return 100 * self.top5.double().mean().item()
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy."""
+        return self.losses.double().mean().item()
+
+    def values(self) -> dict[str, float]:
+        """For the logs, by MAE's names."""
+        return {"loss": self.loss, "acc1": self.acc1, "acc5": self.acc5}
+
+    def report(self) -> None:
+        """Print the original's lines."""
+        print_once(f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}")
+        print_once(
+            f"Accuracy of the network on the {len(self.indices)} test images: {self.acc1:.1f}%"
+        )
+
+    def write(self, path: Path, dataset: LabeledImages) -> None:
+        """Write path, label, prediction and its probability of each image as CSV."""
+        if not is_main_process():
+            return
+        columns = (self.indices, self.predictions, self.probabilities)
+        with open(path, "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["path", "label", "prediction", "probability"])
+            for index, prediction, probability in zip(*(c.tolist() for c in columns), strict=True):
+                label = dataset.classes[dataset.labels[index]]
+                row = [dataset.path(index), label, dataset.classes[prediction]]
+                table.writerow([*row, f"{probability:.6f}"])
+        print(f"predictions of {len(self.indices)} images in {path}")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    max_bad_images: float = 1.0,
+) -> Evaluation:
+    """Evaluate a classifier on every image once, over any number of processes.
+
+    All processes call this together and get the result of all, which is that of one process.
+    An image that cannot be decoded is named and left out.
+
+    Args:
+        model: the bare model, in evaluation mode afterwards.
+        loader: of `LabeledImages` in the order of an `EvalSampler`.
+        device: where the model is.
+        dtype: autocast type; None for full precision.
+        max_bad_images: share of the images that may be left out.
+
+    Raises:
+        TrainingError: more are.
+    """
+    model.eval()
+    rows, bad = [], set()
+    hidden = not (is_main_process() and sys.stderr.isatty())
+    batches = tqdm(loader.epoch(0), "evaluate", len(loader.sampler), disable=hidden, leave=False)
+    for imgs, labels, indices, failed in batches:
+        bad.update(failed)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            logits = model(imgs.to(device, non_blocking=True))
+        # A bad file's place holds another image, so its row is taken out again.
+        keep = torch.tensor([i not in bad for i in indices.tolist()])
+        rows.append([c[keep] for c in (indices, *judge(logits.float().cpu(), labels))])
+    columns = [torch.cat(column) for column in zip(*rows, strict=True)]
+    return _merge(gather_objects((columns, sorted(bad))), loader.dataset, max_bad_images)
+
+
+def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Loss, top 1, top 5, prediction and probability of each row of logits `[n, classes]`."""
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    best = logits.topk(min(5, logits.shape[1])).indices  # [n, 5]
+    hits = best == labels.unsqueeze(1)
+    probabilities = logits.softmax(dim=1).gather(1, best[:, :1]).squeeze(1)
+    return losses, hits[:, 0], hits.any(dim=1), best[:, 0], probabilities
+
+
+def _merge(
+    parts: Sequence[tuple[list[Tensor], list[int]]], dataset: LabeledImages, max_bad: float
+) -> Evaluation:
+    """The parts of all processes in the order of the data set."""
+    bad_images = BadImages(lambda text: print_once(text, error=True))
+    for _, bad in parts:
+        bad_images.add(bad, dataset)
+    bad_images.check(bad_images.count, len(dataset), max_bad)
+    filled = [columns for columns, _ in parts if columns]
+    columns = [torch.cat(column) for column in zip(*filled, strict=True)]
+    if not len(columns[0]):
+        raise UsageError(f"not one image of {dataset.root} can be decoded")
+    order = columns[0].argsort()
+    return Evaluation(*(column[order] for column in columns))
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Weights | None]:
+    """What a run goes on or starts from; fills in the arguments that the checkpoint decides.
+
+    Args:
+        args: `--resume`, `--finetune`, and the arguments of the model.
+        program: what kind of run this is.
+
+    Returns:
+        The contents of the checkpoint to resume, if any, and the weights in it or those of
+        `--finetune`, if any.
+
+    Raises:
+        UsageError: a file that is no such thing, or flags that contradict it.
+    """
+    content, weights = find_resumable(args.resume, args.output_dir), None
+    if content:
+        check_program(content, program)
+        weights = weights_of(content, args.output_dir / LAST)
+    elif args.finetune:
+        weights = read_weights(args.finetune)
+        if weights.encoder:
+            raise UsageError(
+                f"--finetune {args.finetune} is {KINDS[weights.kind]}: give the checkpoint of a "
+                f"pretraining, or of a classifier"
+            )
+    complete_architecture(args, weights and weights.architecture, weights and str(weights.path))
+    return content, weights
+
+
+def build_classifier(
+    args: argparse.Namespace, weights: Weights | None, classes: Sequence[str], **kwargs
+) -> tuple[ConvViT, Report | None]:
+    """The model to train: with a checkpoint's weights, or random ones.
+
+    A head of the right width is kept only if its classes are the same, as far as is known.
+
+    Args:
+        args: completed arguments.
+        weights: to start from; None for random ones.
+        classes: names of the classes.
+        **kwargs: further arguments of `ConvViT`.
+
+    Returns:
+        The model, and how the weights were matched if there are any.
+    """
+    kwargs |= {"num_classes": len(classes), "global_pool": args.global_pool}
+    kwargs |= {"img_size": tuple(args.input_size)}
+    try:
+        if weights is None:
+            kwargs |= {"patch_size": tuple(args.patch_size), "in_chans": args.in_chans}
+            return MODELS[args.model](**kwargs), None
+        if weights.classes and list(weights.classes) != list(classes):
+            weights = weights.without("head")
+        return convvit_from_weights(weights, **kwargs)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--input_size, --patch_size: {error}") from error
+
+
+def val_loader(args: argparse.Namespace, root: Path) -> Loader:
+    """The images to evaluate on, each in one process."""
+    transform = center_crop_transform(tuple(args.input_size), args.in_chans)
+    dataset = LabeledImages(root, transform, args.in_chans)
+    if args.dist_eval:
+        sampler = EvalSampler(len(dataset), args.batch_size, rank(), world_size())
+    else:
+        sampler = EvalSampler(len(dataset) * is_main_process(), args.batch_size)
+    return Loader(dataset, sampler, args.num_workers, args.pin_mem)
+
+
+def build_data(
+    args: argparse.Namespace, transform: Callable[[Image.Image], Tensor]
+) -> tuple[Loader, Loader]:
+    """Training and validation images of ImageNet's layout, checked to have the same classes.
+
+    Args:
+        args: completed arguments.
+        transform: of the training images.
+
+    Raises:
+        UsageError: folders that are missing, or whose classes differ.
+    """
+    if args.data_path is None:
+        raise UsageError("--data_path is missing: a folder with train/ and val/, a folder a class")
+    for name in ("train", "val"):
+        if not (args.data_path / name).is_dir():
+            raise UsageError(
+                f"--data_path {args.data_path} has no {name}/: it takes train/ and val/, with the "
+                f"images of each class in a folder of its own"
+            )
+    dataset = LabeledImages(args.data_path / "train", transform, args.in_chans)
+    dataset.check_complete()
+    val = val_loader(args, args.data_path / "val")
+    check_classes(dataset.classes, val.dataset.classes, dataset.root, val.dataset.root)
+    sampler = StepSampler(
+        len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed
+    )
+    return Loader(dataset, sampler, args.num_workers, args.pin_mem), val
+
+
+def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
+    """`--eval`: the accuracy of a trained classifier or probe, refused if it cannot be right.
+
+    Raises:
+        UsageError: a checkpoint that is no trained classifier, or classes that are not its own.
+    """
+    weights = read_weights(_evaluated(args))
+    if weights.kind not in ("classifier", "probe"):
+        raise UsageError(
+            f"--eval: {weights.path} is {KINDS[weights.kind]}: it has no trained head; "
+            f"fine-tune or probe it first, and evaluate the checkpoint of that run"
+        )
+    complete_architecture(args, weights.architecture, str(weights.path))
+    complete(args, device.type, world_size())
+    dtype = amp_dtype(args.amp, device)
+    if args.data_path is None:
+        raise UsageError("--data_path is missing: a folder with val/, a folder a class in it")
+    val = args.data_path / "val"
+    loader = val_loader(args, val if val.is_dir() else args.data_path)
+    check_outputs(weights, loader.dataset)
+    model, report = convvit_from_weights(weights, img_size=args.input_size)
+    print_once(report)
+    evaluation = evaluate(model.to(device), loader, device, dtype, args.max_bad_images)
+    evaluation.report()
+    if args.predictions:
+        evaluation.write(args.predictions, loader.dataset)
+
+
+def _evaluated(args: argparse.Namespace) -> Path:
+    """The checkpoint that `--eval` means."""
+    if args.finetune or args.model:
+        raise UsageError(
+            "--eval evaluates a trained classifier as it is: give its checkpoint as --resume FILE, "
+            "without --finetune or --model"
+        )
+    if args.resume not in ("auto", "none"):
+        return Path(args.resume)
+    for name in (BEST, LAST):
+        if (args.output_dir / name).exists():
+            return args.output_dir / name
+    raise UsageError(
+        f"--eval: which checkpoint? {args.output_dir} has none: give --resume FILE, or the "
+        f"--output_dir of a run"
+    )
+
+
+def check_outputs(weights: Weights, dataset: LabeledImages) -> None:
+    """Refuse to compare labels with the outputs of a model that means other classes by them.
+
+    Raises:
+        UsageError: classes of another number, other names or another order.
+    """
+    if weights.classes:
+        check_classes(weights.classes, dataset.classes, f"checkpoint {weights.path}", dataset.root)
+    elif weights.num_classes != len(dataset.classes):
+        raise UsageError(
+            f"checkpoint {weights.path} tells {weights.num_classes} classes apart, "
+            f"{dataset.root} has {len(dataset.classes)} class folders"
+        )
+    else:
+        print_once(
+            f"note: {weights.path} does not name its classes; its outputs are taken to be the "
+            f"folders of {dataset.root} in sorted order"
+        )

@@ -1,0 +1,88 @@
+"""Linear probe of a ConvViT: `python main_linprobe.py --data_path DIR --finetune FILE`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+
+from timm.layers import trunc_normal_
+from torch import nn
+
+from engine_finetune import (
+    Best,
+    build_classifier,
+    build_data,
+    evaluate_checkpoint,
+    find_start,
+    fit,
+    train_one_epoch,
+)
+from models_convvit import MODELS
+from util import args as arguments
+from util.distributed import SyncedBatchNorm1d, init_processes, print_once
+from util.lars import LARS
+from util.logger import count_parameters
+from util.run import Run, check_state, complete_run, run_main, seed_everything
+from util.transforms import pretrain_transform
+
+PROGRAM = "probing"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = arguments.Parser(
+        description="Train a linear classifier on the features of a frozen ConvViT, or evaluate it."
+    )
+    layout = "folder with train/ and val/, the images of each class in a folder of its own"
+    arguments.add_data_args(parser, data=layout, follow_checkpoint=True)
+    arguments.add_augmentation_args(parser, crop_scale=(0.08, 1.0))
+    arguments.add_classifier_args(parser, MODELS)
+    recipe = dict(batch_size=512, epochs=90, warmup_epochs=10, blr=0.1, weight_decay=0.0)
+    arguments.add_optim_args(parser, optimizer="LARS", **recipe)
+    arguments.add_eval_args(parser)
+    arguments.add_run_args(parser)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build everything, then run the epochs; or only evaluate."""
+    device = init_processes(args.device)
+    if args.eval:
+        evaluate_checkpoint(args, device)
+        return
+    content, weights = find_start(args, PROGRAM)
+    complete_run(args, device)
+    transform = pretrain_transform(
+        args.input_size, args.in_chans, hflip=args.hflip, scale=tuple(args.crop_scale)
+    )
+    train_loader, val_loader = build_data(args, transform)
+    classes = train_loader.dataset.classes
+    if content:
+        check_state(content, args, len(train_loader.dataset))
+
+    seed_everything(args.seed)
+    model, report = build_classifier(args, weights and weights.without("head"), classes)
+    model.requires_grad_(False)  # so nothing of the encoder is kept for a backward pass
+    trunc_normal_(model.head.weight, std=0.01)
+    model.head.requires_grad_(True)
+    model.add_probe_norm(SyncedBatchNorm1d)
+    model.to(device)
+    best = Best()
+    optimizer = LARS(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    run = Run.prepare(
+        args, device, train_loader, model, optimizer, content,
+        program=PROGRAM, parts={"best": best}, extra={"classes": classes},
+    )  # fmt: skip
+    if report and not content:
+        print_once(report)
+    run.describe(f"{len(classes)} classes, {count_parameters(model)}, the encoder frozen")
+
+    criterion = nn.CrossEntropyLoss()
+    train = partial(train_one_epoch, run, criterion=criterion, trained=model.head)
+    with closing(run.log):
+        fit(run, train, val_loader, best)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, parse_args()))
