@@ -818,6 +818,10 @@ class ConvViT(ConvViTEncoder):
         return taken
 
 
+# What begins anew where an encoder becomes a classifier.
+NEW_IN_CLASSIFIER = ("head", "norm", "fc_norm")
+
+
 def convvit_from_weights(
     weights: Weights, num_classes: int | None = None, **kwargs
 ) -> tuple[ConvViT, Report]:
@@ -843,7 +847,7 @@ def convvit_from_weights(
     if num_classes is None and weights.kind == "probe":
         model.add_probe_norm()
     as_trained = num_classes is None and trained
-    report = load_weights(model, weights, new=() if as_trained else ("head", "norm", "fc_norm"))
+    report = load_weights(model, weights, new=() if as_trained else NEW_IN_CLASSIFIER)
     return model, report
 
 

@@ -12,9 +12,7 @@ from util.architecture import SIZES
 
 VIDEO = dict(img_size=(16, 224, 224), patch_size=((2, 4, 4), (1, 2, 2), (1, 2, 2)))
 DECODER = dict(decoder_embed_dim=384, decoder_depth=4, decoder_num_heads=6)
-# A sine-cosine embedding of three dimensions needs a width that is a multiple of six.
-TINY = {**SIZES["tiny"], "embed_dim": (32, 64, 96)}
-TINY_DECODER = dict(decoder_embed_dim=48, decoder_depth=2, decoder_num_heads=2)
+TINY_DECODER = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
 MASKINGS = ("tube", "random")
 
 
@@ -47,7 +45,7 @@ def videoconvmae_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:
 
     `kwargs` override any argument of `MaskedAutoencoderConvViT`; `masking` is "tube" or "random".
     """
-    return _autoencoder(**{"multi_scale": False, **TINY, **TINY_DECODER, **kwargs})
+    return _autoencoder(**{"multi_scale": False, **SIZES["tiny"], **TINY_DECODER, **kwargs})
 
 
 def videoconvmae_small_patch16(**kwargs) -> MaskedAutoencoderConvViT:
@@ -77,7 +75,7 @@ def videoconvmae_base_patch16_msd(**kwargs) -> MaskedAutoencoderConvViT:
 
 def videoconvvit_tiny_patch16(**kwargs) -> ConvViT:
     """The tiny model's encoder as a classifier. `kwargs` override any argument of `ConvViT`."""
-    return ConvViT(**{**VIDEO, **TINY, **kwargs})
+    return ConvViT(**{**VIDEO, **SIZES["tiny"], **kwargs})
 
 
 def videoconvvit_small_patch16(**kwargs) -> ConvViT:

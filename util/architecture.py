@@ -63,6 +63,44 @@ def read_architecture(
     }
 
 
+def constructor_args(args: Mapping[str, object]) -> dict[str, object]:
+    """The constructor's arguments that a run's arguments stand for, as far as they say.
+
+    Args:
+        args: `input_size` (an int or one entry a dimension of a picture), `patch_size` (the
+            stages' strides in space) and `in_chans`; of a video run also `num_frames`, `tubelet`
+            (frames of a cube, all in stage 1) and `temporal_kernel`.
+
+    Returns:
+        `img_size`, `patch_size`, `in_chans` and `temporal_kernel`, those that are known.
+    """
+    size, patch = args.get("input_size"), args.get("patch_size")
+    if "num_frames" in args:
+        size = (args["num_frames"], *((size, size) if isinstance(size, int) else size))
+        times = (args["tubelet"], 1, 1)
+        square = [(p, p) if isinstance(p, int) else p for p in patch]
+        patch = tuple((t, *p) for t, p in zip(times, square, strict=True))
+    known = {"img_size": size, "patch_size": patch, "in_chans": args.get("in_chans")}
+    known |= {"temporal_kernel": args.get("temporal_kernel")}
+    plain = {n: tuple(v) if isinstance(v, list) else v for n, v in known.items()}
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def flags_of(architecture: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of a run, as `constructor_args` takes them, that an architecture stands for."""
+    size, patch = architecture["img_size"], architecture["patch_size"]
+    space = [tuple(entry[-2:]) for entry in patch]
+    flags = {
+        "input_size": list(size[-2:]),
+        "patch_size": [entry[0] if len(set(entry)) == 1 else entry for entry in space],
+        "in_chans": architecture["in_chans"],
+    }
+    if len(size) == 3:
+        flags |= {"num_frames": size[0], "tubelet": patch[0][0]}
+        flags |= {"temporal_kernel": architecture.get("temporal_kernel")}
+    return flags
+
+
 def grid_size(architecture: Mapping[str, object]) -> tuple[int, ...]:
     """Stage-3 tokens along each dimension."""
     strides = (math.prod(p) for p in zip(*architecture["patch_size"], strict=True))

@@ -130,7 +130,7 @@ def list_images(root: str | os.PathLike) -> list[str]:
         what = "is not a folder" if os.path.exists(root) else "does not exist"
         raise UsageError(f"the data path {root} {what}: give a folder of images")
     images, others = [], Counter()
-    for folder, files in _walk(root):
+    for folder, files in walk(root):
         for name in files:
             if name.lower().endswith(IMAGE_EXTENSIONS):
                 images.append(os.path.join(folder, name))
@@ -145,7 +145,7 @@ def list_images(root: str | os.PathLike) -> list[str]:
     return sorted(images)
 
 
-def _walk(root: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
+def walk(root: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
     """Each visible folder from `root` on, once, with the names of its visible files."""
 
     def refuse(error: OSError) -> None:
@@ -180,12 +180,77 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
-class ImageFiles(Dataset):
+class Files(Dataset):
+    """Files of one kind, some of which may be damaged; a subclass says what `load` makes of one.
+
+    An item's key is `(index, seed)`, as a sampler gives it. The item is `(sample, bad)`: what
+    `load` made of the file, and the indices of files that could not be decoded. Another file,
+    drawn by the same seed, takes the place of such a one.
+
+    Args:
+        root: the folder or list that the files come from, for messages.
+        paths: the files.
+
+    Attributes:
+        what: what the files are, for messages.
+    """
+
+    what = "files"
+
+    def __init__(self, root: str | os.PathLike, paths: Sequence[str]) -> None:
+        self.root = Path(root)
+        # One array, because workers would copy a list bit by bit as they touch its strings.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+
+    def load(self, path: str) -> Tensor:
+        """The sample of a file; may draw from `torch`, `numpy` and `random`.
+
+        Raises:
+            OSError: it cannot be decoded.
+        """
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> str:
+        """The file behind an index."""
+        return os.fsdecode(self._paths[index])
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
+        sample, _, bad = self.read(*key)
+        return sample, bad
+
+    def read(self, index: int, seed: int) -> tuple[Tensor, int, tuple[int, ...]]:
+        """Load one file.
+
+        Args:
+            index: the file wanted.
+            seed: what decides the augmentation, and the substitute of a bad file.
+
+        Returns:
+            sample: of `load`.
+            index: the file it came from.
+            bad: the files that failed before.
+
+        Raises:
+            TrainingError: `MAX_TRIES` files failed.
+        """
+        draw, bad = random.Random(seed), []
+        while len(bad) < MAX_TRIES:
+            try:
+                with seeded(seed):
+                    return self.load(self.path(index)), index, tuple(bad)
+            except OSError as error:
+                bad.append(index)
+                index, reason = draw.randrange(len(self)), error
+        raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
+
+
+class ImageFiles(Files):
     """All images below a folder, without labels.
 
-    An item's key is `(index, seed)`, as a sampler gives it. The item is `(image, bad)`: what
-    `transform` made of the file, and the indices of files that could not be decoded. Another
-    image, drawn by the same seed, takes the place of such a file.
+    An item is `(image, bad)`: what `transform` made of the file, see `Files`.
 
     Args:
         root: a folder, nested or flat.
@@ -196,6 +261,8 @@ class ImageFiles(Dataset):
         UsageError: a folder without images, see `list_images`, or another number of channels.
     """
 
+    what = "images"
+
     def __init__(
         self,
         root: str | os.PathLike,
@@ -203,49 +270,13 @@ class ImageFiles(Dataset):
         in_chans: int = 3,
     ) -> None:
         check_channels(in_chans)
-        self.root = Path(root)
+        super().__init__(root, list_images(root))
         self.transform = transform
         self.in_chans = in_chans
-        # One array, because workers would copy a list bit by bit as they touch its strings.
-        self._paths = np.array([os.fsencode(path) for path in list_images(self.root)])
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def path(self, index: int) -> str:
-        """The file behind an index."""
-        return os.fsdecode(self._paths[index])
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
-        image, _, bad = self.read(*key)
-        return image, bad
-
-    def read(self, index: int, seed: int) -> tuple[Tensor, int, tuple[int, ...]]:
-        """Decode and transform one image.
-
-        Args:
-            index: the file wanted.
-            seed: what decides the augmentation, and the substitute of a bad file.
-
-        Returns:
-            image: `[C, H, W]`.
-            index: the file it came from.
-            bad: the files that failed before.
-
-        Raises:
-            TrainingError: `MAX_TRIES` files failed.
-        """
-        draw, bad = random.Random(seed), []
-        while len(bad) < MAX_TRIES:
-            try:
-                image = load_image(self.path(index), self.in_chans)
-            except OSError as error:
-                bad.append(index)
-                index, reason = draw.randrange(len(self)), error
-                continue
-            with seeded(seed):
-                return self.transform(image), index, tuple(bad)
-        raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
+    def load(self, path: str) -> Tensor:
+        """The transformed picture of a file."""
+        return self.transform(load_image(path, self.in_chans))
 
 
 class LabeledImages(ImageFiles):

@@ -29,28 +29,30 @@ def get_sincos_pos_embed(embed_dim: int, grid_size: Sequence[int]) -> np.ndarray
     """Position embedding of a grid: an equal share of the channels encodes each dimension.
 
     As in MAE the last dimension comes first: in 2-d the first half of the channels encodes the
-    column, the second half the row (paper section 3.1).
+    column, the second half the row (paper section 3.1). Where pairs of channels are left over,
+    the first shares have one more.
 
     Args:
-        embed_dim: channels.
+        embed_dim: channels, even, at least two a dimension.
         grid_size: tokens along each dimension.
 
     Returns:
         `[prod(grid_size), embed_dim]`, float64, rows in row-major order of the grid.
 
     Raises:
-        ValueError: `embed_dim` is no multiple of twice the number of dimensions.
+        ValueError: a width that is odd or too small.
     """
     ndim = len(grid_size)
-    if embed_dim % (2 * ndim):
+    if embed_dim % 2 or embed_dim < 2 * ndim:
         raise ValueError(
-            f"a sine-cosine position embedding of {ndim} dimensions needs a width that is a "
-            f"multiple of {2 * ndim}, not {embed_dim}"
+            f"a sine-cosine position embedding of {ndim} dimensions needs an even width of at "
+            f"least {2 * ndim}, not {embed_dim}"
         )
+    pairs, left = divmod(embed_dim // 2, ndim)
+    shares = [2 * (pairs + (d < left)) for d in range(ndim)]
     positions = np.meshgrid(*(np.arange(n, dtype=np.float64) for n in grid_size), indexing="ij")
-    return np.concatenate(
-        [get_1d_sincos_pos_embed(embed_dim // ndim, p) for p in reversed(positions)], axis=1
-    )
+    tables = map(get_1d_sincos_pos_embed, shares, reversed(positions))
+    return np.concatenate(list(tables), axis=1)
 
 
 def resize_pos_embed(

@@ -131,9 +131,14 @@ def _to_normalized(in_chans: int) -> list[torch.nn.Module]:
     ]
 
 
-def denormalize(images: Tensor) -> Tensor:
-    """Undo the normalisation, for viewing: `[…, C, H, W]` to the same shape within [0, 1]."""
-    mean, std = (
-        images.new_tensor(values).view(-1, 1, 1) for values in channel_stats(images.shape[-3])
-    )
+def denormalize(images: Tensor, dim: int = -3) -> Tensor:
+    """Undo the normalisation, for viewing: to the same shape within [0, 1].
+
+    Args:
+        images: `[…, C, H, W]`, or with the channels in another dimension.
+        dim: the channels'.
+    """
+    shape = [1] * images.ndim
+    shape[dim] = -1
+    mean, std = (images.new_tensor(v).view(shape) for v in channel_stats(images.shape[dim]))
     return (images * std + mean).clamp(0, 1)

@@ -21,7 +21,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from util.architecture import describe_architecture, grid_size, read_architecture
+from util.architecture import (
+    constructor_args,
+    describe_architecture,
+    grid_size,
+    read_architecture,
+)
 from util.checkpoint import load_file, save_atomically, write_atomically
 from util.errors import UsageError
 from util.pos_embed import resize_pos_embed
@@ -108,7 +113,7 @@ class Weights:
         Raises:
             UsageError: these are no weights of a ConvViT.
         """
-        prefix, size = self.encoder, self.args.get("input_size")
+        prefix, size = self.encoder, constructor_args(self.args).get("img_size")
         names = (name for name in self.state if name.startswith(prefix))
         shapes = {name.removeprefix(prefix): self.state[name].shape for name in names}
         try:
@@ -306,9 +311,10 @@ def inflate_weights(weights: Weights, model: nn.Module, how: str) -> Weights:
                 tensor, grid, (frames, *grid), tensor.shape[1] - math.prod(grid)
             )
         state[name] = tensor
-    size = [model.geometry.img_size[0], *weights.architecture["img_size"]]
-    info = {**weights.info, "args": {**weights.args, "input_size": size}}
-    return Weights(weights.path, state, info, weights.entry)
+    (length, *_), (cube, *_) = model.geometry.img_size, model.geometry.stride(3)
+    args = {"input_size": weights.architecture["img_size"], "num_frames": length, "tubelet": cube}
+    args["patch_size"] = [entry[1:] for entry in model.geometry.patch_size]
+    return Weights(weights.path, state, {**weights.info, "args": args}, weights.entry)
 
 
 def _inflate_kernel(kernel: Tensor, length: int, how: str) -> Tensor:
