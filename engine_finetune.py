@@ -50,6 +50,9 @@ from util.weights import (
     weights_of,
 )
 
+# From a model and a batch to logits.
+Predict = Callable[[nn.Module, Tensor], Tensor]
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -118,6 +121,8 @@ def fit(
     val_loader: Loader,
     best: Best,
     ema: ModelEmaV3 | None = None,
+    *,
+    predict: Predict = nn.Module.__call__,
     predictions: Path | None = None,
 ) -> None:
     """Run the epochs, evaluate after each, keep the best checkpoint by accuracy.
@@ -128,6 +133,7 @@ def fit(
         val_loader: see `evaluate`.
         best: the best accuracy, as restored.
         ema: averaged weights; if given they decide which checkpoint is best.
+        predict: see `evaluate`.
         predictions: where to write those of the last evaluation.
     """
     args, evaluation = run.args, None
@@ -136,7 +142,7 @@ def fit(
         models = {"test": run.model} | ({"test_ema": ema.module} if ema else {})
         for name, model in models.items():
             evaluation = evaluate(
-                model, val_loader, run.device, run.step.dtype, args.max_bad_images
+                model, val_loader, run.device, run.step.dtype, args.max_bad_images, predict
             )
             evaluation.report()
             values |= {f"{name}_{k}": v for k, v in evaluation.values().items()}
@@ -193,6 +199,7 @@ def finetune(
     *,
     program: str,
     models: Mapping[str, Callable[..., ConvViT]] = MODELS,
+    predict: Predict = nn.Module.__call__,
     predictions: Path | None = None,
 ) -> None:
     """Train a classifier to its last epoch.
@@ -206,6 +213,7 @@ def finetune(
         val_loader: of data with the same classes.
         program: what kind of run this is.
         models: what `--model` names.
+        predict: see `evaluate`.
         predictions: where to write those of the last evaluation.
     """
     classes = loader.dataset.classes
@@ -234,7 +242,7 @@ def finetune(
     criterion, mixup = build_criterion(args, len(classes))
     train = partial(train_one_epoch, run, criterion=criterion, trained=model, mixup=mixup)
     with closing(run.log):
-        fit(run, train, val_loader, best, ema, predictions)
+        fit(run, train, val_loader, best, ema, predict=predict, predictions=predictions)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -309,7 +317,7 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype | None = None,
     max_bad_images: float = 1.0,
-    predict: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
+    predict: Predict = nn.Module.__call__,
 ) -> Evaluation:
     """Evaluate a classifier on every image once, over any number of processes.
 
@@ -453,8 +461,10 @@ def build_classifier(
         raise UsageError(f"--input_size, --patch_size: {error}") from error
 
 
-def val_images(args: argparse.Namespace) -> Loader:
+def val_images(args: argparse.Namespace, classes: Sequence[str] | None = None) -> Loader:
     """The images to evaluate on: `val/` of `--data_path`, or that folder itself.
+
+    Their classes are the folders, whatever they should be.
 
     Raises:
         UsageError: no such folder, or see `LabeledImages`.
@@ -497,15 +507,15 @@ def build_data(
 def evaluate_checkpoint(
     args: argparse.Namespace,
     device: torch.device,
-    load: Callable[[argparse.Namespace], Loader] = val_images,
-    predict: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
+    load: Callable[[argparse.Namespace, Sequence[str] | None], Loader] = val_images,
+    predict: Predict = nn.Module.__call__,
 ) -> None:
     """`--eval`: the accuracy of a trained classifier or probe, refused if it cannot be right.
 
     Args:
         args: of the command line.
         device: where to run.
-        load: from completed arguments to the data.
+        load: from completed arguments, and the classes if they are known, to the data.
         predict: see `evaluate`.
 
     Raises:
@@ -523,7 +533,7 @@ def evaluate_checkpoint(
     size = constructor_args(vars(args))["img_size"]
     if len(size) != len(weights.architecture["img_size"]):
         raise UsageError(f"--eval: {weights.path} is an image model: fine-tune it on videos first")
-    loader = load(args)
+    loader = load(args, weights.classes)
     check_outputs(weights, loader.dataset)
     model, report = convvit_from_weights(weights, img_size=size)
     print_once(report)

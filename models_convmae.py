@@ -1,7 +1,7 @@
 """ConvMAE: a masked autoencoder with a ConvViT encoder (arXiv 2205.03892, section 3)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from models_convvit import (
     conv_as_linear,
     to_nested_blocks,
 )
-from util.architecture import SIZES
+from util.architecture import SIZES, constructor_args
 from util.errors import UsageError
 from util.pos_embed import get_sincos_pos_embed
 from util.weights import KINDS, load_weights, read_weights
@@ -281,11 +281,14 @@ convmae_convvit_base_patch16_dec512d8b = convmae_convvit_base_patch16
 MODELS = {name: value for name, value in vars().items() if name.startswith("convmae_convvit_")}
 
 
-def convmae_from_checkpoint(path: str | Path) -> MaskedAutoencoderConvViT:
+def convmae_from_checkpoint(
+    path: str | Path, models: Mapping[str, Callable[..., MaskedAutoencoderConvViT]] = MODELS
+) -> MaskedAutoencoderConvViT:
     """The masked autoencoder of a pretraining checkpoint, with its weights.
 
     Args:
         path: a file of this framework or of the original code; its arguments name the model.
+        models: the names that are known.
 
     Raises:
         UsageError: a file that cannot be read, an unknown model, or weights that are not a whole
@@ -293,19 +296,18 @@ def convmae_from_checkpoint(path: str | Path) -> MaskedAutoencoderConvViT:
     """
     weights = read_weights(path)
     name, args = weights.args.get("model"), weights.args
-    if name not in MODELS:
+    if name not in models:
         raise UsageError(
             f"checkpoint {path}: it is no pretraining checkpoint: its model is {name!r}, not one "
-            f"of {', '.join(MODELS)}"
+            f"of {', '.join(models)}"
         )
     if weights.kind != "autoencoder":
         raise UsageError(
             f"checkpoint {path} is {KINDS[weights.kind]}: only a whole autoencoder can reconstruct"
         )
-    sizes = {"img_size": args.get("input_size"), "patch_size": args.get("patch_size")}
-    sizes |= {"in_chans": args.get("in_chans"), "norm_pix_loss": args.get("norm_pix_loss")}
+    known = {k: args[k] for k in ("norm_pix_loss", "masking") if args.get(k) is not None}
     try:
-        model = MODELS[name](**{k: v for k, v in sizes.items() if v is not None})
+        model = models[name](**constructor_args(args), **known)
     except ValueError as error:
         raise UsageError(f"checkpoint {path}: {error}") from error
     load_weights(model, weights)

@@ -5,8 +5,9 @@ VideoMAE's (arXiv 2203.12602): 384 wide, 4 blocks of 6 heads.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from models_convmae import MaskedAutoencoderConvViT
+from models_convmae import MaskedAutoencoderConvViT, convmae_from_checkpoint
 from models_convvit import ConvViT, Geometry
 from util.architecture import SIZES
 
@@ -88,6 +89,11 @@ def videoconvvit_base_patch16(**kwargs) -> ConvViT:
     return ConvViT(**{**VIDEO, **SIZES["base"], **kwargs})
 
 
+def videoconvmae_from_checkpoint(path: str | Path) -> MaskedAutoencoderConvViT:
+    """The masked autoencoder of a pretraining on videos, see `convmae_from_checkpoint`."""
+    return convmae_from_checkpoint(path, MODELS)
+
+
 # Model name to factory, for command lines and checkpoints.
-MODELS = {name: value for name, value in vars().items() if name.startswith("videoconvmae_")}
-CLASSIFIERS = {name: value for name, value in vars().items() if name.startswith("videoconvvit_")}
+MODELS = {n: f for n, f in vars().items() if n.startswith("videoconvmae_") and "_patch" in n}
+CLASSIFIERS = {n: f for n, f in vars().items() if n.startswith("videoconvvit_")}
