@@ -221,16 +221,198 @@ def _gather(grid: Tensor, index: Tensor) -> Tensor:
     return grid.movedim(1, -1).reshape(-1, grid.shape[1]).index_select(0, index)
 
 
+# Depthwise convolutions in space and time are sums of 2-d ones over shifted frames: libraries
+# have fast kernels for those alone.
+
+
+def _conv_frames(x: Tensor, weight: Tensor, padding: Sequence[int], halo: int = 0) -> Tensor:
+    """Depthwise convolution of frames with channels last; beyond the first and last are zeros.
+
+    Args:
+        x: `[M, halo + T + halo, H, W, C]`.
+        weight: `[C, 1, *kernel]`.
+        padding: of height and width.
+        halo: frames on either side that are only looked at.
+
+    Returns:
+        `[M, T, H', W', C]`.
+    """
+    frames = x.flatten(0, 1).movedim(-1, 1)  # [M * frames, C, H, W]
+    out = None
+    for tap, start in _taps(weight.shape[2], halo):
+        y = F.conv2d(frames, weight[:, :, tap], padding=tuple(padding), groups=len(weight))
+        y = y.movedim(1, -1).unflatten(0, x.shape[:2])
+        to, there = _overlap(start, x.shape[1], halo)
+        if out is None:  # the middle tap, which has all frames
+            out = y[:, there].contiguous()
+        else:
+            out[:, to] += y[:, there]
+    return out
+
+
+def _conv_frames_weight_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int], halo: int = 0
+) -> Tensor:
+    """The gradient of `_conv_frames` by its weight, `grad` being that by its output."""
+    taps = [None] * weight.shape[2]
+    for tap, start in _taps(len(taps), halo):
+        to, there = _overlap(start, x.shape[1], halo)
+        _, taps[tap], _ = torch.ops.aten.convolution_backward(
+            grad[:, to].flatten(0, 1).movedim(-1, 1),
+            x[:, there].flatten(0, 1).movedim(-1, 1),
+            weight[:, :, tap],
+            [len(weight)],
+            [1, 1],
+            list(padding),
+            [1, 1],
+            False,
+            [0, 0],
+            len(weight),
+            [False, True, False],
+        )
+    return torch.stack(taps, dim=2)
+
+
+def _taps(length: int, halo: int) -> list[tuple[int, int]]:
+    """The taps of a kernel in time, the middle one first, with the frame that the first sees."""
+    order = sorted(range(length), key=lambda tap: abs(tap - length // 2))
+    return [(tap, halo + tap - length // 2) for tap in order]
+
+
+def _overlap(start: int, frames: int, halo: int) -> tuple[slice, slice]:
+    """Frames of the output, and those of the input that a tap adds to them."""
+    first, last = max(0, -start), min(frames - 2 * halo, frames - start)
+    return slice(first, last), slice(first + start, last + start)
+
+
+class _FramesDepthwise(torch.autograd.Function):
+    """Depthwise convolution of whole clips `[N, T, H, W, C]`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _conv_frames(x, weight, _same(weight)) + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        return (
+            _conv_frames(grad, weight.flip(2, 3, 4), _same(weight)),
+            _conv_frames_weight_grad(grad, x, weight, _same(weight)),
+            grad.sum((0, 1, 2, 3)),
+        )
+
+
+def _same(weight: Tensor) -> list[int]:
+    """The padding in space that keeps the size."""
+    return [k // 2 for k in weight.shape[3:]]
+
+
+class Windows(NamedTuple):
+    """Boxes of a stage's grid, one around each visible mask unit of a clip.
+
+    Attributes:
+        rows: `[M, T', H', W']`, the token at each place of a box; the number of tokens for none.
+        halo: how far a box reaches beyond its unit along each dimension.
+        order: `[N * B * U]`, the place of each token among the units' own, `[M * T * H * W]`.
+    """
+
+    rows: Tensor
+    halo: tuple[int, ...]
+    order: Tensor
+
+    @classmethod
+    def around(
+        cls, index: Tensor, canvas: Sequence[int], unit: Sequence[int], kernel: Sequence[int]
+    ) -> "Windows":
+        """The boxes that a convolution of the units' tokens looks at.
+
+        Args:
+            index: see `VisibleGrid`; the tokens of a unit lie together.
+            canvas: `(N, *grid)`.
+            unit: size of a mask unit on the grid.
+            kernel: of the convolution.
+        """
+        # A unit as long as the grid has nothing on either side.
+        reach = zip(kernel, unit, canvas[1:], strict=True)
+        halo = tuple([0 if u == size else k // 2 for k, u, size in reach])
+        clip, *corner = torch.unravel_index(index.view(-1, math.prod(unit)).amin(1), canvas)
+        place, inside = clip.view(-1, 1, 1, 1), True
+        for d, (first, u, h, size) in enumerate(zip(corner, unit, halo, canvas[1:], strict=True)):
+            shape = [-1 if axis == d else 1 for axis in range(3)]
+            along = torch.arange(-h, u + h, device=index.device).view(1, *shape)
+            along = first.view(-1, 1, 1, 1) + along
+            place, inside = place * size + along, inside & (along >= 0) & (along < size)
+        nothing = math.prod(canvas)
+        place = torch.where(inside, place, nothing)
+        token = torch.full((nothing + 1,), len(index), device=index.device)
+        token[index] = torch.arange(len(index), device=index.device)
+        rows = token[place]
+        own = rows[cls._inner(halo)].flatten()
+        order = torch.empty_like(own)
+        order[own] = torch.arange(len(own), device=index.device)
+        return cls(rows, halo, order)
+
+    @staticmethod
+    def _inner(halo: Sequence[int]) -> tuple[slice, ...]:
+        return (slice(None), *(slice(h, -h or None) for h in halo))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Tokens `[V, C]` to boxes `[M, T', H', W', C]`, zeros where none is visible."""
+        x = torch.cat([x, x.new_zeros(1, x.shape[1])])
+        return x.index_select(0, self.rows.flatten()).view(*self.rows.shape, -1)
+
+    def own(self, boxes: Tensor) -> Tensor:
+        """The units' own part of boxes."""
+        return boxes[self._inner(self.halo)].contiguous()
+
+    def convolve(self, boxes: Tensor, weight: Tensor) -> Tensor:
+        """Boxes to the tokens `[V, C]` of their units, convolved."""
+        # Where a unit is as long as the grid, what is beyond are zeros.
+        padding = [0 if h else k // 2 for h, k in zip(self.halo[1:], weight.shape[3:], strict=True)]
+        out = _conv_frames(boxes, weight, padding, self.halo[0])
+        return out.view(-1, out.shape[-1]).index_select(0, self.order)
+
+
+class _WindowsDepthwise(torch.autograd.Function):
+    """Depthwise convolution of a clip's visible tokens; only around them anything is computed.
+
+    Only the tokens are kept for the backward pass, which is the same with the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, rows, halo, order):
+        windows = Windows(rows, halo, order)
+        ctx.save_for_backward(x, weight, rows, order)
+        ctx.halo = halo
+        return windows.convolve(windows.gather(x), weight) + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, rows, order = ctx.saved_tensors
+        windows = Windows(rows, ctx.halo, order)
+        padding = [0 if h else k // 2 for h, k in zip(ctx.halo[1:], weight.shape[3:], strict=True)]
+        boxes = windows.gather(grad)
+        grad_weight = _conv_frames_weight_grad(
+            windows.own(boxes), windows.gather(x), weight, padding, ctx.halo[0]
+        )
+        grad_x = windows.convolve(boxes, weight.flip(2, 3, 4))
+        return grad_x, grad_weight, grad.sum(0), None, None, None
+
+
 class VisibleGrid(NamedTuple):
     """Where the visible tokens of one stage lie on that stage's grid.
 
     Attributes:
         index: `[N * B * U]`, rows of the flattened canvas, in the order of the tokens.
         canvas: `(N, *grid)`.
+        windows: of a clip, what lies around its mask units.
     """
 
     index: Tensor
     canvas: tuple[int, ...]
+    windows: Windows | None = None
 
     def depthwise(self, x: Tensor, conv: nn.Module) -> Tensor:
         """Apply a depthwise convolution to tokens `[N, B, U, C]`; what is not visible is zero.
@@ -238,7 +420,11 @@ class VisibleGrid(NamedTuple):
         It is computed in the tokens' type, under autocast too.
         """
         weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
-        out = _VisibleDepthwiseConv.apply(x.flatten(0, 2), weight, bias, self.index, self.canvas)
+        tokens = x.flatten(0, 2)
+        if self.windows is None:
+            out = _VisibleDepthwiseConv.apply(tokens, weight, bias, self.index, self.canvas)
+        else:
+            out = _WindowsDepthwise.apply(tokens, weight, bias, *self.windows)
         return out.view_as(x)
 
 
@@ -247,6 +433,8 @@ class DenseGrid:
 
     def depthwise(self, x: Tensor, conv: nn.Module) -> Tensor:
         """Apply a depthwise convolution to tokens `[N, *grid, C]`."""
+        if x.ndim == 5:
+            return _FramesDepthwise.apply(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype))
         return conv(x.movedim(-1, 1)).movedim(1, -1)
 
 
@@ -500,7 +688,7 @@ class ConvViTEncoder(nn.Module):
         self.geometry = geometry = Geometry.of(img_size, patch_size)
         self.in_chans = in_chans
         self.embed_dim = tuple(embed_dim)
-        kernel = (temporal_kernel, 5, 5)[-geometry.ndim :]
+        self.kernel = kernel = (temporal_kernel, 5, 5)[-geometry.ndim :]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depth), device="cpu").tolist())
 
         self.pos_embed = nn.Parameter(torch.zeros(1, geometry.num_patches, embed_dim[2]))
@@ -544,8 +732,13 @@ class ConvViTEncoder(nn.Module):
         grid = self.geometry.grid(stage)
         index = getattr(self, f"grid_index{stage}")[ids_keep]  # [N, B, U]
         image = torch.arange(len(ids_keep), device=index.device).view(-1, 1, 1)
-        index = index + image * math.prod(grid)
-        return VisibleGrid(index.flatten(), (len(ids_keep), *grid))
+        index = (index + image * math.prod(grid)).flatten()
+        canvas, windows = (len(ids_keep), *grid), None
+        if self.geometry.ndim == 3:
+            cells = zip(self.geometry.mask_unit, grid, self.geometry.grid(3), strict=True)
+            unit = [u * g // g3 for u, g, g3 in cells]
+            windows = Windows.around(index, canvas, unit, self.kernel)
+        return VisibleGrid(index, canvas, windows)
 
     def visible_blocks(self, imgs: Tensor, ids_keep: Tensor) -> Tensor:
         """The pixels of the blocks `ids_keep` `[N, B]` in nested order: `[N, B, pixels, C]`."""
@@ -559,7 +752,7 @@ class ConvViTEncoder(nn.Module):
 
         Args:
             imgs: `[N, in_chans, *img_size]`.
-            ids_keep: `[N, B]`, the visible stage-3 tokens of each image.
+            ids_keep: `[N, B]`, the visible stage-3 tokens of each image, mask unit by mask unit.
 
         Returns:
             Tokens after stage 1 `[N, B, U1, C1]`, stage 2 `[N, B, U2, C2]` and stage 3
