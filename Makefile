@@ -16,8 +16,25 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
+# Pretrain on handwritten digits, then put the encoder to the test: a linear probe of it and one of
+# the same encoder with random weights, and fine-tuning, each judged by digits never seen.
+PRETRAINED := $(OUTPUT)/pretrain/checkpoint.pth
+RANDOM := --model convvit_tiny_patch16 --patch_size 2 2 1 --input_size 32 --in_chans 1
+DIGITS := --data_path $(OUTPUT)/pretrain/digits --batch_size 64 --crop_scale 0.6 1 --no_hflip \
+	--num_workers 0 --print_freq 100
+PROBE := $(DIGITS) --epochs 20 --warmup_epochs 2 --blr 8
+# Digits need no more regularisation than that; RandAugment, mixup and the rest are for photographs.
+FINETUNE := $(DIGITS) --epochs 10 --warmup_epochs 1 --blr 8e-3 --layer_decay 0.8 --drop_path 0 \
+	--aa none --reprob 0 --mixup 0 --cutmix 0
+
 demo: $(VENV)/.run
-	$(VENV)/bin/python main_pretrain.py --demo --output_dir $(OUTPUT)
+	$(VENV)/bin/python main_pretrain.py --demo --output_dir $(OUTPUT)/pretrain
+	$(VENV)/bin/python main_linprobe.py $(PROBE) --finetune $(PRETRAINED) --output_dir $(OUTPUT)/probe
+	$(VENV)/bin/python main_linprobe.py $(PROBE) $(RANDOM) --output_dir $(OUTPUT)/probe_random
+	$(VENV)/bin/python main_finetune.py $(FINETUNE) --finetune $(PRETRAINED) \
+		--output_dir $(OUTPUT)/finetune
+	@echo && $(VENV)/bin/python -m util.compare $(addprefix $(OUTPUT)/,probe_random probe finetune)
+	@echo && echo "pictures: $(OUTPUT)/pretrain/reconstruction.png and loss.png"
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest

@@ -9,10 +9,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import Mixup
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -141,6 +141,8 @@ def fit(
         values = train(epoch, start)
         models = {"test": run.model} | ({"test_ema": ema.module} if ema else {})
         for name, model in models.items():
+            if model is not run.model:
+                print_once("With the averaged weights (EMA):")
             evaluation = evaluate(
                 model, val_loader, run.device, run.step.dtype, args.max_bad_images, predict
             )
@@ -217,8 +219,7 @@ def finetune(
         predictions: where to write those of the last evaluation.
     """
     classes = loader.dataset.classes
-    if content:
-        check_state(content, args, len(loader.dataset))
+    check_resumed(content, args, loader.dataset)
     seed_everything(args.seed)
     model, report = build_classifier(args, weights, classes, models, drop_path_rate=args.drop_path)
     if report and "head.weight" in report.missing:
@@ -421,6 +422,17 @@ def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Wei
     return content, weights
 
 
+def check_resumed(content: dict | None, args: argparse.Namespace, dataset: LabeledImages) -> None:
+    """Refuse to go on from another run, or with other classes.
+
+    Raises:
+        UsageError: saying what differs.
+    """
+    if content:
+        check_state(content, args, len(dataset))
+        check_classes(content["classes"], dataset.classes, "the run to resume", dataset.root)
+
+
 def build_classifier(
     args: argparse.Namespace,
     weights: Weights | None,
@@ -474,11 +486,11 @@ def val_images(args: argparse.Namespace, classes: Sequence[str] | None = None) -
     val = args.data_path / "val"
     transform = center_crop_transform(tuple(args.input_size), args.in_chans)
     root = val if val.is_dir() else args.data_path
-    return eval_loader(args, LabeledImages(root, transform, args.in_chans), args.batch_size)
+    return eval_loader(args, LabeledImages(root, transform), args.batch_size)
 
 
 def build_data(
-    args: argparse.Namespace, transform: Callable[[Image.Image], Tensor]
+    args: argparse.Namespace, transform: Callable[[BinaryIO], Tensor]
 ) -> tuple[Loader, Loader]:
     """Training and validation images of ImageNet's layout, checked to have the same classes.
 
@@ -497,7 +509,7 @@ def build_data(
                 f"--data_path {args.data_path} has no {name}/: it takes train/ and val/, with the "
                 f"images of each class in a folder of its own"
             )
-    dataset = LabeledImages(args.data_path / "train", transform, args.in_chans)
+    dataset = LabeledImages(args.data_path / "train", transform)
     dataset.check_complete()
     val = val_images(args)
     check_classes(dataset.classes, val.dataset.classes, dataset.root, val.dataset.root)

@@ -9,13 +9,23 @@ from torch import nn
 
 import models_convmae
 import models_convvit
+from util.architecture import SIZES, size_name
+from util.errors import UsageError
+from util.weights import read_weights
 
 dependencies = ["torch", "timm", "safetensors"]
 
 
-def _entry(factory: Callable[..., nn.Module], from_checkpoint: Callable[..., nn.Module]):
+def _entry(
+    factory: Callable[..., nn.Module], from_checkpoint: Callable[..., nn.Module]
+) -> Callable[..., nn.Module]:
     def entry(checkpoint: str | None = None, **kwargs) -> nn.Module:
-        return factory(**kwargs) if checkpoint is None else from_checkpoint(checkpoint, **kwargs)
+        if checkpoint is None:
+            return factory(**kwargs)
+        size = size_name(read_weights(checkpoint).architecture)
+        if size in SIZES and f"_{size}_" not in factory.__name__:
+            raise UsageError(f"{checkpoint} holds a {size} model, not a {factory.__name__}")
+        return from_checkpoint(checkpoint, **kwargs)
 
     entry.__name__ = factory.__name__
     entry.__doc__ = (

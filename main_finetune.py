@@ -6,8 +6,8 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import BinaryIO
 
-from PIL import Image
 from torch import Tensor
 
 from engine_finetune import build_data, evaluate_checkpoint, find_start, finetune, mixes
@@ -47,7 +47,7 @@ def check_recipe(args: argparse.Namespace) -> None:
         raise UsageError("--aa knows no images with an alpha channel: give --aa none")
 
 
-def build_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
+def build_transform(args: argparse.Namespace) -> Callable[[BinaryIO], Tensor]:
     """The augmentation of the training images."""
     try:
         return finetune_transform(

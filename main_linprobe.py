@@ -13,6 +13,7 @@ from engine_finetune import (
     Best,
     build_classifier,
     build_data,
+    check_resumed,
     evaluate_checkpoint,
     find_start,
     fit,
@@ -23,7 +24,7 @@ from util import args as arguments
 from util.distributed import SyncedBatchNorm1d, init_processes, print_once
 from util.lars import LARS
 from util.logger import count_parameters
-from util.run import Run, check_state, complete_run, run_main, seed_everything
+from util.run import Run, complete_run, run_main, seed_everything
 from util.transforms import pretrain_transform
 
 PROGRAM = "probing"
@@ -58,8 +59,7 @@ def main(args: argparse.Namespace) -> None:
     )
     train_loader, val_loader = build_data(args, transform)
     classes = train_loader.dataset.classes
-    if content:
-        check_state(content, args, len(train_loader.dataset))
+    check_resumed(content, args, train_loader.dataset)
 
     seed_everything(args.seed)
     model, report = build_classifier(args, weights and weights.without("head"), classes)

@@ -65,8 +65,7 @@ def build_data(args: argparse.Namespace) -> Loader:
     transform = pretrain_transform(
         args.input_size, args.in_chans, hflip=args.hflip, scale=tuple(args.crop_scale)
     )
-    dataset = ImageFiles(find_train_folder(args.data_path), transform, args.in_chans)
-    return train_loader(args, dataset)
+    return train_loader(args, ImageFiles(find_train_folder(args.data_path), transform))
 
 
 def main(args: argparse.Namespace) -> None:

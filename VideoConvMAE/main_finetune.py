@@ -87,7 +87,7 @@ def views_loader(
     args: argparse.Namespace, videos: VideoList, classes: Sequence[str], clips: int, crops: int
 ) -> Loader:
     """All views of every video once; as many views at a time as training has clips."""
-    transform = views_transform(tuple(args.input_size), args.in_chans, crops)
+    transform = views_transform(tuple(args.input_size), crops)
     dataset = Views(videos, classes, transform, clips=clips, **_sampling(args))
     return eval_loader(args, dataset, max(1, args.batch_size // (clips * crops)))
 

@@ -70,9 +70,7 @@ def check_crop_scales(args: argparse.Namespace) -> None:
 
 def build_data(args: argparse.Namespace, videos: VideoList) -> Clips:
     """The clips to train on."""
-    transform = pretrain_transform(
-        args.input_size, args.in_chans, scales=args.crop_scales, hflip=args.hflip
-    )
+    transform = pretrain_transform(args.input_size, scales=args.crop_scales, hflip=args.hflip)
     sampling = dict(length=args.num_frames, sampling=args.sampling, stride=args.stride)
     return Clips(videos, transform, in_chans=args.in_chans, **sampling)
 

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from util.datasets import seeded
 from util.errors import UsageError
-from util.transforms import channel_stats
+from util.transforms import channel_stats, normalize
 
 # Sides of the crops of VideoMAE's pretraining, as shares of the shorter side of the video.
 CROP_SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -24,27 +24,22 @@ Transform = Callable[[np.ndarray], Tensor]
 
 
 def pretrain_transform(
-    size: tuple[int, int],
-    in_chans: int = 3,
-    *,
-    scales: Sequence[float] = CROP_SCALES,
-    hflip: bool = False,
+    size: tuple[int, int], *, scales: Sequence[float] = CROP_SCALES, hflip: bool = False
 ) -> Transform:
     """The augmentation of pretraining, VideoMAE's: multi-scale crop, and flip if wanted.
 
     Args:
         size: (H, W) of the clip.
-        in_chans: 1 or 3.
         scales: sides of the crops, in descending order.
         hflip: mirror every second clip.
 
     Returns:
-        Frames `[T, H, W, C]`, uint8, to a clip `[C, T, *size]`, float32.
+        Frames `[T, H, W, C]`, uint8, to a clip `[C, T, *size]`, uint8, for `normalize`.
     """
 
     def transform(frames: np.ndarray) -> Tensor:
         frames = multi_scale_crop(to_tensor(frames), size, scales)
-        return normalize(random_flip(frames) if hflip else frames, in_chans)
+        return as_clip(random_flip(frames) if hflip else frames)
 
     return transform
 
@@ -86,19 +81,18 @@ def finetune_transform(
     def transform(frames: np.ndarray) -> Tensor:
         frames = crop(to_tensor(frames))
         frames = random_flip(frames) if hflip else frames
-        clip = normalize(augment(frames), in_chans)
+        clip = normalize(as_clip(augment(frames)), 0)
         # The frames as channels of one picture: the rectangle is the same, the noise is not.
         return erase(clip.flatten(0, 1)).view_as(clip)
 
     return transform
 
 
-def views_transform(size: tuple[int, int], in_chans: int = 3, crops: int = 1) -> Transform:
+def views_transform(size: tuple[int, int], crops: int = 1) -> Transform:
     """The views by which a classifier is tested: crops at equal distances along the longer side.
 
     Args:
         size: (H, W) of the clip; the frame is resized to just cover it.
-        in_chans: 1 or 3.
         crops: how many; a single one is in the centre.
 
     Returns:
@@ -110,7 +104,7 @@ def views_transform(size: tuple[int, int], in_chans: int = 3, crops: int = 1) ->
         frames = cover(to_tensor(frames), size)
         spare = [whole - side for whole, side in zip(frames.shape[-2:], size, strict=True)]
         views = [F.crop(frames, *(round(s * place) for s in spare), *size) for place in places]
-        return torch.stack([normalize(view, in_chans) for view in views])
+        return torch.stack([normalize(as_clip(view), 0) for view in views])
 
     return transform
 
@@ -120,9 +114,8 @@ def to_tensor(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 1)
 
 
-def normalize(frames: Tensor, in_chans: int) -> Tensor:
-    """`[T, C, H, W]`, uint8, to a clip `[C, T, H, W]`, float32 and contiguous."""
-    frames = F.normalize(frames.float() / 255, *channel_stats(in_chans))
+def as_clip(frames: Tensor) -> Tensor:
+    """`[T, C, H, W]` to `[C, T, H, W]`, contiguous."""
     return frames.transpose(0, 1).contiguous()
 
 

@@ -99,7 +99,7 @@ def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
     """
     with open_video(path, args.in_chans) as video:
         (chosen,) = eval_clips(args.sampling, len(video), args.num_frames, args.stride, 1)
-        return views_transform(tuple(args.input_size), args.in_chans)(video.frames(chosen))[0]
+        return views_transform(tuple(args.input_size))(video.frames(chosen))[0]
 
 
 def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) -> Tensor:

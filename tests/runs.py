@@ -36,7 +36,16 @@ ENV = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS
 LIBRARIES = (
     *("torch.distributed.launcher.api", "torch.nn.parallel", "torch.utils.tensorboard"),
     *("torchvision.utils", "torchvision.transforms.v2", "torchvision.datasets", "timm.data"),
-    *("timm.optim", "tqdm", "matplotlib.pyplot", "sklearn.datasets", "sklearn.model_selection"),
+    *(
+        "timm.optim",
+        "timm.loss",
+        "timm.utils",
+        "safetensors.torch",
+        "tqdm",
+        "matplotlib.pyplot",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+    ),
 )
 
 

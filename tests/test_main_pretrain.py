@@ -2,7 +2,6 @@
 
 import argparse
 import fcntl
-import json
 import os
 import pickle
 import pty
@@ -21,8 +20,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.checks import (
+    assert_close_end,
+    assert_finite,
+    assert_ok,
+    assert_one_line,
+    assert_same_end,
+    command_line,
+    curve,
+    events,
+    load,
+    log_lines,
+    same,
+    weights,
+)
 from tests.runs import (
     MAIN,
     ROOT,
@@ -47,78 +59,7 @@ STEPS = 6
 
 def flags(data: Path | None, output: Path, *more: object, **values: object) -> list[object]:
     """A command line: `DEFAULTS`, overridden by `values`; those that are None are left out."""
-    values = DEFAULTS | {"data_path": data, "output_dir": output} | values
-    given = {name: value for name, value in values.items() if value is not None}
-    parts = ((f"--{k}", *v) if isinstance(v, tuple) else (f"--{k}", v) for k, v in given.items())
-    return [part for flag in parts for part in flag] + list(more)
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load(output / "checkpoint.pth")["model"]
-
-
-def log_lines(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
-
-
-def curve(output: Path, tag: str) -> list[tuple[int, float]]:
-    """A TensorBoard curve as TensorBoard shows it: (step, value)."""
-    return [(event.step, event.value) for event in events(output).Scalars(tag)]
-
-
-def events(output: Path) -> EventAccumulator:
-    everything = {"scalars": 0, "images": 0}
-    return EventAccumulator(str(output), size_guidance=everything).Reload()
-
-
-def same(a: object, b: object) -> bool:
-    """Equal down to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
-def assert_same_end(output: Path, expected: Path) -> None:
-    """Two runs ended in the same state and with the same log, bit for bit."""
-    got, want = load(output / "checkpoint.pth"), load(expected / "checkpoint.pth")
-    for part in want.keys() - {"args"}:
-        assert same(got[part], want[part]), part
-    assert (output / "log.txt").read_text() == (expected / "log.txt").read_text()
-
-
-def assert_close_end(output: Path, expected: Path) -> None:
-    """Two runs did the same but for rounding."""
-    for got, want in zip(log_lines(output), log_lines(expected), strict=True):
-        assert got == pytest.approx(want, rel=1e-5)
-    got = weights(output)
-    for name, want in weights(expected).items():
-        torch.testing.assert_close(got[name], want, rtol=1e-4, atol=1e-4, msg=name)
-
-
-def assert_finite(output: Path) -> None:
-    assert all(tensor.isfinite().all() for tensor in weights(output).values())
-
-
-def assert_ok(*results: Result) -> None:
-    for result in results:
-        assert result.code == 0, result.err
-        assert "Traceback" not in result.err
-
-
-def assert_one_line(result: Result, code: int, *phrases: str) -> None:
-    """It failed with an exit code and one line on stderr that has certain phrases in it."""
-    assert result.code == code, result
-    assert len(result.err.splitlines()) == 1, result.err
-    for phrase in phrases:
-        assert phrase in result.err
+    return command_line(DEFAULTS | {"data_path": data, "output_dir": output} | values, *more)
 
 
 @pytest.fixture(scope="session")
@@ -863,7 +804,7 @@ def test_output_to_a_file_is_plain_lines(whole_run):
     progress = [line for line in lines if line.startswith("Epoch ")]
     assert len(progress) == 4 * STEPS
     assert progress[0].startswith("Epoch 1/4  [1/6]")
-    for name in ("lr", "loss", "grad_norm", "images_per_s", "memory_mb", "left"):
+    for name in ("lr", "loss", "grad_norm", "images_per_s", "data_wait", "memory_mb", "left"):
         assert all(f"  {name} " in line for line in progress)
     assert lines[-1].startswith("done: ") and str(output) in lines[-1]
 
@@ -961,6 +902,7 @@ def test_the_log_has_a_line_an_epoch_with_maes_keys(demo):
     lines = log_lines(demo)
     assert [line["epoch"] for line in lines] == [0, 1]
     assert all(line.keys() >= {"train_lr", "train_loss", "epoch"} for line in lines)
+    assert all(0 < line["data_wait"] < 1 for line in lines)
 
 
 def test_the_loss_falls(demo):
@@ -976,7 +918,9 @@ def test_the_pictures_can_be_looked_at(demo):
     assert loss.width > 400 and loss.height > 200
 
 
-@pytest.mark.parametrize("tag", ["loss", "lr", "grad_norm", "images_per_s", "memory_mb"])
+@pytest.mark.parametrize(
+    "tag", ["loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"]
+)
 def test_tensorboard_shows_curves_against_thousandths_of_epochs(whole, demo, tag):
     steps = [step for step, _ in curve(whole, tag)]
     assert steps == [round(1000 * (i + 1) / STEPS) for i in range(4 * STEPS)]

@@ -11,7 +11,6 @@ from util.args import (
     MAY_CHANGE,
     ChoiceOf,
     Parser,
-    add_switch,
     check_same_run,
     check_writable,
     complete,
@@ -23,11 +22,12 @@ from util.errors import UsageError
 def parser():
     """All groups that the mains share, a switch and a list of names."""
     result = Parser(prog="main.py")
-    arguments.add_data_args(result)
+    arguments.add_data_args(result, data="folder of images")
+    arguments.add_augmentation_args(result, (0.2, 1.0))
     recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(result, **recipe)
     arguments.add_run_args(result)
-    add_switch(result, "hflip", True, "flip half of the images", "never flip")
+    arguments.add_eval_args(result)
     names = ["convmae_base", "convmae_large", "convmae_tiny"]
     result.add_argument("--model", type=ChoiceOf(names), default=names[0], help="which one")
     return result

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from torchvision.transforms import v2
 
-from tests.pictures import noisy, picture, write_pictures
-from util.datasets import ImageFiles, find_train_folder, list_images, load_image, seeded
+from tests.pictures import decode, noisy, picture, write_pictures
+from util.datasets import (
+    ImageFiles,
+    LabeledImages,
+    check_classes,
+    find_train_folder,
+    list_images,
+    load_image,
+    seeded,
+)
 from util.errors import TrainingError, UsageError
 
 # What a camera does to an upright picture so that orientation 2…8 turns it back.
@@ -222,7 +229,7 @@ def test_train_is_read_where_it_exists(tmp_path):
     write_pictures(tmp_path / "val" / "cat", 5)
     assert find_train_folder(tmp_path) == tmp_path / "train"
     assert find_train_folder(tmp_path / "val") == tmp_path / "val"
-    assert len(ImageFiles(find_train_folder(tmp_path), v2.PILToTensor())) == 2
+    assert len(ImageFiles(find_train_folder(tmp_path), decode)) == 2
 
 
 def test_a_missing_folder_is_named(tmp_path):
@@ -300,7 +307,7 @@ def test_the_random_state_is_restored_after_an_error():
 
 
 def test_a_bad_file_is_replaced_by_the_same_image_for_the_same_seed(tmp_path):
-    data = ImageFiles(write_pictures(tmp_path, 8), v2.PILToTensor())
+    data = ImageFiles(write_pictures(tmp_path, 8), decode)
     (tmp_path / "002.png").write_bytes(b"")
     image, bad = data[2, 5]
     assert bad[0] == 2
@@ -314,12 +321,100 @@ def test_a_bad_file_is_replaced_by_the_same_image_for_the_same_seed(tmp_path):
 def test_a_folder_of_nothing_but_bad_files_is_given_up(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(TrainingError, match=r"10 files in a row .*a\.png cannot be decoded"):
-        ImageFiles(tmp_path, v2.PILToTensor())[0, 0]
+        ImageFiles(tmp_path, decode)[0, 0]
 
 
 def test_an_error_of_the_transform_is_not_taken_for_a_bad_file(tmp_path):
-    def broken(image):
+    def broken(file):
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
         ImageFiles(write_pictures(tmp_path, 1), broken)[0, 0]
+
+
+# --- class folders -------------------------------------------------------------------------------
+
+
+def write_classes(folder: Path, **counts: int) -> Path:
+    for name, count in counts.items():
+        write_pictures(folder / name, count)
+    return folder
+
+
+def test_labels_are_the_places_of_the_sorted_folder_names(tmp_path):
+    data = LabeledImages(write_classes(tmp_path, cat=2, ant=1, bee=3), decode)
+    assert data.classes == ["ant", "bee", "cat"]
+    assert [(Path(data.path(i)).parent.name, label) for i, label in enumerate(data.labels)] == [
+        *[("ant", 0)], *[("bee", 1)] * 3, *[("cat", 2)] * 2,
+    ]  # fmt: skip
+
+
+def test_images_below_a_class_folder_have_its_label(tmp_path):
+    write_classes(tmp_path, ant=1)
+    write_pictures(tmp_path / "bee" / "black" / "small", 2)
+    assert LabeledImages(tmp_path, decode).labels.tolist() == [0, 1, 1]
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    write_classes(tmp_path, ant=1)
+    write_pictures(tmp_path / ".ipynb_checkpoints", 1)
+    assert LabeledImages(tmp_path, decode).classes == ["ant"]
+
+
+def test_a_labeled_item_says_which_index_it_is(tmp_path):
+    data = LabeledImages(write_classes(tmp_path, ant=1, bee=1), decode)
+    image, label, index, bad = data[1, 0]
+    assert (label, index, bad) == (1, 1, ())
+    assert np.array_equal(image.movedim(0, -1), np.asarray(picture(0)))
+
+
+def test_a_substitute_comes_with_its_own_label(tmp_path):
+    data = LabeledImages(write_classes(tmp_path, ant=1, bee=1), decode)
+    (tmp_path / "ant" / "000.png").write_bytes(b"no picture")
+    label, index, bad = next(item[1:] for seed in range(9) for item in [data[0, seed]])
+    assert (label, index, set(bad)) == (1, 0, {0})
+
+
+def test_relative_and_dotted_paths_have_labels_too(tmp_path, monkeypatch):
+    write_classes(tmp_path / "data", ant=1, bee=1)
+    monkeypatch.chdir(tmp_path / "data")
+    for root in (".", "../data", "./"):
+        assert LabeledImages(root, decode).labels.tolist() == [0, 1]
+
+
+def test_a_folder_without_class_folders_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="has no class folders"):
+        LabeledImages(write_pictures(tmp_path, 2), decode)
+
+
+def test_images_beside_the_class_folders_are_refused(tmp_path):
+    write_pictures(write_classes(tmp_path, ant=1), 2)
+    with pytest.raises(UsageError, match=r"2 images of .* outside .*\(first: .*000\.png\)"):
+        LabeledImages(tmp_path, decode)
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    data = LabeledImages(write_classes(tmp_path, ant=1, bee=0), decode)
+    with pytest.raises(UsageError, match="no image in bee"):
+        data.check_complete()
+
+
+def test_equal_classes_are_accepted():
+    check_classes(["a", "b"], ["a", "b"], "the model", "val")
+
+
+@pytest.mark.parametrize(
+    ("known", "found", "message"),
+    [
+        ("abc", "ab", r"2 here, 3 there; it lacks c \(an empty folder stands"),
+        ("ab", "abc", "3 here, 2 there; it has c, unknown there"),
+        ("abc", "abd", "it lacks c; it has d, unknown there"),
+        ("abc", "acb", "same names in another order.*output 1 is b there, c here"),
+        ("abcdef", "a", "it lacks b, c, d and 2 more"),
+    ],
+)
+def test_other_classes_are_refused_with_the_difference(known, found, message):
+    with pytest.raises(
+        UsageError, match=f"val does not hold the classes of the model: .*{message}"
+    ):
+        check_classes(known, found, "the model", "val")

@@ -64,7 +64,7 @@ def test_black_to_white_is_the_whole_range(digits):
 
 
 def test_a_data_set_reads_the_training_part(digits):
-    data = ImageFiles(digits / "train", pretrain_transform((32, 32), 1, hflip=False), in_chans=1)
+    data = ImageFiles(digits / "train", pretrain_transform((32, 32), 1, hflip=False))
     assert len(data) == 1437
     image, bad = data[0, 0]
     assert image.shape == (1, 32, 32) and bad == ()

@@ -8,6 +8,7 @@ import torch
 from util import distributed
 from util.distributed import (
     StopSignal,
+    SyncedBatchNorm1d,
     all_reduce_max,
     all_reduce_sum,
     gather_objects,
@@ -230,3 +231,40 @@ def test_a_signal_is_remembered_and_ends_nothing(stop, number):
     os.kill(os.getpid(), number)
     assert stop.received == number
     assert stop.agreed(CPU) and stop.agreed(CPU)
+
+
+# ---- Batch norm of a probe -----------------------------------------------------------------------
+
+
+def test_the_norm_of_a_probe_is_torchs_in_one_process():
+    torch.manual_seed(0)
+    ours = SyncedBatchNorm1d(5, affine=False, eps=1e-6)
+    theirs = torch.nn.BatchNorm1d(5, affine=False, eps=1e-6)
+    for x in torch.randn(3, 8, 5):
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert torch.equal(ours.running_var, theirs.running_var)
+
+
+def test_the_norm_of_a_probe_takes_the_batch_of_all_processes(monkeypatch):
+    torch.manual_seed(0)
+    batch, ours = torch.randn(8, 5), [SyncedBatchNorm1d(5, affine=False) for _ in range(2)]
+    theirs = torch.nn.BatchNorm1d(5, affine=False)
+    halves = batch.chunk(2)
+    # What the sums over two processes are: of the mean first, then of the squares around it.
+    sums = {0: batch.sum(0), 1: ((batch - batch.mean(0)) ** 2).sum(0)}
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    out = []
+    for norm, half in zip(ours, halves, strict=True):
+        calls = iter(sums.values())
+        monkeypatch.setattr(distributed, "all_reduce_sum", lambda values, c=calls: next(c))
+        out.append(norm(half))
+    torch.testing.assert_close(torch.cat(out), theirs(batch))
+    torch.testing.assert_close(ours[0].running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours[1].running_var, theirs.running_var)
+
+
+def test_the_norm_of_a_probe_refuses_features_with_a_gradient(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="frozen features"):
+        SyncedBatchNorm1d(5, affine=False)(torch.randn(4, 5, requires_grad=True))

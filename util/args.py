@@ -290,21 +290,18 @@ def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._Argu
         help=f"start from random weights: one of {', '.join(models)}",
     )
     add_patch_size_arg(group, None)
-    group.add_argument(
-        "--cls_token",
-        dest="global_pool",
-        action="store_const",
-        const="token",
-        default="avg",
-        help="classify the first token, as the original does without --global_pool (default: the "
-        "mean of all tokens)",
-    )
+    pooling = {"dest": "global_pool", "default": True}
     group.add_argument(
         "--global_pool",
-        action="store_const",
-        const="avg",
-        default="avg",
-        help="classify the mean of all tokens",
+        action="store_true",
+        help="classify the mean of all tokens (the default)",
+        **pooling,
+    )
+    group.add_argument(
+        "--cls_token",
+        action="store_false",
+        help="classify the first token, as the original does without --global_pool",
+        **pooling,
     )
     return group
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -37,18 +38,21 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# What numpy can draw from within `seeded`.
+_spare_generators: list[np.random.MT19937] = []
+
 # A picture of 100 megapixels is large, not an attack; twice Pillow's limit is still an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def load_image(path: str | os.PathLike, in_chans: int = 3) -> Image.Image:
+def load_image(file: str | os.PathLike | BinaryIO, in_chans: int = 3) -> Image.Image:
     """The picture that a viewer shows for a file, upright and with 8 bits a channel.
 
     Transparency is composited over white, as viewers and browsers show it on their page, unless
     the alpha channel is asked for.
 
     Args:
-        path: an image file.
+        file: an image file, by its path or open.
         in_chans: 1 for grayscale, 3 for RGB, 4 for RGB with alpha.
 
     Raises:
@@ -57,10 +61,11 @@ def load_image(path: str | os.PathLike, in_chans: int = 3) -> Image.Image:
     """
     mode = check_channels(in_chans)
     try:
-        with Image.open(path) as file:
-            file.load()
-            return _upright(_to_8_bit(file, mode), file)
+        with Image.open(file) as image:
+            image.load()
+            return _upright(_to_8_bit(image, mode), orientation(image))
     except Exception as error:  # A damaged file can make a decoder raise nearly anything.
+        path = file if isinstance(file, str | os.PathLike) else file.name
         raise OSError(f"{path} cannot be decoded: {error}") from error
 
 
@@ -102,13 +107,17 @@ def _narrow(image: Image.Image) -> Image.Image:
     return Image.fromarray((values // 256).astype(np.uint8))
 
 
-def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Turn and mirror `image` as the metadata of the loaded `file` it came from say."""
+def orientation(image: Image.Image) -> int:
+    """How the metadata of an image say that it is stored: 1 for upright, else 2 … 8 (EXIF)."""
     try:
-        orientation = file.getexif().get(ExifTags.Base.Orientation)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Damaged metadata raise anything, and do not spoil the picture.
-        return image
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+        return 1
+
+
+def _upright(image: Image.Image, stored: int) -> Image.Image:
+    """Turn and mirror an image so that it is upright."""
+    return image.transpose(_TRANSPOSE[stored]) if stored in _TRANSPOSE else image
 
 
 def find_train_folder(root: str | os.PathLike) -> Path:
@@ -168,15 +177,19 @@ def seeded(seed: int) -> Iterator[None]:
 
     `torch.manual_seed` would also seed the generators of the accelerators, which are not ours.
     """
-    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+    # numpy's generator is exchanged because to copy its state takes ten times as long.
+    generator = _spare_generators.pop() if _spare_generators else np.random.MT19937(0)
+    states = torch.default_generator.get_state(), np.random.get_bit_generator(), random.getstate()
     torch.default_generator.manual_seed(seed)
+    np.random.set_bit_generator(generator)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     try:
         yield
     finally:
         torch.default_generator.set_state(states[0])
-        np.random.set_state(states[1])
+        np.random.set_bit_generator(states[1])
+        _spare_generators.append(generator)
         random.setstate(states[2])
 
 
@@ -254,11 +267,11 @@ class ImageFiles(Files):
 
     Args:
         root: a folder, nested or flat.
-        transform: PIL image to `[C, H, W]`; may draw from `torch`, `numpy` and `random`.
-        in_chans: 1, 3 or 4, see `load_image`.
+        transform: from an open image file to `[C, H, W]`; may draw from `torch`, `numpy` and
+            `random`; raises an OSError for a file that cannot be decoded.
 
     Raises:
-        UsageError: a folder without images, see `list_images`, or another number of channels.
+        UsageError: a folder without images, see `list_images`.
     """
 
     what = "images"
@@ -266,17 +279,15 @@ class ImageFiles(Files):
     def __init__(
         self,
         root: str | os.PathLike,
-        transform: Callable[[Image.Image], Tensor],
-        in_chans: int = 3,
+        transform: Callable[[BinaryIO], Tensor],
     ) -> None:
-        check_channels(in_chans)
         super().__init__(root, list_images(root))
         self.transform = transform
-        self.in_chans = in_chans
 
     def load(self, path: str) -> Tensor:
         """The transformed picture of a file."""
-        return self.transform(load_image(path, self.in_chans))
+        with open(path, "rb") as file:
+            return self.transform(file)
 
 
 class LabeledImages(ImageFiles):
@@ -288,7 +299,7 @@ class LabeledImages(ImageFiles):
 
     Args:
         root: the folder of the class folders.
-        transform, in_chans: see `ImageFiles`.
+        transform: see `ImageFiles`.
 
     Attributes:
         classes: the folders' names, sorted.
@@ -301,10 +312,9 @@ class LabeledImages(ImageFiles):
     def __init__(
         self,
         root: str | os.PathLike,
-        transform: Callable[[Image.Image], Tensor],
-        in_chans: int = 3,
+        transform: Callable[[BinaryIO], Tensor],
     ) -> None:
-        super().__init__(root, transform, in_chans)
+        super().__init__(root, transform)
         visible = (f for f in self.root.iterdir() if not f.name.startswith(".") and f.is_dir())
         self.classes = sorted(folder.name for folder in visible)
         if not self.classes:

@@ -4,7 +4,6 @@ import argparse
 import errno
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +17,7 @@ from util.args import check_same_run, check_writable, complete, plain
 from util.datasets import Files
 from util.distributed import (
     StopSignal,
+    cores_per_process,
     gather_objects,
     is_main_process,
     print_once,
@@ -26,11 +26,16 @@ from util.distributed import (
     wrap_model,
 )
 from util.errors import TrainingError, UsageError
+from util.feed import DeviceFeed, Pace
 from util.loader import BadImages, EvalSampler, Loader, StepSampler
 from util.logger import Meters, Progress, RunLog, peak_memory_mb
 from util.lr_sched import adjust_learning_rate
 from util.optim_step import OptimStep, amp_dtype
 from util.resume import BEST, LAST, Checkpoints, Stateful
+
+# A larger share of waiting for data is said in a line, once so many steps of an epoch are done.
+MAX_DATA_WAIT = 0.1
+STEPS_TO_JUDGE = 100
 
 
 class Stopped(Exception):
@@ -243,7 +248,9 @@ class Run:
     def __post_init__(self) -> None:
         self.stop = StopSignal()
         self.bad_images = BadImages(lambda text: print_once(text, error=True))
+        self.feed = DeviceFeed(self.device)
         self._new_bad: set[int] = set()
+        self._told_of_waiting = False
 
     def train_epoch(
         self, epoch: int, start: int, forward: Callable[..., Tensor]
@@ -256,7 +263,8 @@ class Run:
             forward: from the entries of a micro-batch to its mean loss.
 
         Returns:
-            The epoch's means, with MAE's keys ("train_loss", "train_lr").
+            The epoch's means, with MAE's keys ("train_loss", "train_lr"), and the share of the
+            time that was waiting for data ("data_wait").
 
         Raises:
             Stopped: a signal came; the state is saved.
@@ -265,8 +273,8 @@ class Run:
         args, steps = self.args, self.loader.steps_per_epoch
         title = f"Epoch {epoch + 1}/{args.epochs}"
         progress = Progress(title, steps, start, (args.epochs - epoch - 1) * steps)
-        batches = self._batches(epoch, start)
-        last_time, last_step = time.perf_counter(), start
+        batches = self.feed(self._batches(epoch, start))
+        pace = Pace(self.feed, start, args.effective_batch_size)
         for done in range(start + 1, steps + 1):
             position = epoch + (done - 1) / steps
             rate = adjust_learning_rate(
@@ -286,12 +294,11 @@ class Run:
             report = done % args.print_freq == 0 or done == steps
             if report:
                 values = self._report(rate)
-                now = time.perf_counter()
-                images = (done - last_step) * args.effective_batch_size
-                values["images_per_s"] = images / (now - last_time)
-                last_time, last_step = now, done
+                values |= pace.read(done)
                 self.log.scalars(epoch + done / steps, values)
                 progress.show(done, values)
+                if done == steps or done - start >= STEPS_TO_JUDGE:
+                    self._judge(pace.data_wait)
             cheap = world_size() == 1 or self.device.type == "cpu"
             if done < steps and (report or cheap) and self.stop.agreed(self.device):
                 progress.close()
@@ -300,8 +307,8 @@ class Run:
             if args.save_steps and done % args.save_steps == 0 and done < steps:
                 self._save(epoch, done, LAST)
         progress.close()
-        means = self.meters.read_epoch()
-        return {"train_lr": rate, **{f"train_{name}": value for name, value in means.items()}}
+        means = {f"train_{name}": value for name, value in self.meters.read_epoch().items()}
+        return {"train_lr": rate, **means, "data_wait": round(pace.data_wait, 4)}
 
     def end_epoch(self, epoch: int, values: dict[str, float], *, best: bool = False) -> None:
         """Write the epoch's line and checkpoints.
@@ -329,10 +336,20 @@ class Run:
         self.checkpoints.save(epoch, step, *names)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
-        """Micro-batches on the device, the failed files noted."""
+        """Micro-batches from the loader, the failed files noted."""
         for *batch, bad in self.loader.epoch(epoch, start):
             self._new_bad.update(bad)
-            yield tuple(x.to(self.device, non_blocking=True) for x in batch)
+            yield batch
+
+    def _judge(self, data_wait: float) -> None:
+        """Say once if the model waits for its data."""
+        if data_wait > MAX_DATA_WAIT and not self._told_of_waiting:
+            self._told_of_waiting = True
+            print_once(
+                f"the model waits for data {data_wait:.0%} of the time: raise --num_workers (now "
+                f"{self.args.num_workers} a process, there are {cores_per_process()} cores for "
+                f'each), or see PRETRAIN.md, "When the model waits for data"'
+            )
 
     def _report(self, rate: float) -> dict[str, float]:
         """The numbers since the last report; the one place that waits for the device."""

@@ -1,15 +1,18 @@
 """From a picture to the model's input: augmentation, evaluation views, normalisation."""
 
+import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import BinaryIO
 
 import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 
-from util.datasets import check_channels
+from util.crop import load_crop
+from util.datasets import check_channels, load_image
 
 
 def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -32,8 +35,8 @@ def pretrain_transform(
     *,
     hflip: bool = True,
     scale: tuple[float, float] = (0.2, 1.0),
-) -> Callable[[Image.Image], Tensor]:
-    """The augmentation of pretraining and probing: random resized crop and flip, then normalise.
+) -> Callable[[BinaryIO], Tensor]:
+    """The augmentation of pretraining and probing: random resized crop and flip.
 
     Args:
         img_size: (H, W).
@@ -42,12 +45,17 @@ def pretrain_transform(
         scale: share of the image's area that a crop takes.
 
     Returns:
-        PIL image to `[in_chans, H, W]`, float32.
+        Image file to `[in_chans, H, W]`, uint8, for `normalize`.
     """
-    bicubic = v2.InterpolationMode.BICUBIC
-    crop = v2.RandomResizedCrop(img_size, scale=scale, interpolation=bicubic, antialias=True)
-    flip = [v2.RandomHorizontalFlip()] if hflip else []
-    return v2.Compose([crop, *flip, *_to_normalized(in_chans)])
+    check_channels(in_chans)
+    choose = partial(RandomResizedCrop.get_params, scale=list(scale), ratio=[3 / 4, 4 / 3])
+    crop = partial(load_crop, choose=choose, size=img_size, in_chans=in_chans)
+    return partial(_crop_and_flip, crop=crop) if hflip else crop
+
+
+def _crop_and_flip(file: BinaryIO, crop: Callable[[BinaryIO], Tensor]) -> Tensor:
+    image = crop(file)
+    return image.flip(-1) if torch.rand(1) < 0.5 else image
 
 
 def finetune_transform(
@@ -59,7 +67,7 @@ def finetune_transform(
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     color_jitter: float = 0.0,
     reprob: float = 0.25,
-) -> Callable[[Image.Image], Tensor]:
+) -> Callable[[BinaryIO], Tensor]:
     """The augmentation of fine-tuning, timm's: random resized crop, flip, RandAugment, erasing.
 
     Args:
@@ -72,10 +80,10 @@ def finetune_transform(
         reprob: share of the images in which a rectangle is erased with noise.
 
     Returns:
-        PIL image to `[in_chans, H, W]`, float32, normalised.
+        Image file to `[in_chans, H, W]`, float32, normalised.
     """
     mean, std = channel_stats(in_chans)
-    return create_transform(
+    transform = create_transform(
         (in_chans, *img_size),
         is_training=True,
         scale=scale,
@@ -88,47 +96,74 @@ def finetune_transform(
         mean=mean,
         std=std,
     )
+    return v2.Compose([partial(load_image, in_chans=in_chans), transform])
 
 
 def center_crop_transform(
     img_size: tuple[int, int], in_chans: int = 3
-) -> Callable[[Image.Image], Tensor]:
+) -> Callable[[BinaryIO], Tensor]:
     """The view by which a classifier is evaluated, as MAE's: 224 of 256 pixels around the centre.
 
     Above 224 pixels nothing is cut but what the proportions demand.
 
     Returns:
-        PIL image to `[in_chans, H, W]`, float32, normalised.
+        Image file to `[in_chans, H, W]`, float32, normalised.
     """
     mean, std = channel_stats(in_chans)
-    return create_transform(
+    transform = create_transform(
         (in_chans, *img_size),
         interpolation="bicubic",
         crop_pct=224 / 256 if max(img_size) <= 224 else 1.0,
         mean=mean,
         std=std,
     )
+    return v2.Compose([partial(load_image, in_chans=in_chans), transform])
 
 
-def eval_transform(img_size: tuple[int, int], in_chans: int = 3) -> Callable[[Image.Image], Tensor]:
+def eval_transform(
+    img_size: tuple[int, int], in_chans: int = 3
+) -> Callable[[str | os.PathLike | BinaryIO], Tensor]:
     """The largest centred part of the proportions H : W, resized to (H, W) and normalised.
 
     Returns:
-        PIL image to `[in_chans, H, W]`, float32.
+        Image file to `[in_chans, H, W]`, float32.
     """
     height, width = img_size
-    fit = partial(ImageOps.fit, size=(width, height), method=Image.Resampling.BICUBIC)
-    return v2.Compose([fit, *_to_normalized(in_chans)])
+    return v2.Compose(
+        [
+            partial(load_image, in_chans=in_chans),
+            partial(ImageOps.fit, size=(width, height), method=Image.Resampling.BICUBIC),
+            v2.PILToTensor(),
+            normalize,
+        ]
+    )
 
 
-def _to_normalized(in_chans: int) -> list[torch.nn.Module]:
-    """The end of every transform: PIL image to a plain, normalised tensor."""
-    return [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(*channel_stats(in_chans)),
-        v2.ToPureTensor(),
-    ]
+def normalize(images: Tensor, dim: int = -3) -> Tensor:
+    """Pixels, uint8, to the model's input, float32; other types are that already.
+
+    A batch takes a quarter of the memory on its way to the device if it is normalised there.
+
+    Args:
+        images: `[…, C, H, W]`, or with the channels in another dimension.
+        dim: the channels'.
+
+    Returns:
+        The same shape.
+    """
+    if images.dtype != torch.uint8:
+        return images
+    behind = images.ndim - 1 - dim % images.ndim
+    scale, shift = _scale_and_shift(images.shape[dim], behind, images.device)
+    return images.float().mul_(scale).add_(shift)  # twice as fast on a CPU as one operation
+
+
+@cache
+def _scale_and_shift(in_chans: int, behind: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What takes a pixel of 0 … 255 to a normalised value, `[C, 1, …]` with `behind` ones each."""
+    stats = torch.tensor(channel_stats(in_chans), device=device)
+    mean, std = stats.view(2, in_chans, *[1] * behind)
+    return 1 / (255 * std), -mean / std
 
 
 def denormalize(images: Tensor, dim: int = -3) -> Tensor:

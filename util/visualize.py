@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from util import args as arguments
-from util.datasets import find_train_folder, list_images, load_image
+from util.datasets import find_train_folder, list_images
 from util.errors import UsageError
 from util.transforms import denormalize, eval_transform
 
@@ -95,7 +95,7 @@ def load_images(paths: Sequence[Path], img_size: tuple[int, int], in_chans: int)
     images = []
     for path in paths:
         try:
-            images.append(transform(load_image(path, in_chans)))
+            images.append(transform(path))
         except OSError as error:
             raise UsageError(str(error)) from error
     return torch.stack(images)

@@ -390,7 +390,7 @@ def export_weights(weights: Weights, path: Path) -> None:
     """
     if not path.absolute().parent.is_dir():
         raise UsageError(f"the folder of {path} does not exist")
-    info = {k: v for k, v in weights.info.items() if k in ("epoch", "args", "classes")}
+    info = {k: v for k, v in weights.info.items() if k in ("epoch", "args", "classes", "program")}
     state = {name: t.detach().clone().contiguous() for name, t in weights.state.items()}
     if path.suffix == ".safetensors":
         # The format's metadata are texts.
@@ -410,14 +410,15 @@ def describe(weights: Weights) -> str:
     kind += f" of {weights.num_classes} classes" if weights.num_classes else ""
     kind += ", averaged (EMA)" if "ema" in weights.entry else ""
     count = sum(t.numel() for t in weights.state.values() if t.is_floating_point())
+    said = [weights.info.get("program"), weights.args.get("model")]
+    said += [] if epoch is None else [f"{epoch} epochs done"]
     rows = {
         "file": f"{weights.path} ({weights.path.stat().st_size / 1e6:.1f} MB)",
         "kind": kind,
         "model": f"{describe_architecture(architecture)}, {count / 1e6:.1f} M numbers in all",
         "input": f"{_size(architecture['img_size'])} pixels, {architecture['in_chans']} channels, "
         f"{_size(grid_size(architecture))} patches of {_size(patch)}",
-        "run": f"{weights.args.get('model') or 'of unnamed model'}"
-        + ("" if epoch is None else f", {epoch} epochs done"),
+        "run": ", ".join(map(str, filter(None, said))),
         "classes": _some(weights.classes) if weights.classes else None,
         "use": _USES[weights.kind].format(file=weights.path),
     }

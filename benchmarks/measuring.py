@@ -1,0 +1,73 @@
+"""What the benchmarks share: interleaved rounds, ratios, and where and how it was measured."""
+
+import platform
+import shlex
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+def time_rounds(
+    runs: dict[str, Callable[[], object]],
+    rounds: int,
+    seconds_of: Callable[[Callable[[], object]], float],
+    warmup: int = 2,
+) -> dict[str, list[float]]:
+    """Time every form once a round, each round starting with another, after warming up.
+
+    Args:
+        runs: name of a form to what is timed.
+        rounds: how often.
+        seconds_of: calls what it is given and says how long that took.
+        warmup: calls of each form before.
+
+    Returns:
+        The seconds of each form, one entry a round.
+    """
+    for run in runs.values():
+        for _ in range(warmup):
+            run()
+    forms, seconds = list(runs), {form: [] for form in runs}
+    for number in range(rounds):
+        first = number % len(forms)
+        for form in forms[first:] + forms[:first]:
+            seconds[form].append(seconds_of(runs[form]))
+    return seconds
+
+
+def ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """`a / b` within each round."""
+    return [x / y for x, y in zip(a, b, strict=True)]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median (minimum–maximum)."""
+    return f"{median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
+
+
+def environment(program: str, argv: Sequence[str], device: str = "cpu") -> dict[str, str]:
+    """What a number is worth nothing without.
+
+    Args:
+        program: name of the benchmark's module.
+        argv: its arguments.
+        device: cpu or cuda.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    cpu = f"{(names or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    return {
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "-m", f"benchmarks.{program}", *argv]),
+    }
+
+
+def print_environment(surroundings: dict[str, str]) -> None:
+    """The head of a report."""
+    print("\n".join(f"{name}: {value}" for name, value in surroundings.items()), flush=True)

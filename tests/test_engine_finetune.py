@@ -1,0 +1,208 @@
+"""Supervised training and evaluation, without a process of their own."""
+
+import math
+from pathlib import Path
+
+import pytest
+import timm.utils
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+import main_finetune
+from engine_finetune import Best, evaluate, judge, train_one_epoch
+from models_convvit import convvit_tiny_patch16
+from tests.pictures import picture
+from util.datasets import LabeledImages
+from util.errors import TrainingError
+from util.loader import EvalSampler, Loader
+from util.transforms import center_crop_transform
+
+CPU = torch.device("cpu")
+
+
+def arguments(*more):
+    args = main_finetune.parse_args(["--data_path", "x", "--model", "convvit_tiny_patch16", *more])
+    args.lr, args.in_chans = 1e-3, 3
+    return args
+
+
+# --- losses --------------------------------------------------------------------------------------
+
+
+def test_mixed_batches_get_timms_soft_target_loss():
+    criterion, mixup = main_finetune.build_criterion(arguments(), 10)
+    assert isinstance(criterion, SoftTargetCrossEntropy)
+    assert isinstance(mixup, Mixup)
+    settings = (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.switch_prob)
+    assert settings == (0.8, 1.0, 1.0, 0.5)
+    assert (mixup.label_smoothing, mixup.num_classes) == (0.1, 10)
+
+
+def test_without_mixing_labels_are_smoothed_as_timm_does():
+    criterion, mixup = main_finetune.build_criterion(arguments("--mixup", "0", "--cutmix", "0"), 10)
+    assert mixup is None
+    logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
+    expected = LabelSmoothingCrossEntropy(0.1)(logits, labels)
+    torch.testing.assert_close(criterion(logits, labels), expected)
+
+
+def test_without_mixing_and_smoothing_the_loss_is_cross_entropy():
+    flags = ("--mixup", "0", "--cutmix", "0", "--smoothing", "0")
+    criterion, _ = main_finetune.build_criterion(arguments(*flags), 10)
+    logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
+    torch.testing.assert_close(criterion(logits, labels), F.cross_entropy(logits, labels))
+
+
+class RecordingRun:
+    """A run that hands one batch to the forward function and keeps its loss."""
+
+    def __init__(self, model, batch):
+        self.model, self.batch = model, batch
+        self.step = self
+
+    def train_epoch(self, epoch, start, forward):
+        self.modes = {name: m.training for name, m in self.model.named_modules()}
+        self.loss = forward(*self.batch)
+        return {"train_loss": self.loss.item()}
+
+
+def test_a_training_step_mixes_images_and_labels_as_timm_does():
+    model, imgs, labels = nn.Flatten(), torch.rand(4, 1, 1, 6), torch.tensor([0, 1, 2, 3])
+    settings = dict(mixup_alpha=0.8, cutmix_alpha=0.0, label_smoothing=0.1, num_classes=6)
+    torch.manual_seed(0), __import__("numpy").random.seed(0)
+    mixed, targets = Mixup(**settings)(imgs.clone(), labels)
+    expected = SoftTargetCrossEntropy()(mixed.flatten(1), targets)
+
+    __import__("numpy").random.seed(0)
+    run = RecordingRun(model, (imgs.clone(), labels, torch.arange(4)))
+    train_one_epoch(run, 0, 0, SoftTargetCrossEntropy(), model, Mixup(**settings))
+    torch.testing.assert_close(run.loss, expected)
+
+
+# --- a probe -------------------------------------------------------------------------------------
+
+
+def probe():
+    model = convvit_tiny_patch16(img_size=32, num_classes=3)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    model.add_probe_norm()
+    return model
+
+
+def test_only_the_head_of_a_probe_is_in_training_mode():
+    model = probe()
+    run = RecordingRun(model, (torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2)))
+    train_one_epoch(run, 0, 0, nn.CrossEntropyLoss(), model.head)
+    assert {name for name, training in run.modes.items() if training} == {
+        "head", "head.0", "head.1",
+    }  # fmt: skip
+
+
+def test_a_frozen_encoder_keeps_nothing_for_the_backward_pass():
+    model, kept = probe(), []
+    features = model.num_features
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.randn(4, 3, 32, 32)).sum()
+    # What the head's own gradient needs: its input and its weight.
+    assert set(kept) <= {(4, features), (3, features), (features, 3)}
+
+
+# --- judging and evaluating ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [3, 7])
+def test_accuracies_and_loss_are_timms_and_torchs(classes):
+    torch.manual_seed(classes)
+    logits, labels = torch.randn(64, classes), torch.randint(classes, (64,))
+    losses, top1, top5, predictions, probabilities = judge(logits, labels)
+    acc1, acc5 = timm.utils.accuracy(logits, labels, topk=(1, 5))
+    assert 100 * top1.double().mean().item() == pytest.approx(acc1.item(), rel=1e-6)
+    assert 100 * top5.double().mean().item() == pytest.approx(acc5.item(), rel=1e-6)
+    torch.testing.assert_close(losses.mean(), F.cross_entropy(logits, labels))
+    assert torch.equal(predictions, logits.argmax(1))
+    torch.testing.assert_close(probabilities, logits.softmax(1).max(1).values)
+
+
+def write_classes(folder: Path, count: int) -> Path:
+    for i in range(count):
+        path = folder / "abc"[i % 3] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(path)
+    return folder
+
+
+def loader(folder: Path, batch_size: int, workers: int = 0) -> Loader:
+    dataset = LabeledImages(folder, center_crop_transform((32, 32)))
+    return Loader(dataset, EvalSampler(len(dataset), batch_size), workers)
+
+
+def test_evaluation_does_not_depend_on_batches_or_workers(tmp_path):
+    write_classes(tmp_path, 17)
+    model = convvit_tiny_patch16(img_size=32, num_classes=3)
+    results = [
+        evaluate(model, loader(tmp_path, batch, workers), CPU)
+        for batch, workers in ((17, 0), (4, 0), (3, 2))
+    ]
+    for result in results:
+        assert result.indices.tolist() == list(range(17))
+        assert result.acc1 == results[0].acc1
+        assert result.loss == pytest.approx(results[0].loss, abs=1e-6)
+        assert torch.equal(result.predictions, results[0].predictions)
+
+
+def test_evaluation_leaves_dropout_out(tmp_path):
+    write_classes(tmp_path, 6)
+    model = convvit_tiny_patch16(img_size=32, num_classes=3, drop_path_rate=0.9, drop_rate=0.9)
+    model.train()
+    first, second = (evaluate(model, loader(tmp_path, 4), CPU) for _ in range(2))
+    assert torch.equal(first.losses, second.losses)
+
+
+def test_images_that_cannot_be_decoded_are_left_out_wherever_they_stand(tmp_path):
+    write_classes(tmp_path, 17)
+    dataset = loader(tmp_path, 4).dataset
+    for index in (0, 5, 16):
+        Path(dataset.path(index)).write_bytes(b"no picture")
+    model = convvit_tiny_patch16(img_size=32, num_classes=3)
+    result = evaluate(model, loader(tmp_path, 4), CPU)
+    assert result.indices.tolist() == [i for i in range(17) if i not in (0, 5, 16)]
+    with pytest.raises(TrainingError, match="3 of 17 images cannot be decoded"):
+        evaluate(model, loader(tmp_path, 4), CPU, max_bad_images=0.1)
+
+
+def test_the_best_accuracy_survives_a_checkpoint():
+    best, again = Best(), Best()
+    assert best.improves(0.0)
+    assert best.improves(50.0) and not best.improves(50.0) and not best.improves(49.0)
+    again.load_state_dict(best.state_dict())
+    assert not again.improves(50.0) and again.improves(math.nextafter(50, 51))
+
+
+# --- optimizer -----------------------------------------------------------------------------------
+
+
+def test_the_optimizer_is_the_recipes():
+    args = arguments()
+    model = convvit_tiny_patch16(img_size=32, num_classes=3)
+    optimizer = main_finetune.build_optimizer(args, model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
+    assert scales == pytest.approx([0.65**n for n in range(5, -1, -1)])  # 4 blocks
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+
+
+def test_every_parameter_has_one_place_in_the_optimizer():
+    model = convvit_tiny_patch16(img_size=32, num_classes=3)
+    groups = main_finetune.build_optimizer(arguments(), model).param_groups
+    placed = [id(p) for group in groups for p in group["params"]]
+    assert sorted(placed) == sorted(id(p) for p in model.parameters())

@@ -1,0 +1,106 @@
+"""A crop of an image file, resized: the picture of `load_image`, decoded the cheapest way.
+
+Decoding JPEGs and resizing is nearly all that an input pipeline does. Both are done here on 8-bit
+pixels without a float in between, and a JPEG much larger than what is wanted of it is decoded at
+a half, quarter or eighth of its size.
+"""
+
+import contextlib
+from collections.abc import Callable
+from io import BytesIO
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image, JpegImagePlugin
+from torch import Tensor
+
+from util.datasets import load_image, orientation
+
+# A JPEG is decoded at a reduced size only if that leaves so many pixels for each of the result:
+# what the result looks like is then left to bicubic interpolation, as at full size.
+REDUCING_GAP = 2.0
+
+# Channels to the colour space to decode to, and the kinds of JPEG for which that is no conversion
+# other than from gray to RGB.
+_JPEG = {1: ("GRAY", ("L",)), 3: ("RGB", ("L", "RGB"))}
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def reduced(self, factor: int) -> "Box":
+        """The same part of the image at a `factor`th of its size."""
+        top, left = round(self.top / factor), round(self.left / factor)
+        bottom = round((self.top + self.height) / factor)
+        right = round((self.left + self.width) / factor)
+        return Box(top, left, bottom - top, right - left)
+
+
+def load_crop(
+    file: BinaryIO,
+    choose: Callable[[Image.Image], tuple[int, int, int, int]],
+    size: tuple[int, int],
+    in_chans: int = 3,
+) -> Tensor:
+    """Read a part of the picture that `load_image` gives, resized by antialiased bicubic.
+
+    Args:
+        file: an image file.
+        choose: from the picture, of which it may look at the size only, to the part of it: top,
+            left, height, width.
+        size: (height, width) of the result.
+        in_chans: 1 for grayscale, 3 for RGB, 4 for RGB with alpha.
+
+    Returns:
+        `[in_chans, *size]`, uint8.
+
+    Raises:
+        OSError: a file that cannot be decoded.
+    """
+    data = file.read()
+    # Whatever may be wrong with it, `load_image` knows what to do, or to say.
+    with contextlib.suppress(Exception), Image.open(BytesIO(data)) as header:
+        if _is_plain_jpeg(header, in_chans):
+            return _crop_jpeg(data, header.size, Box(*choose(header)), size, in_chans)
+    file.seek(0)
+    image = load_image(file, in_chans)
+    pixels = np.array(image).reshape(image.height, image.width, in_chans)
+    return resize_crop(pixels, Box(*choose(image)), size)
+
+
+def _is_plain_jpeg(image: Image.Image, in_chans: int) -> bool:
+    """Whether an opened file is an upright JPEG, and gray or RGB as wanted."""
+    return (
+        isinstance(image, JpegImagePlugin.JpegImageFile)
+        and in_chans in _JPEG
+        and image.mode in _JPEG[in_chans][1]
+        and orientation(image) == 1
+    )
+
+
+def _crop_jpeg(
+    data: bytes, image_size: tuple[int, int], box: Box, size: tuple[int, int], in_chans: int
+) -> Tensor:
+    """`load_crop` of the data of a plain JPEG of `image_size` (width, height)."""
+    room = min(box.height / size[0], box.width / size[1]) / REDUCING_GAP
+    factor = max(f for f in (1, 2, 4, 8) if f <= max(room, 1))
+    width, height = (-(-pixels // factor) for pixels in image_size)
+    pixels = simplejpeg.decode_jpeg(
+        data, _JPEG[in_chans][0], min_height=height, min_width=width, min_factor=factor
+    )
+    return resize_crop(pixels, box.reduced(factor), size)
+
+
+def resize_crop(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> Tensor:
+    """A part of an image `[H, W, C]`, uint8, resized by antialiased bicubic to `[C, *size]`."""
+    part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    grid = torch.from_numpy(part).movedim(-1, 0)
+    return F.interpolate(grid.unsqueeze(0), size, mode="bicubic", antialias=True)[0]
