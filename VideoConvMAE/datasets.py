@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.datasets import Files
+from util.datasets import FileDataset
 from VideoConvMAE.decode import open_video
 from VideoConvMAE.lists import VideoList, class_numbers
 from VideoConvMAE.sampling import eval_clips, training_clip
 from VideoConvMAE.transforms import Transform
 
 
-class Clips(Files):
-    """A random clip of each video, without labels: an item is `(clip, bad)`, see `Files`.
+class Clips(FileDataset):
+    """A random clip of each video, without labels: an item is `(clip, bad)`, see `FileDataset`.
 
     Args:
         videos: the files.

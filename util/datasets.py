@@ -193,7 +193,7 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
-class Files(Dataset):
+class FileDataset(Dataset):
     """Files of one kind, some of which may be damaged; a subclass says what `load` makes of one.
 
     An item's key is `(index, seed)`, as a sampler gives it. The item is `(sample, bad)`: what
@@ -260,10 +260,10 @@ class Files(Dataset):
         raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
 
 
-class ImageFiles(Files):
+class ImageFiles(FileDataset):
     """All images below a folder, without labels.
 
-    An item is `(image, bad)`: what `transform` made of the file, see `Files`.
+    An item is `(image, bad)`: what `transform` made of the file, see `FileDataset`.
 
     Args:
         root: a folder, nested or flat.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from util.datasets import Files
+from util.datasets import FileDataset
 from util.errors import TrainingError, UsageError
 
 _logger = logging.getLogger(__name__)  # Prints warnings even if nobody sets it up.
@@ -182,7 +182,7 @@ class BadImages:
         """Number of different files."""
         return len(self.paths)
 
-    def add(self, indices: Iterable[int], dataset: Files) -> None:
+    def add(self, indices: Iterable[int], dataset: FileDataset) -> None:
         """Take note of what a batch of `dataset` reports as bad."""
         for index in indices:
             if index not in self.paths:
@@ -225,7 +225,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Files,
+        dataset: FileDataset,
         sampler: StepSampler | EvalSampler,
         num_workers: int = 0,
         pin_memory: bool = False,

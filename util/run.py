@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from util.args import check_same_run, check_writable, complete, plain
-from util.datasets import Files
+from util.datasets import FileDataset
 from util.distributed import (
     StopSignal,
     cores_per_process,
@@ -88,7 +88,7 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     check_writable(args.log_dir, "--log_dir")
 
 
-def train_loader(args: argparse.Namespace, dataset: Files) -> Loader:
+def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
     """A data set in the order in which steps take it."""
     sampler = StepSampler(
         len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed
@@ -96,7 +96,7 @@ def train_loader(args: argparse.Namespace, dataset: Files) -> Loader:
     return Loader(dataset, sampler, args.num_workers, args.pin_mem)
 
 
-def eval_loader(args: argparse.Namespace, dataset: Files, batch_size: int) -> Loader:
+def eval_loader(args: argparse.Namespace, dataset: FileDataset, batch_size: int) -> Loader:
     """Every sample of a data set once, each in one process."""
     if args.dist_eval:
         sampler = EvalSampler(len(dataset), batch_size, rank(), world_size())
