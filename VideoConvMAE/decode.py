@@ -1,5 +1,6 @@
 """Frames of videos: files by PyAV, folders of pictures by Pillow; only the frames asked for."""
 
+import contextlib
 import os
 import re
 from bisect import bisect_right
@@ -71,19 +72,24 @@ class VideoFile:
 
     def __init__(self, path: str | os.PathLike, in_chans: int = 3) -> None:
         self.path, self.format = path, _FORMATS[in_chans]
+        self.container = None
+        self.key_times: list[int] = []
+        self.seek_times: list[tuple[int, int]] = []
         try:
-            self.container = av.open(os.fspath(path))
-        except Exception as error:
-            raise self._failed(error) from error
-        try:
-            if not self.container.streams.video:
-                raise OSError("it has no video stream")
-            self.stream = self.container.streams.video[0]
-            self.stream.thread_type, self.stream.codec_context.thread_count = "SLICE", 1
+            self._open()
             self._read_times()
-        except Exception as error:
-            self.container.close()
+        except Exception as error:  # A damaged file can make a decoder raise nearly anything.
+            self.__exit__()
             raise self._failed(error) from error
+
+    def _open(self) -> None:
+        """Open the file, or begin at its start again."""
+        self.__exit__()
+        self.container = av.open(os.fspath(self.path))
+        if not self.container.streams.video:
+            raise OSError("it has no video stream")
+        self.stream = self.container.streams.video[0]
+        self.stream.thread_type, self.stream.codec_context.thread_count = "SLICE", 1
 
     def _failed(self, error: Exception) -> OSError:
         return OSError(f"{self.path} cannot be decoded: {error}")
@@ -93,21 +99,14 @@ class VideoFile:
         packets = [p for p in self.container.demux(self.stream) if p.size and not p.is_discard]
         if not packets:
             raise OSError("it has no frames")
-        if any(p.pts is None for p in packets):
-            self._number_frames()
+        self.timed = all(p.pts is not None for p in packets)
+        if not self.timed:  # count what comes out, and always begin at the start
+            self._open()
+            self.times = list(range(sum(1 for _ in self.container.decode(self.stream))))
             return
         self.times = sorted({p.pts for p in packets})
-        # A container's index may be by either time; the decoding one is never the later.
-        keys = sorted(
-            (p.pts, p.pts if p.dts is None else min(p.dts, p.pts)) for p in packets if p.is_keyframe
-        )
-        self.key_times, self.seek_times = [pts for pts, _ in keys], [dts for _, dts in keys]
-
-    def _number_frames(self) -> None:
-        """Where a format has no times: count what comes out, and always begin at the start."""
-        self.container.seek(0)
-        self.times = list(range(sum(1 for _ in self.container.decode(self.stream))))
-        self.key_times, self.seek_times = [], []
+        keys = sorted((p.pts, p.dts or p.pts) for p in packets if p.is_keyframe)
+        self.key_times, self.seek_times = [pts for pts, _ in keys], keys
 
     def __len__(self) -> int:
         return len(self.times)
@@ -116,7 +115,8 @@ class VideoFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.container.close()
+        if self.container is not None:
+            self.container.close()
 
     def frames(self, indices: Sequence[int]) -> np.ndarray:
         """See `Video`."""
@@ -126,7 +126,7 @@ class VideoFile:
             for run in self._runs([self.times[i] for i in places]):
                 shown |= self._decode(run)
             return np.stack([shown[self.times[i]] for i in indices])
-        except Exception as error:  # A damaged file can make a decoder raise nearly anything.
+        except Exception as error:
             raise self._failed(error) from error
 
     def _runs(self, times: Sequence[int]) -> Iterator[list[int]]:
@@ -156,20 +156,25 @@ class VideoFile:
         return shown | {time: self._to_array(previous) for time in waiting}
 
     def _from(self, time: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Decode from a frame on that is shown at a time or before, each with its time."""
-        if not self.key_times:
-            self.container.seek(0)
-            yield from enumerate(self.container.decode(self.stream))
-            return
-        last = bisect_right(self.key_times, time) - 1
-        for key in range(max(last, 0), -1, -1):
-            self.container.seek(self.seek_times[key], stream=self.stream)
-            decoded = self.container.decode(self.stream)
-            first = next(decoded, None)
-            if first is not None and (first.pts <= time or key == 0):
+        """Decode from a keyframe on that is shown at a time or before, each frame with its time."""
+        last = bisect_right(self.key_times, time)
+        # Containers find keyframes by the time of display or by that of decoding, or by neither.
+        for target in (t for times in self.seek_times[:last][::-1][:2] for t in times):
+            first = self._seek(target)
+            if first is not None and first.pts <= time and first.pts in self.key_times:
                 yield first.pts, first
-                yield from ((frame.pts, frame) for frame in decoded)
-                return
+                break
+        else:
+            self._open()
+        for number, frame in enumerate(self.container.decode(self.stream)):
+            yield frame.pts if self.timed else number, frame
+
+    def _seek(self, target: int) -> av.VideoFrame | None:
+        """The first frame that comes after a jump, if there is one."""
+        with contextlib.suppress(av.FFmpegError):
+            self.container.seek(target, stream=self.stream)
+            return next(self.container.decode(self.stream), None)
+        return None
 
     def _to_array(self, frame: av.VideoFrame) -> np.ndarray:
         """`[H, W, C]`, upright as a player shows it."""

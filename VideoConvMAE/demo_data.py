@@ -1,7 +1,11 @@
-"""Real videos that need no download: handwritten digits that move, as mp4 files."""
+"""Real videos that need no download: handwritten digits that move, as mp4 files.
+
+`python -m VideoConvMAE.demo_data DIR` writes them.
+"""
 
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +58,14 @@ def moving(digit: np.ndarray, step: tuple[int, int], draw: random.Random) -> np.
         draw: where it begins.
     """
     canvas = np.zeros((SIDE, SIDE), np.uint8)
-    canvas[:16, :16] = np.kron(digit * (255 / 16), np.ones((2, 2))).astype(np.uint8)
+    canvas[:24, :24] = np.kron(digit * (255 / 16), np.ones((3, 3))).astype(np.uint8)
     row, column = draw.randrange(SIDE), draw.randrange(SIDE)
     frames = [
         np.roll(canvas, (row + step[0] * i, column + step[1] * i), (0, 1)) for i in range(FRAMES)
     ]
     return np.repeat(np.stack(frames)[..., None], 3, axis=-1)
+
+
+if __name__ == "__main__":
+    folder = write_moving_digits(sys.argv[1], {"pretrain": 800, "train": 160, "val": 200})
+    print(f"digits that move {', '.join(DIRECTIONS)}: {folder}")

@@ -43,7 +43,9 @@ def test_mixed_batches_get_timms_soft_target_loss():
 
 
 def test_without_mixing_labels_are_smoothed_as_timm_does():
-    criterion, mixup = engine_finetune.build_criterion(arguments("--mixup", "0", "--cutmix", "0"), 10)
+    criterion, mixup = engine_finetune.build_criterion(
+        arguments("--mixup", "0", "--cutmix", "0"), 10
+    )
     assert mixup is None
     logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
     expected = LabelSmoothingCrossEntropy(0.1)(logits, labels)
