@@ -1,18 +1,27 @@
-# `make demo`: see it work on embedded images. `make test`: run every test.
-# Both make .venv and install what they need; python3 (3.10 or newer) is all that must be there.
+# `make demo`: see it work on embedded images; `make demo-seg`, `make demo-det`: segmentation and
+# detection. `make test`: run every test. All make .venv and install what they need; python3 (3.10 or
+# newer) is all that must be there, and Detectron2 for detection.
 
 PYTHON ?= python3
 VENV := .venv
 OUTPUT ?= output/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-pretrain demo-seg demo-det test lint clean
 
 $(VENV)/.run: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-dev.txt
+$(VENV)/.seg: $(VENV)/.run requirements-seg.txt
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements-seg.txt
+	touch $@
+
+$(VENV)/.det: $(VENV)/.run requirements-det.txt
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements-det.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-seg.txt
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
@@ -27,14 +36,33 @@ PROBE := $(DIGITS) --epochs 20 --warmup_epochs 2 --blr 8
 FINETUNE := $(DIGITS) --epochs 10 --warmup_epochs 1 --blr 8e-3 --layer_decay 0.8 --drop_path 0 \
 	--aa none --reprob 0 --mixup 0 --cutmix 0
 
-demo: $(VENV)/.run
+demo-pretrain: $(VENV)/.run
 	$(VENV)/bin/python main_pretrain.py --demo --output_dir $(OUTPUT)/pretrain
+
+demo: demo-pretrain
 	$(VENV)/bin/python main_linprobe.py $(PROBE) --finetune $(PRETRAINED) --output_dir $(OUTPUT)/probe
 	$(VENV)/bin/python main_linprobe.py $(PROBE) $(RANDOM) --output_dir $(OUTPUT)/probe_random
 	$(VENV)/bin/python main_finetune.py $(FINETUNE) --finetune $(PRETRAINED) \
 		--output_dir $(OUTPUT)/finetune
 	@echo && $(VENV)/bin/python -m util.compare $(addprefix $(OUTPUT)/,probe_random probe finetune)
 	@echo && echo "pictures: $(OUTPUT)/pretrain/reconstruction.png and loss.png"
+
+# UperNet on scenes of several digits, from the pretrained encoder and from random weights.
+demo-seg: $(VENV)/.seg demo-pretrain
+	$(VENV)/bin/python -m SEG.demo --pretrained $(PRETRAINED) --output_dir $(OUTPUT)
+
+# Detect and outline the digits of scenes with Mask R-CNN on the pretrained encoder, judged by
+# scenes of digits never seen. Detectron2 must be there, see DET/README.md.
+DET := --config-file DET/configs/convmae_tiny_mask_rcnn_FPN_demo.py
+SCENES := $(OUTPUT)/scenes_coco
+DET_DATA := $(foreach s,train val,data.$(s).json=$(SCENES)/$(s).json data.$(s).images=$(SCENES)/$(s))
+
+demo-det: $(VENV)/.det demo-pretrain
+	$(VENV)/bin/python -m util.demo_coco $(SCENES)
+	$(VENV)/bin/python -m DET.train_net $(DET) --resume $(DET_DATA) \
+		train.init_checkpoint=$(PRETRAINED) train.output_dir=$(OUTPUT)/det
+	$(VENV)/bin/python -m DET.predict $(DET) --checkpoint $(OUTPUT)/det/model_final.pth \
+		--out $(OUTPUT)/det/drawn $(addprefix $(SCENES)/val/,0000.png 0001.png 0002.png)
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest

@@ -27,6 +27,7 @@ from util.args import complete, complete_architecture
 from util.datasets import LabeledImages, check_classes
 from util.distributed import gather_objects, is_main_process, print_once, rank, world_size
 from util.errors import UsageError
+from util.inflate import inflate_weights
 from util.loader import BadImages, Loader
 from util.logger import count_parameters
 from util.optim_step import amp_dtype
@@ -39,12 +40,12 @@ from util.run import (
     seed_everything,
     train_loader,
 )
+from util.shards import is_shards
 from util.transforms import center_crop_transform
 from util.weights import (
     KINDS,
     Report,
     Weights,
-    inflate_weights,
     load_weights,
     read_weights,
     weights_of,
@@ -474,19 +475,13 @@ def build_classifier(
 
 
 def val_images(args: argparse.Namespace, classes: Sequence[str] | None = None) -> Loader:
-    """The images to evaluate on: `val/` of `--data_path`, or that folder itself.
-
-    Their classes are the folders, whatever they should be.
+    """The images to evaluate on; their classes are what is there, whatever they should be.
 
     Raises:
-        UsageError: no such folder, or see `LabeledImages`.
+        UsageError: no such images, or see `LabeledImages`.
     """
-    if args.data_path is None:
-        raise UsageError("--data_path is missing: a folder with val/, a folder a class in it")
-    val = args.data_path / "val"
     transform = center_crop_transform(tuple(args.input_size), args.in_chans)
-    root = val if val.is_dir() else args.data_path
-    return eval_loader(args, LabeledImages(root, transform), args.batch_size)
+    return eval_loader(args, LabeledImages(_val_path(args), transform), args.batch_size)
 
 
 def build_data(
@@ -503,13 +498,15 @@ def build_data(
     """
     if args.data_path is None:
         raise UsageError("--data_path is missing: a folder with train/ and val/, a folder a class")
-    for name in ("train", "val"):
-        if not (args.data_path / name).is_dir():
+    train = args.data_path if is_shards(args.data_path) else args.data_path / "train"
+    val_path = args.val_path or args.data_path / "val"
+    for path in (train, val_path):
+        if not path.is_dir() and not is_shards(path):
             raise UsageError(
-                f"--data_path {args.data_path} has no {name}/: it takes train/ and val/, with the "
-                f"images of each class in a folder of its own"
+                f"--data_path {args.data_path} has no {path.name}/: it takes train/ and val/, with "
+                f"the images of each class in a folder of its own (or shards, see --val_path)"
             )
-    dataset = LabeledImages(args.data_path / "train", transform)
+    dataset = LabeledImages(train, transform)
     dataset.check_complete()
     val = val_images(args)
     check_classes(dataset.classes, val.dataset.classes, dataset.root, val.dataset.root)
@@ -554,6 +551,16 @@ def evaluate_checkpoint(
     evaluation.report()
     if args.predictions:
         evaluation.write(args.predictions, loader.dataset)
+
+
+def _val_path(args: argparse.Namespace) -> Path:
+    """The images that `--eval` means."""
+    if args.val_path is not None:
+        return args.val_path
+    if args.data_path is None:
+        raise UsageError("--data_path is missing: a folder with val/, a folder a class in it")
+    val = args.data_path / "val"
+    return val if val.is_dir() else args.data_path
 
 
 def _evaluated(args: argparse.Namespace) -> Path:

@@ -24,7 +24,9 @@ PROGRAM = "fine-tuning"
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
     parser = arguments.Parser(description="Fine-tune a ConvViT as a classifier, or evaluate one.")
-    layout = "folder with train/ and val/, the images of each class in a folder of its own"
+    layout = (
+        "folder with train/ and val/, in each a folder a class or shards; or shards to train on"
+    )
     arguments.add_data_args(parser, data=layout, follow_checkpoint=True)
     arguments.add_recipe_args(parser, crop_scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
     arguments.add_drop_path_arg(arguments.add_classifier_args(parser, MODELS))

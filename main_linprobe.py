@@ -35,7 +35,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = arguments.Parser(
         description="Train a linear classifier on the features of a frozen ConvViT, or evaluate it."
     )
-    layout = "folder with train/ and val/, the images of each class in a folder of its own"
+    layout = (
+        "folder with train/ and val/, in each a folder a class or shards; or shards to train on"
+    )
     arguments.add_data_args(parser, data=layout, follow_checkpoint=True)
     arguments.add_augmentation_args(parser, crop_scale=(0.08, 1.0))
     arguments.add_classifier_args(parser, MODELS)

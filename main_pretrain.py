@@ -38,7 +38,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
     parser = arguments.Parser(description="Pretrain a ConvMAE on a folder of images.")
     arguments.add_data_args(
-        parser, data="folder of images, nested or flat; its train/ if it has one"
+        parser,
+        data="folder of images, nested or flat, its train/ if it has one; or its shards, as "
+        "'DIR/{000000..000999}.tar'",
     )
     arguments.add_augmentation_args(parser, crop_scale=(0.2, 1.0))
     arguments.add_autoencoder_args(parser, MODELS, model="convmae_convvit_base_patch16", ratio=0.75)

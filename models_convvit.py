@@ -615,9 +615,16 @@ class Attention(nn.Module):
         Returns:
             `[N, L, C]`.
         """
-        # [N, L, 3C] -> [N, L, 3, heads, C / heads] -> three of [N, heads, L, C / heads]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        q, k, v = self.split_heads(x)
+        return self.merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of tokens `[N, L, C]`: `[3, N, heads, L, C / heads]`."""
+        # [N, L, 3C] -> [N, L, 3, heads, C / heads]
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def merge_heads(self, y: Tensor) -> Tensor:
+        """What the heads found, `[N, heads, L, C / heads]`, to the output `[N, L, C]`."""
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -660,6 +667,7 @@ class ConvViTEncoder(nn.Module):
             space they are 5×5.
         drop_path_rate: stochastic depth, linear from 0 over all blocks of all stages.
         norm_layer: LayerNorm of stage 3 and after; the stages before always use eps 1e-5.
+        block: makes the blocks of stage 3, from the arguments of `Block`.
 
     Raises:
         ValueError: a size, stride or width that does not divide, or a list that is not one entry
@@ -678,6 +686,7 @@ class ConvViTEncoder(nn.Module):
         temporal_kernel: int = 3,
         drop_path_rate: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
+        block: Callable[..., Block] = Block,
     ) -> None:
         super().__init__()
         if temporal_kernel < 1 or temporal_kernel % 2 == 0:
@@ -705,7 +714,7 @@ class ConvViTEncoder(nn.Module):
             for s in (0, 1)
         )
         self.blocks3 = nn.ModuleList(
-            Block(embed_dim[2], num_heads, mlp_ratio[2], next(rates), norm_layer)
+            block(embed_dim[2], num_heads, mlp_ratio[2], next(rates), norm_layer)
             for _ in range(depth[2])
         )
         # For stages 1 and 2 the grid position of each token in nested order, [L, U].
@@ -916,15 +925,21 @@ class ConvViT(ConvViTEncoder):
             outputs.append(x)
         if stages == 3:
             x = self.patch_embed4(self.patch_embed3.forward_channels_last(x))
-            pos_embed = self.position_embedding(x.shape[1:-1])
+            grid = x.shape[1:-1]
             x = x.flatten(1, -2)  # [N, L, C]
             if self.num_prefix_tokens:
                 x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-            x = x + pos_embed
-            for block in self.blocks3:
-                x = self._call(block, x)
-            outputs.append(x)
+            outputs.append(self.forward_blocks3(x + self.position_embedding(grid), grid))
         return outputs
+
+    def forward_blocks3(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """The transformer blocks: tokens `[N, prefix + L, C]` of a grid to the same shape.
+
+        To override where attention depends on the grid.
+        """
+        for block in self.blocks3:
+            x = self._call(block, x)
+        return x
 
     def _check_strides(self, x: Tensor) -> None:
         stride = self.geometry.stride(3)

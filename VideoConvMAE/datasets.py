@@ -1,5 +1,6 @@
 """Clips of videos as data sets: random ones to train on, several views of each to test on."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,18 +38,27 @@ class Clips(FileDataset):
         stride: int = 4,
         in_chans: int = 3,
     ) -> None:
-        super().__init__(videos.source, videos.paths)
+        self.root = videos.source
+        # One array, because workers would copy a list bit by bit as they touch its strings.
+        self._paths = np.array([os.fsencode(path) for path in videos.paths])
         self.transform = transform
         self.length, self.sampling, self.stride = length, sampling, stride
         self.in_chans = in_chans
 
-    def load(self, path: str) -> Tensor:
-        """A random clip of a file, transformed."""
-        return self.transform(self.read_clip(path))
+    def __len__(self) -> int:
+        return len(self._paths)
 
-    def read_clip(self, path: str) -> np.ndarray:
+    def path(self, index: int) -> str:
+        """The file or folder of a video."""
+        return os.fsdecode(self._paths[index])
+
+    def load(self, index: int) -> Tensor:
+        """A random clip of a video, transformed."""
+        return self.transform(self.read_clip(index))
+
+    def read_clip(self, index: int) -> np.ndarray:
         """The frames of a random clip, `[T, H, W, C]`, uint8; draws from `random`."""
-        with open_video(path, self.in_chans) as video:
+        with open_video(self.path(index), self.in_chans) as video:
             indices = training_clip(self.sampling, len(video), self.length, self.stride)
             return video.frames(indices)
 
@@ -87,9 +97,9 @@ class LabeledClips(Clips):
         self.classes, self.repeats = list(classes), repeats
         self.labels = np.array(class_numbers(videos, classes))
 
-    def load(self, path: str) -> Tensor:
-        """`[repeats, C, T, H, W]`: a random clip of a file, transformed several times."""
-        frames = self.read_clip(path)
+    def load(self, index: int) -> Tensor:
+        """`[repeats, C, T, H, W]`: a random clip of a video, transformed several times."""
+        frames = self.read_clip(index)
         return torch.stack([self.transform(frames) for _ in range(self.repeats)])
 
     def __getitem__(self, key: tuple[int, int]) -> list[tuple[Tensor, int, int, tuple[int, ...]]]:
@@ -120,9 +130,9 @@ class Views(LabeledClips):
         super().__init__(videos, classes, transform, **sampling)
         self.clips = clips
 
-    def load(self, path: str) -> Tensor:
-        """The views of a file."""
-        with open_video(path, self.in_chans) as video:
+    def load(self, index: int) -> Tensor:
+        """The views of a video."""
+        with open_video(self.path(index), self.in_chans) as video:
             chosen = eval_clips(self.sampling, len(video), self.length, self.stride, self.clips)
             frames = video.frames([i for clip in chosen for i in clip])
         clips = frames.reshape(self.clips, self.length, *frames.shape[1:])

@@ -11,7 +11,6 @@ the same JPEG files in every form; what counts is the processor time it takes:
 import json
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import transforms
 
-from benchmarks.measuring import environment, print_environment, ratios, spread, time_rounds
+from benchmarks.measuring import (
+    environment,
+    print_environment,
+    processor_time,
+    ratios,
+    spread,
+    time_rounds,
+)
 from util.args import Parser, positive_int
 from util.datasets import ImageFiles
 from util.errors import UsageError
@@ -137,13 +143,6 @@ def seeds() -> Iterator[int]:
         yield int(draw.integers(2**63))
 
 
-def processor_seconds(run: Callable[[], object]) -> float:
-    """Processor time of one call: what a busy machine changes least."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 def measure(files: Files, args: Namespace) -> dict[str, list[float]]:
     """Seconds that an image takes in each form, one entry a round."""
     size = (args.input_size, args.input_size)
@@ -154,7 +153,7 @@ def measure(files: Files, args: Namespace) -> dict[str, list[float]]:
         "ours": partial(read_all, ours, lambda images: images, seeds()),
         "normalized": partial(read_all, ours, normalize, seeds()),
     }
-    seconds = time_rounds(runs, args.rounds, processor_seconds, warmup=1)
+    seconds = time_rounds(runs, args.rounds, processor_time, warmup=1)
     return {form: [s / len(ours) for s in times] for form, times in seconds.items()}
 
 

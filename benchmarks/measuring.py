@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -36,6 +37,27 @@ def time_rounds(
         for form in forms[first:] + forms[:first]:
             seconds[form].append(seconds_of(runs[form]))
     return seconds
+
+
+def wall_clock(device: str) -> Callable[[Callable[[], object]], float]:
+    """A measure for `time_rounds`: seconds of a call, with all that it starts on the device."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def seconds_of(run: Callable[[], object]) -> float:
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        return time.perf_counter() - start
+
+    return seconds_of
+
+
+def processor_time(run: Callable[[], object]) -> float:
+    """A measure for `time_rounds`: processor time of a call, which other work changes least."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
 
 
 def ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What `pretrain_step.py` compares with, and the tests' oracle: dense ConvMAE and a plain MAE."""
+"""What the benchmarks compare with, and the tests' oracle: the published forms, and a plain MAE."""
 
 import torch
 import torch.nn as nn
@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from models_convmae import MaskedAutoencoderConvViT
-from models_convvit import LAYER_NORM, Geometry
+from models_convvit import LAYER_NORM, ConvViT, Geometry
 from util.pos_embed import get_sincos_pos_embed
 
 
@@ -50,6 +50,27 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
             ):
                 x = x + gather_tokens(decode(grid).flatten(2).transpose(1, 2), ids_keep)
         return self.norm(x), mask, ids_restore
+
+
+class GridConvViT(ConvViT):
+    """The classifier as the original computes it: grids with channels first, convolutions only."""
+
+    def forward_stages(self, x: Tensor, stages: int = 3) -> list[Tensor]:
+        """All three stages of `ConvViT.forward_stages`; the first two as grids `[N, C, *grid]`."""
+        outputs = []
+        for patch_embed, blocks in (
+            (self.patch_embed1, self.blocks1),
+            (self.patch_embed2, self.blocks2),
+        ):
+            x = patch_embed(x)
+            for block in blocks:
+                x = block(x)
+            outputs.append(x)
+        x = self.patch_embed3(x).flatten(2).transpose(1, 2)  # [N, L, C]
+        x = self.patch_embed4(x) + self.pos_embed
+        for block in self.blocks3:
+            x = block(x)
+        return [*outputs, x]
 
 
 class PlainMaskedAutoencoder(nn.Module):

@@ -141,15 +141,20 @@ def free_port() -> int:
 
 @dataclass
 class Launcher:
-    """Starts programs as forks of one process, see above. Use as a context."""
+    """Starts programs as forks of one process, see above. Use as a context.
 
+    Attributes:
+        libraries: modules to import in that process, beside `LIBRARIES`.
+    """
+
+    libraries: Sequence[str] = ()
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="runs-")))
     count: int = 0
 
     def __enter__(self) -> "Launcher":
         address = str(self.folder / "socket")
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.runs", address],
+            [sys.executable, "-m", "tests.runs", address, *self.libraries],
             cwd=ROOT, env=environment(), stdin=subprocess.PIPE,
         )  # fmt: skip
         while not os.path.exists(address):
@@ -234,12 +239,12 @@ def code_of(function: Callable[..., None], **values: object) -> str:
     return f"{source}\n{function.__name__}(**{values!r})\n"
 
 
-def serve(address: str) -> None:
+def serve(address: str, *libraries: str) -> None:
     """Answer each connection with a fork that runs what it asks for, until stdin is closed.
 
     A connection gets the new process's number and, when that has ended, its exit code.
     """
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *libraries):
         __import__(name)
     gc.collect(), gc.freeze()  # else each fork would look at all this again as it ends
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks that answer need no burial
@@ -286,4 +291,4 @@ def become(
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

@@ -7,18 +7,22 @@ import pytest
 import simplejpeg
 import torch
 from PIL import ExifTags, Image
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
 
 from tests.pictures import photo
 from util import crop
-from util.crop import Box, load_crop, resize_crop
-from util.datasets import load_image
-
-WHOLE = lambda image: (0, 0, image.height, image.width)  # noqa: E731
+from util.crop import Box, load_crop, random_box, resize_crop
+from util.datasets import load_image, seeded
 
 
-def part(image: Image.Image) -> tuple[int, int, int, int]:
+def whole(image: Image.Image) -> Box:
+    return Box(0, 0, image.height, image.width)
+
+
+def part(image: Image.Image) -> Box:
     """A part that lies on no block boundary."""
-    return (31, 17, image.height - 60, image.width - 45)
+    return Box(31, 17, image.height - 60, image.width - 45)
 
 
 def crop_of(path: Path, choose=part, size=(96, 112), in_chans=3) -> torch.Tensor:
@@ -30,7 +34,7 @@ def expected(path: Path, size=(96, 112), in_chans=3) -> torch.Tensor:
     """The same from the picture of `load_image`, by the same resizing."""
     image = load_image(path, in_chans)
     pixels = np.asarray(image).reshape(image.height, image.width, in_chans)
-    return resize_crop(pixels.copy(), Box(*part(image)), size)
+    return resize_crop(pixels.copy(), part(image), size)
 
 
 @pytest.fixture
@@ -161,13 +165,13 @@ def decoded(monkeypatch) -> list[tuple[int, int]]:
 )
 def test_a_jpeg_is_decoded_no_smaller_than_twice_the_result(tmp_path, decoded, side, expected):
     photo(501, 701).save(tmp_path / "a.jpg")
-    assert crop_of(tmp_path / "a.jpg", WHOLE, (side, side)).shape == (3, side, side)
+    assert crop_of(tmp_path / "a.jpg", whole, (side, side)).shape == (3, side, side)
     assert decoded == [expected]
 
 
 def test_the_crop_decides_how_small(tmp_path, decoded):
     photo(501, 701).save(tmp_path / "a.jpg")
-    crop_of(tmp_path / "a.jpg", lambda image: (90, 80, 130, 260), (32, 32))
+    crop_of(tmp_path / "a.jpg", lambda image: Box(90, 80, 130, 260), (32, 32))
     assert decoded == [(251, 351)]
 
 
@@ -206,4 +210,35 @@ def test_a_file_without_a_picture_is_refused():
     file = BytesIO(b"no picture")
     file.name = "a.jpg"
     with pytest.raises(OSError, match=r"a\.jpg cannot be decoded"):
-        partial(load_crop, choose=WHOLE, size=(8, 8))(file)
+        partial(load_crop, choose=whole, size=(8, 8))(file)
+
+
+# --- random boxes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (1000, 200), (60, 400)])
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.08, 1.0), (1.0, 1.0)])
+def test_boxes_have_the_distribution_of_torchvision_s(size, scale):
+    image, count = Image.new("L", size), 3000
+    reference = partial(RandomResizedCrop.get_params, image, list(scale), [3 / 4, 4 / 3])
+    with seeded(0):
+        ours = np.array([random_box(image, scale) for _ in range(count)], float)
+        theirs = np.array([reference() for _ in range(count)], float)
+    width, height = size
+    for boxes in (ours, theirs):
+        assert (boxes[:, 0] >= 0).all() and (boxes[:, 0] + boxes[:, 2] <= height).all()
+        assert (boxes[:, 1] >= 0).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()
+    for of in (
+        lambda b: b[:, 2] * b[:, 3],  # area
+        lambda b: b[:, 3] / b[:, 2],  # proportions
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+    ):
+        assert ks_2samp(of(ours), of(theirs)).pvalue > 1e-3
+
+
+def test_boxes_take_the_shares_asked_for():
+    with seeded(0):
+        boxes = np.array([random_box(Image.new("L", (400, 400)), (0.3, 0.5)) for _ in range(500)])
+    shares = boxes[:, 2] * boxes[:, 3] / 400**2
+    assert 0.29 < shares.min() < 0.31 and 0.49 < shares.max() < 0.51

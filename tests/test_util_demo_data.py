@@ -23,8 +23,8 @@ def digits(tmp_path_factory) -> Path:
 @pytest.fixture
 def few(monkeypatch) -> None:
     """Only 100 of the digits, for what does not depend on how many there are."""
-    some = dict(list(demo_data._digits().items())[:100])
-    monkeypatch.setattr(demo_data, "_digits", lambda: some)
+    some = dict(list(demo_data.digits().items())[:100])
+    monkeypatch.setattr(demo_data, "digits", lambda: some)
 
 
 def content(root: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ from torchvision.transforms import v2
 
 from tests.pictures import photo, picture
 from util import transforms
+from util.crop import random_box
 from util.datasets import load_image, seeded
 from util.errors import UsageError
 from util.transforms import (
@@ -162,43 +163,38 @@ def test_fine_tuning_flips_only_if_asked_to():
 # --- pretraining against the reference -----------------------------------------------------------
 
 
-def reference(size: tuple[int, int], scale: tuple[float, float]) -> v2.Compose:
-    """MAE's augmentation, on PIL images, without its normalisation."""
-    bicubic = v2.InterpolationMode.BICUBIC
-    crop = v2.RandomResizedCrop(size, scale=scale, interpolation=bicubic, antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
-
-
 @pytest.mark.parametrize("ending", ["png", "jpg", "rotated.jpg", "cmyk.jpg", "gray.jpg"])
-@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.08, 1.0)])
-def test_views_are_those_of_the_reference_up_to_rounding(tmp_path, ending, scale):
-    path = tmp_path / f"a.{ending}"
+def test_views_are_those_of_the_reference_up_to_rounding(tmp_path, monkeypatch, ending):
+    path, boxes = tmp_path / f"a.{ending}", []
     photo(375, 500).convert({"cmyk.jpg": "CMYK", "gray.jpg": "L"}.get(ending, "RGB")).save(
         path, exif=orientation(6) if ending == "rotated.jpg" else b""
     )
-    ours, theirs = pretrain_transform((224, 224), scale=scale), reference((224, 224), scale)
-    for seed in range(4):
+
+    def recorded(image, scale):
+        boxes.append(random_box(image, scale))
+        return boxes[-1]
+
+    monkeypatch.setattr(transforms, "random_box", recorded)
+    ours, bicubic = pretrain_transform((224, 224), hflip=False), v2.InterpolationMode.BICUBIC
+    for seed in range(6):
         with seeded(seed), open(path, "rb") as file:
-            got = ours(file)
-        with seeded(seed):
-            expected = theirs(load_image(path))
-        difference = (got.int() - expected.int()).abs()
+            got = ours(file).int()
+        view = v2.functional.resized_crop(
+            load_image(path), *boxes[-1], (224, 224), bicubic, antialias=True
+        )
+        difference = (got - v2.functional.pil_to_tensor(view).int()).abs()
         assert difference.max() <= 2 and difference.float().mean() < 0.1
 
 
-def test_crop_boxes_are_those_that_the_reference_draws(monkeypatch):
-    boxes, image = [], Image.new("RGB", (500, 375))
-
-    def only_choose(file, choose, size, in_chans):
-        boxes.append(choose(image))
-        return torch.zeros(3, 8, 8, dtype=torch.uint8)
-
-    monkeypatch.setattr(transforms, "load_crop", only_choose)
-    transform, crop = pretrain_transform((8, 8)), v2.RandomResizedCrop((8, 8), scale=(0.2, 1.0))
-    for seed in range(1000):
-        with seeded(seed):
-            transform(BytesIO())
-        with seeded(seed):
-            assert boxes[seed] == tuple(crop.make_params([image]).values())
-    shares = np.prod(np.array(boxes)[:, 2:], axis=1) / (500 * 375)
-    assert 0.19 < shares.min() < 0.22 and 0.45 < shares.mean() < 0.55 and shares.max() > 0.95
+def test_half_of_the_views_are_mirrored(tmp_path):
+    picture(0, 64, 64).save(tmp_path / "a.png")
+    mirrored, plain = pretrain_transform((32, 32)), pretrain_transform((32, 32), hflip=False)
+    flips = 0
+    for seed in range(200):
+        with seeded(seed), open(tmp_path / "a.png", "rb") as file:
+            got = mirrored(file)
+        with seeded(seed), open(tmp_path / "a.png", "rb") as file:
+            expected = plain(file)
+        flips += torch.equal(got, expected.flip(-1))
+        assert torch.equal(got, expected) or torch.equal(got, expected.flip(-1))
+    assert 70 < flips < 130

@@ -15,6 +15,7 @@ from tests.runs import call
 from util.architecture import SIZES, read_architecture
 from util.checkpoint import save_atomically
 from util.errors import TrainingError, UsageError
+from util.rel_pos import RelativePositionBias, resize_relative_table
 from util.weights import describe, export_weights, load_weights, read_weights, weights_of
 
 TINY = dict(embed_dim=(8, 16, 24), depth=(1, 2, 2), num_heads=2, img_size=64)
@@ -222,6 +223,51 @@ def test_both_tables_of_an_autoencoder_are_resized(tmp_path):
 
 
 # --- the report ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("there", "here"), [(1, 3), (3, 1), (4, 1), (1, 4)])
+def test_gray_pictures_give_the_same_in_colour_and_the_other_way_round(there, here, tmp_path):
+    source = classifier(in_chans=there)
+    weights = read_weights(saved(tmp_path / "a.pth", source))
+    model = classifier(in_chans=here)
+    report = load_weights(model, weights)
+    assert report.resized == [f"patch_embed1.proj.weight ({there} to {here} channels)"]
+    gray = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        expected = source(gray.expand(-1, there, -1, -1))
+        torch.testing.assert_close(model(gray.expand(-1, here, -1, -1)), expected)
+
+
+def test_colours_do_not_become_other_colours(tmp_path):
+    weights = read_weights(saved(tmp_path / "a.pth", classifier(in_chans=3)))
+    with pytest.raises(UsageError, match="8x3x4x4 there, 8x4x4x4 in the model"):
+        load_weights(classifier(in_chans=4), weights)
+
+
+def test_a_relative_table_is_resized_and_its_index_is_the_models_own(tmp_path):
+    def model(grid):
+        positions = RelativePositionBias(grid, 2)
+        return nn.ModuleDict({"encoder": classifier(), "positions": positions})
+
+    source, target = model((4, 4)), model((3, 6))
+    nn.init.normal_(source["positions"].relative_position_bias_table)
+    state = source["encoder"].state_dict()
+    state |= {name: t for name, t in source.state_dict().items() if name.startswith("positions")}
+    weights = weights_of(state, tmp_path / "a.pth")
+    report = load_weights(target["positions"], weights, prefix="positions.")
+    assert report.resized == ["relative_position_bias_table (4x4 to 3x6)"]
+    assert report.missing == report.unexpected == []
+    table = source["positions"].relative_position_bias_table
+    expected = resize_relative_table(table, (4, 4), (3, 6))
+    torch.testing.assert_close(target["positions"].relative_position_bias_table, expected)
+    assert target["positions"].relative_position_index.shape == (18, 18)
+
+
+def test_names_of_classes_are_read_off_mmsegmentations_checkpoints(tmp_path):
+    state = {f"backbone.{name}": t for name, t in classifier(num_classes=0).state_dict().items()}
+    for meta in ({"dataset_meta": {"classes": ("a", "b")}}, {"CLASSES": ("a", "b")}):
+        weights = weights_of({"state_dict": state, "meta": meta}, tmp_path / "a.pth")
+        assert weights.kind == "segmentor" and weights.classes == ["a", "b"]
 
 
 def test_the_report_says_in_a_few_lines_what_became_of_the_weights(tmp_path):

@@ -15,7 +15,7 @@ from util.errors import UsageError
 MAY_CHANGE = frozenset(
     {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
     | {"dist_eval", "log_dir", "max_bad_images", "num_workers", "output_dir", "pin_mem"}
-    | {"predictions", "print_freq", "resume", "save_freq", "save_steps"}
+    | {"predictions", "print_freq", "resume", "save_freq", "save_steps", "val_path"}
 )
 # Of a model that no checkpoint describes.
 DEFAULT_INPUT_SIZE, DEFAULT_IN_CHANS, DEFAULT_PATCH_SIZE = 224, 3, (4, 2, 2)
@@ -320,6 +320,12 @@ def add_eval_args(parser: Parser) -> None:
         True,
         "evaluate in all processes, each image in one of them (the default)",
         "evaluate in the first process alone",
+    )
+    group.add_argument(
+        "--val_path",
+        type=Path,
+        metavar="DIR",
+        help="images to evaluate on, a folder a class or shards (default: val/ of --data_path)",
     )
     group.add_argument(
         "--predictions",

@@ -6,8 +6,9 @@ a half, quarter or eighth of its size.
 """
 
 import contextlib
+import math
+import random
 from collections.abc import Callable
-from io import BytesIO
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -44,9 +45,36 @@ class Box(NamedTuple):
         return Box(top, left, bottom - top, right - left)
 
 
+def random_box(
+    image: Image.Image,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """Draw a part of an image as torchvision's `RandomResizedCrop` does, from `random`.
+
+    Its own draws are small tensors, which take longer than all else here but the decoding.
+
+    Args:
+        image: only its size matters.
+        scale: smallest and largest share of the area.
+        ratio: smallest and largest width over height, drawn by their logarithm.
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * random.uniform(*scale)
+        aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(random.randint(0, height - h), random.randint(0, width - w), h, w)
+    # The middle of an image that is too long or too high.
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
 def load_crop(
     file: BinaryIO,
-    choose: Callable[[Image.Image], tuple[int, int, int, int]],
+    choose: Callable[[Image.Image], Box],
     size: tuple[int, int],
     in_chans: int = 3,
 ) -> Tensor:
@@ -54,8 +82,7 @@ def load_crop(
 
     Args:
         file: an image file.
-        choose: from the picture, of which it may look at the size only, to the part of it: top,
-            left, height, width.
+        choose: from the picture, of which it may look at the size only, to the part of it.
         size: (height, width) of the result.
         in_chans: 1 for grayscale, 3 for RGB, 4 for RGB with alpha.
 
@@ -65,15 +92,17 @@ def load_crop(
     Raises:
         OSError: a file that cannot be decoded.
     """
-    data = file.read()
     # Whatever may be wrong with it, `load_image` knows what to do, or to say.
-    with contextlib.suppress(Exception), Image.open(BytesIO(data)) as header:
+    with contextlib.suppress(Exception):
+        header = Image.open(file)  # reads no more than that
         if _is_plain_jpeg(header, in_chans):
-            return _crop_jpeg(data, header.size, Box(*choose(header)), size, in_chans)
+            box = choose(header)
+            file.seek(0)
+            return _crop_jpeg(file.read(), header.size, box, size, in_chans)
     file.seek(0)
     image = load_image(file, in_chans)
     pixels = np.array(image).reshape(image.height, image.width, in_chans)
-    return resize_crop(pixels, Box(*choose(image)), size)
+    return resize_crop(pixels, choose(image), size)
 
 
 def _is_plain_jpeg(image: Image.Image, in_chans: int) -> bool:

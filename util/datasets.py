@@ -1,17 +1,20 @@
 """Image data: any file to one picture, any folder to a data set.
 
+`python -m util.datasets --help` writes folders as shards, see `util.shards`.
+
 What a sample looks like depends on the seed that comes with its index and on nothing else: not on
 the number of workers or processes, nor on where a run was resumed.
 """
 
 import os
 import random
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -21,6 +24,9 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.errors import TrainingError, UsageError
+
+if TYPE_CHECKING:
+    from util.shards import Shards
 
 IMAGE_EXTENSIONS = IMG_EXTENSIONS
 
@@ -193,49 +199,112 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
+class ImageFolder:
+    """The image files below a folder, by number.
+
+    Args:
+        root: a folder, nested or flat.
+
+    Attributes:
+        group_sizes: None: the files need not be read in groups.
+
+    Raises:
+        UsageError: a folder without images, see `list_images`.
+    """
+
+    group_sizes = None
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root)
+        # One array, because workers would copy a list bit by bit as they touch its strings.
+        self._paths = np.array([os.fsencode(path) for path in list_images(self.root)])
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> str:
+        """Where an image is, for people."""
+        return os.fsdecode(self._paths[index])
+
+    def open(self, index: int) -> BinaryIO:
+        """An image's file."""
+        return open(self.path(index), "rb")
+
+    def read_classes(self) -> tuple[list[str], np.ndarray]:
+        """Names of the class folders, sorted, and the label of each image, `[num_images]`.
+
+        Raises:
+            UsageError: no class folders, or images outside of them.
+        """
+        visible = (f for f in self.root.iterdir() if not f.name.startswith(".") and f.is_dir())
+        classes = sorted(folder.name for folder in visible)
+        if not classes:
+            raise UsageError(
+                f"{self.root} has no class folders: put the images of each class in a folder of "
+                f"its own"
+            )
+        numbers = {name: label for label, name in enumerate(classes)}
+        start = len(os.path.join(self.root, ""))
+        firsts = (self.path(i)[start:].partition(os.sep)[0] for i in range(len(self)))
+        labels = np.array([numbers.get(name, -1) for name in firsts])
+        outside = np.flatnonzero(labels < 0)
+        if len(outside):
+            raise UsageError(
+                f"{len(outside)} images of {self.root} lie outside of the class folders (first: "
+                f"{self.path(outside[0])}): each belongs in one"
+            )
+        return classes, labels
+
+
+def open_images(root: str | os.PathLike) -> "ImageFolder | Shards":
+    """The images of a data path: a folder of them, or shards (see `util.shards`).
+
+    Raises:
+        UsageError: there are none.
+    """
+    from util.shards import Shards, is_shards
+
+    return Shards(root) if is_shards(root) else ImageFolder(root)
+
+
 class FileDataset(Dataset):
-    """Files of one kind, some of which may be damaged; a subclass says what `load` makes of one.
+    """Samples of one kind, some of which may be damaged; a subclass says what they are.
 
     An item's key is `(index, seed)`, as a sampler gives it. The item is `(sample, bad)`: what
     `load` made of the file, and the indices of files that could not be decoded. Another file,
     drawn by the same seed, takes the place of such a one.
 
-    Args:
-        root: the folder or list that the files come from, for messages.
-        paths: the files.
-
     Attributes:
-        what: what the files are, for messages.
+        root: the folder or list that the files come from, for messages.
+        what: what they are, for messages.
+        group_sizes: of files that need to be read in groups, the number in each.
     """
 
+    root: Path
     what = "files"
+    group_sizes: Sequence[int] | None = None
 
-    def __init__(self, root: str | os.PathLike, paths: Sequence[str]) -> None:
-        self.root = Path(root)
-        # One array, because workers would copy a list bit by bit as they touch its strings.
-        self._paths = np.array([os.fsencode(path) for path in paths])
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def load(self, path: str) -> Tensor:
-        """The sample of a file; may draw from `torch`, `numpy` and `random`.
+    def path(self, index: int) -> str:
+        """Where a sample is, for people."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> Tensor:
+        """A sample; may draw from `torch`, `numpy` and `random`.
 
         Raises:
             OSError: it cannot be decoded.
         """
         raise NotImplementedError
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def path(self, index: int) -> str:
-        """The file behind an index."""
-        return os.fsdecode(self._paths[index])
-
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
         sample, _, bad = self.read(*key)
         return sample, bad
 
     def read(self, index: int, seed: int) -> tuple[Tensor, int, tuple[int, ...]]:
-        """Load one file.
+        """Load one file, or another in its place.
 
         Args:
             index: the file wanted.
@@ -249,29 +318,33 @@ class FileDataset(Dataset):
         Raises:
             TrainingError: `MAX_TRIES` files failed.
         """
-        draw, bad = random.Random(seed), []
+        bad = []
         while len(bad) < MAX_TRIES:
             try:
                 with seeded(seed):
-                    return self.load(self.path(index)), index, tuple(bad)
+                    return self.load(index), index, tuple(bad)
             except OSError as error:
                 bad.append(index)
+                draw = random.Random(f"{seed} {len(bad)}")
                 index, reason = draw.randrange(len(self)), error
         raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
 
 
 class ImageFiles(FileDataset):
-    """All images below a folder, without labels.
+    """All images of a data path, without labels.
 
     An item is `(image, bad)`: what `transform` made of the file, see `FileDataset`.
 
     Args:
-        root: a folder, nested or flat.
+        root: a folder, nested or flat, or shards.
         transform: from an open image file to `[C, H, W]`; may draw from `torch`, `numpy` and
             `random`; raises an OSError for a file that cannot be decoded.
 
+    Attributes:
+        files: see `open_images`.
+
     Raises:
-        UsageError: a folder without images, see `list_images`.
+        UsageError: there are no images, see `open_images`.
     """
 
     what = "images"
@@ -281,32 +354,41 @@ class ImageFiles(FileDataset):
         root: str | os.PathLike,
         transform: Callable[[BinaryIO], Tensor],
     ) -> None:
-        super().__init__(root, list_images(root))
+        self.root = Path(root)
         self.transform = transform
+        self.files = open_images(root)
+        self.group_sizes = self.files.group_sizes
 
-    def load(self, path: str) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def path(self, index: int) -> str:
+        """Where an image is, for people."""
+        return self.files.path(index)
+
+    def load(self, index: int) -> Tensor:
         """The transformed picture of a file."""
-        with open(path, "rb") as file:
+        with self.files.open(index) as file:
             return self.transform(file)
 
 
 class LabeledImages(ImageFiles):
-    """Images in one folder a class, as in ImageNet's `train/` and `val/`.
+    """Images in one folder a class, as in ImageNet's `train/` and `val/`, or labelled shards.
 
     An item is `(image, label, index, bad)`: what `ImageFiles` gives, the place of the image's
-    class among the sorted names of the folders, and the index that was asked for. A bad file's
-    substitute comes with its own label.
+    class among `classes`, and the index that was asked for. A bad file's substitute comes with
+    its own label.
 
     Args:
-        root: the folder of the class folders.
+        root: the folder of the class folders, or shards.
         transform: see `ImageFiles`.
 
     Attributes:
-        classes: the folders' names, sorted.
+        classes: their names; of folders, sorted.
         labels: `[num_images]`, int64.
 
     Raises:
-        UsageError: no class folders, images outside of them, or see `ImageFiles`.
+        UsageError: images without labels, or see `ImageFiles`.
     """
 
     def __init__(
@@ -315,22 +397,7 @@ class LabeledImages(ImageFiles):
         transform: Callable[[BinaryIO], Tensor],
     ) -> None:
         super().__init__(root, transform)
-        visible = (f for f in self.root.iterdir() if not f.name.startswith(".") and f.is_dir())
-        self.classes = sorted(folder.name for folder in visible)
-        if not self.classes:
-            raise UsageError(
-                f"{root} has no class folders: put the images of each class in a folder of its own"
-            )
-        numbers = {name: label for label, name in enumerate(self.classes)}
-        start = len(os.path.join(self.root, ""))
-        firsts = (self.path(i)[start:].partition(os.sep)[0] for i in range(len(self)))
-        self.labels = np.array([numbers.get(name, -1) for name in firsts])
-        outside = np.flatnonzero(self.labels < 0)
-        if len(outside):
-            raise UsageError(
-                f"{len(outside)} images of {root} lie outside of the class folders (first: "
-                f"{self.path(outside[0])}): each belongs in one"
-            )
+        self.classes, self.labels = self.files.read_classes()
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, tuple[int, ...]]:
         image, index, bad = self.read(*key)
@@ -387,3 +454,10 @@ def check_classes(
         f"{folder} does not hold the classes of {known_by}: "
         f"{len(found)} here, {len(known)} there; {difference}"
     )
+
+
+if __name__ == "__main__":
+    from util.run import run_main
+    from util.shards import main, parse_args
+
+    sys.exit(run_main(main, parse_args()))

@@ -17,6 +17,8 @@ from util.errors import TrainingError, UsageError
 
 _logger = logging.getLogger(__name__)  # Prints warnings even if nobody sets it up.
 
+# Samples among which those of shards are shuffled; beyond that only the shards are.
+WINDOW = 16_384
 # How often workers may be lost in an epoch before the run is given up.
 MAX_LOST_WORKERS = 3
 
@@ -49,6 +51,8 @@ class StepSampler:
         world_size: number of processes.
         seed: of the run, not negative.
         shuffle: permute; else the order is that of the data set.
+        group_sizes: if samples lie in groups (shards), the number of each; they are then shuffled
+            so that few groups are read at a time, see `shuffle_groups`.
 
     Raises:
         UsageError: fewer images than one step takes.
@@ -63,6 +67,7 @@ class StepSampler:
         world_size: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        group_sizes: Sequence[int] | None = None,
     ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -71,6 +76,7 @@ class StepSampler:
         self.world_size = world_size
         self.seed = seed
         self.shuffle = shuffle
+        self.group_sizes = group_sizes
         if self.steps_per_epoch == 0:
             raise UsageError(
                 f"{num_samples} images are fewer than one step of "
@@ -125,7 +131,28 @@ class StepSampler:
         seeds = torch.randint(2**63 - 1, (self.num_samples,), generator=generator)
         if not self.shuffle:
             return torch.arange(self.num_samples), seeds
+        if self.group_sizes is not None:
+            return shuffle_groups(self.group_sizes, WINDOW, generator), seeds
         return torch.randperm(self.num_samples, generator=generator), seeds
+
+
+def shuffle_groups(sizes: Sequence[int], window: int, generator: torch.Generator) -> Tensor:
+    """A permutation of samples that lie in groups, with no more than a few groups in use at a time.
+
+    The groups are permuted as they are; then the samples are, but only within windows of so many.
+
+    Args:
+        sizes: number of samples of each group; those of a group are neighbours.
+        window: how many samples in a row are shuffled.
+        generator: decides both.
+
+    Returns:
+        `[sum(sizes)]`, the samples in their new order.
+    """
+    groups = torch.arange(sum(sizes)).split(list(sizes))
+    order = torch.cat([groups[i] for i in torch.randperm(len(sizes), generator=generator)])
+    parts = order.split(window)
+    return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
 
 
 class EvalSampler:

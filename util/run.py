@@ -91,7 +91,8 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
 def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
     """A data set in the order in which steps take it."""
     sampler = StepSampler(
-        len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed
+        *(len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed),
+        group_sizes=dataset.group_sizes,
     )
     return Loader(dataset, sampler, args.num_workers, args.pin_mem)
 

@@ -1,6 +1,7 @@
 """From a picture to the model's input: augmentation, evaluation views, normalisation."""
 
 import os
+import random
 from collections.abc import Callable
 from functools import cache, partial
 from typing import BinaryIO
@@ -9,9 +10,9 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 
-from util.crop import load_crop
+from util.crop import load_crop, random_box
 from util.datasets import check_channels, load_image
 
 
@@ -48,14 +49,14 @@ def pretrain_transform(
         Image file to `[in_chans, H, W]`, uint8, for `normalize`.
     """
     check_channels(in_chans)
-    choose = partial(RandomResizedCrop.get_params, scale=list(scale), ratio=[3 / 4, 4 / 3])
+    choose = partial(random_box, scale=scale)
     crop = partial(load_crop, choose=choose, size=img_size, in_chans=in_chans)
     return partial(_crop_and_flip, crop=crop) if hflip else crop
 
 
 def _crop_and_flip(file: BinaryIO, crop: Callable[[BinaryIO], Tensor]) -> Tensor:
     image = crop(file)
-    return image.flip(-1) if torch.rand(1) < 0.5 else image
+    return image.flip(-1) if random.random() < 0.5 else image
 
 
 def finetune_transform(
@@ -83,11 +84,10 @@ def finetune_transform(
         Image file to `[in_chans, H, W]`, float32, normalised.
     """
     mean, std = channel_stats(in_chans)
-    transform = create_transform(
+    _, augment, finish = create_transform(
         (in_chans, *img_size),
         is_training=True,
-        scale=scale,
-        hflip=0.5 if hflip else 0.0,
+        separate=True,  # the first part is crop and flip
         color_jitter=color_jitter,
         auto_augment=auto_augment,
         interpolation="bicubic",
@@ -96,7 +96,8 @@ def finetune_transform(
         mean=mean,
         std=std,
     )
-    return v2.Compose([partial(load_image, in_chans=in_chans), transform])
+    view = pretrain_transform(img_size, in_chans, hflip=hflip, scale=scale)
+    return v2.Compose([view, v2.ToPILImage(), augment, finish])
 
 
 def center_crop_transform(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
 from util import args as arguments
-from util.datasets import find_train_folder, list_images
+from util.datasets import find_train_folder, list_images, open_images
 from util.errors import UsageError
 from util.transforms import denormalize, eval_transform
 
@@ -112,16 +112,17 @@ def load_samples(
     Raises:
         UsageError: not one can be decoded.
     """
-    for folder in (data_path / "val", find_train_folder(data_path)):
+    transform = eval_transform(img_size, in_chans)
+    for source in (data_path / "val", find_train_folder(data_path)):
         images = []
         with contextlib.suppress(UsageError):  # no such folder, or no image in it
-            files = list_images(folder)
+            files = open_images(source)
             count = min(count, len(files))
-            for path in (files[i * len(files) // count] for i in range(count)):
-                with contextlib.suppress(UsageError):
-                    images.append(load_images([path], img_size, in_chans))
+            for i in range(count):
+                with contextlib.suppress(OSError), files.open(i * len(files) // count) as file:
+                    images.append(transform(file))
         if images:
-            return torch.cat(images)
+            return torch.stack(images)
     raise UsageError(f"none of the images tried below {data_path} can be decoded")
 
 

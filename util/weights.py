@@ -19,6 +19,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.architecture import (
@@ -30,6 +31,7 @@ from util.architecture import (
 from util.checkpoint import load_file, save_atomically, write_atomically
 from util.errors import UsageError
 from util.pos_embed import resize_pos_embed
+from util.rel_pos import RelativePositions, resize_relative_table
 
 # Where a checkpoint keeps its weights; averaged ones are what one evaluates.
 _ENTRIES = ("model_ema", "state_dict_ema", "model", "state_dict")
@@ -37,9 +39,13 @@ _ENTRIES = ("model_ema", "state_dict_ema", "model", "state_dict")
 _WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.")
 # Where the encoder's names begin in the segmentors and detectors built on it.
 _BACKBONES = ("", "backbone.", "backbone.bottom_up.", "backbone.net.")
-
-# What only a masked autoencoder has.
-_PRETRAINING_ONLY = ("decoder_", "mask_token", "stage1_output_decode", "stage2_output_decode")
+# What pretraining and classification have beside the encoder.
+_BESIDES_ENCODER = ("decoder_*", "mask_token", "stage*_output_decode", "norm", "fc_norm", "head")
+# What gives the logits, in the order in which `num_classes` looks for it.
+_HEADS = ("head", "head.1", "decode_head.conv_seg", "auxiliary_head.conv_seg")
+_BOXES = "roi_heads.box_predictor.cls_score.weight"
+# Buffers that follow from the grid: a model has its own, whatever a file says.
+_COMPUTED = "relative_position_index"
 
 KINDS = {
     "autoencoder": "a whole masked autoencoder, from pretraining",
@@ -97,9 +103,11 @@ class Weights:
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the head; 0 without one."""
-        head = self.state.get("head.weight", self.state.get("head.1.weight"))
-        return 0 if head is None else len(head)
+        """Classes of the head, without a detector's background; 0 without a head."""
+        if _BOXES in self.state:
+            return len(self.state[_BOXES]) - 1
+        heads = (self.state.get(f"{name}.weight") for name in _HEADS)
+        return next((len(head) for head in heads if head is not None), 0)
 
     @property
     def global_pool(self) -> str:
@@ -122,6 +130,10 @@ class Weights:
             some = ", ".join(sorted(self.state)[:3])
             raise UsageError(f"checkpoint {self.path}: {error} (it has {some}, …)") from error
 
+    def without_heads(self) -> "Weights":
+        """The encoder alone: without decoder, fusion and final norm, without a head."""
+        return self.without(*_BESIDES_ENCODER)
+
     def without(self, *prefixes: str) -> "Weights":
         """The same without the weights of these modules or parameters."""
         state = {name: t for name, t in self.state.items() if not _within(name, prefixes)}
@@ -135,7 +147,8 @@ class Report:
     Attributes:
         path: the file.
         loaded: how many tensors were taken.
-        resized: position tables resized to the model's grid, with both sizes.
+        resized: position tables resized to the model's grid, and the first convolution adapted to
+            its channels, with both sizes.
         missing: the model's names that begin anew.
         unexpected: the file's names that the model does not have.
         averaged: whether these are a run's averaged weights.
@@ -195,6 +208,10 @@ def weights_of(content: Mapping, path: str | Path) -> Weights:
     args = content.get("args") if entry else None
     if args is not None:
         info["args"] = vars(args) if isinstance(args, argparse.Namespace) else dict(args)
+    meta = content.get("meta") if entry else None
+    if isinstance(meta, Mapping):  # MMSegmentation's, of today and of before
+        names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")
+        info |= {"classes": list(names)} if names else {}
     return Weights(Path(path), _clean(state), info, entry)
 
 
@@ -228,11 +245,13 @@ def load_weights(
 ) -> Report:
     """Load weights into a model; every tensor but those of `new` must be there and fit.
 
-    Position tables (names that end in `pos_embed`) are resized to the model's grid, and their
-    row for a class token dropped or added as the model has one.
+    Position tables (absolute, names that end in `pos_embed`, and relative ones) are resized to
+    the model's grid; the row for a class token is dropped or added as the model has one. The
+    first convolution is adapted from gray to colour, or from colour to gray.
 
     Args:
-        model: its `geometry` says the grid, its `num_prefix_tokens` the rows before it.
+        model: the `geometry` of the module that holds a table says the grid, its
+            `num_prefix_tokens` the rows before it.
         weights: what to load.
         new: modules or parameters (`*` is a wildcard) that may be missing or have another shape,
             and then keep what they have: the head of a model that begins a new task.
@@ -241,28 +260,27 @@ def load_weights(
     Raises:
         UsageError: weights that do not fit, with the reason.
     """
-    own = model.state_dict()
+    own = {name: t for name, t in model.state_dict().items() if not name.endswith(_COMPUTED)}
     there = {
         name.removeprefix(prefix): tensor
         for name, tensor in weights.state.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and not name.endswith(_COMPUTED)
     }
     chosen, resized, misfits = {}, [], []
     for name in own.keys() & there.keys():
-        tensor = there[name]
-        if tensor.shape == own[name].shape:
-            chosen[name] = tensor
-        elif name.endswith("pos_embed") and tensor.shape[-1] == own[name].shape[-1]:
-            grid = grid_size(weights.architecture)
-            chosen[name] = _resize_table(tensor, grid, model)
-            resized.append(f"{name} ({_size(grid)} to {_size(model.geometry.grid(3))})")
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if there[name].shape == own[name].shape:
+            chosen[name] = there[name]
+        elif fitted := _fit(name, there[name], own[name], owner, weights):
+            chosen[name], change = fitted
+            resized.append(f"{name} ({change})")
         elif not _within(name, new):
             misfits.append(name)
     missing = sorted(own.keys() - chosen.keys())
     absent = [name for name in missing if not _within(name, new) and name not in misfits]
     if misfits or absent:
         _ = weights.architecture  # refuses what is no ConvViT's
-        raise UsageError(_why_not(model, weights, own, there, sorted(misfits), absent))
+        raise UsageError(_why_not(weights, own, there, sorted(misfits), absent))
     model.load_state_dict(chosen, strict=False)
     return Report(
         weights.path,
@@ -274,57 +292,47 @@ def load_weights(
     )
 
 
-def inflate_weights(weights: Weights, model: nn.Module, how: str) -> Weights:
-    """An image encoder's weights for a video model of the same widths and depths.
+def _fit(
+    name: str, tensor: Tensor, own: Tensor, owner: nn.Module, weights: Weights
+) -> tuple[Tensor, str] | None:
+    """A tensor in the shape of the model's `own`, and what changed; None if it cannot be."""
+    if name.endswith("patch_embed1.proj.weight"):
+        adapted = _adapt_channels(tensor, own.shape[1])
+        change = f"{tensor.shape[1]} to {own.shape[1]} channels"
+        return (adapted, change) if adapted.shape == own.shape else None
+    if tensor.shape[-1] != own.shape[-1]:
+        return None
+    if name.endswith("pos_embed"):
+        old, new = grid_size(weights.architecture), owner.geometry.grid(3)
+        return _resize_table(tensor, old, owner), f"{_size(old)} to {_size(new)}"
+    if isinstance(owner, RelativePositions):
+        old, new = _table_grid(tensor, weights), owner.table_grid
+        return resize_relative_table(tensor, old, new), f"{_size(old)} to {_size(new)}"
+    if name.endswith(("rel_pos_h", "rel_pos_w")):
+        rows = F.interpolate(tensor.T.unsqueeze(0), len(own), mode="linear")  # [1, C, shifts]
+        return rows[0].T, f"{len(tensor)} to {len(own)} shifts"
+    return None
 
-    A kernel `[C_out, C_in, H, W]` becomes `[C_out, C_in, T, H, W]`. Under "center" a video that
-    stands still gives what its picture gave; "average" differs from that where a kernel reaches
-    beyond the first or last frame. A position table that the model learns is repeated over time;
-    one that is fixed is the model's own already, and left out. The decoder and the fusion of
-    stages, which belong to another target, are left out, too.
 
-    Args:
-        weights: of an image model, with or without a head.
-        model: the video model to fill with `load_weights`.
-        how: "center": the kernel acts on the middle frame (of an even number the later one) and
-            is zero elsewhere; "average": an equal part of it acts on each.
+def _adapt_channels(kernel: Tensor, channels: int) -> Tensor:
+    """A kernel `[C_out, C_in, *size]` for colour instead of gray, or for gray instead of colour.
 
-    Raises:
-        UsageError: weights of a video model, or of none.
+    Its output stays the same for gray pictures. Between two numbers of colours there is no such
+    kernel: then it stays as it is.
     """
-    if len(weights.architecture["img_size"]) != 2:
-        raise UsageError(f"checkpoint {weights.path} is no image model's: it needs no inflation")
-    own, prefix = dict(model.named_parameters()), weights.encoder
-    frames, grid = model.geometry.grid(3)[0], grid_size(weights.architecture)
-    state = {}
-    for name, tensor in weights.state.items():
-        target = own.get(name.removeprefix(prefix))
-        if name.removeprefix(prefix).startswith(_PRETRAINING_ONLY):
-            continue
-        if tensor.ndim == 4:
-            length = target.shape[2] if target is not None and target.ndim == 5 else 1
-            tensor = _inflate_kernel(tensor, length, how)
-        elif name == f"{prefix}pos_embed":
-            if not target.requires_grad:
-                continue
-            tensor = resize_pos_embed(
-                tensor, grid, (frames, *grid), tensor.shape[1] - math.prod(grid)
-            )
-        state[name] = tensor
-    (length, *_), (cube, *_) = model.geometry.img_size, model.geometry.stride(3)
-    args = {"input_size": weights.architecture["img_size"], "num_frames": length, "tubelet": cube}
-    args["patch_size"] = [entry[1:] for entry in model.geometry.patch_size]
-    return Weights(weights.path, state, {**weights.info, "args": args}, weights.entry)
+    if channels == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    if kernel.shape[1] == 1:
+        return kernel.expand(-1, channels, *kernel.shape[2:]) / channels
+    return kernel
 
 
-def _inflate_kernel(kernel: Tensor, length: int, how: str) -> Tensor:
-    """`[C_out, C_in, H, W]` to `[C_out, C_in, length, H, W]`, see `inflate_weights`."""
-    kernel = kernel.unsqueeze(2)
-    if how == "average":
-        return kernel.expand(-1, -1, length, -1, -1) / length
-    inflated = kernel.new_zeros(*kernel.shape[:2], length, *kernel.shape[3:])
-    inflated[:, :, length // 2] = kernel[:, :, 0]
-    return inflated
+def _table_grid(table: Tensor, weights: Weights) -> tuple[int, int]:
+    """The grid of a relative table `[(2h - 1) * (2w - 1), heads]`: the input's, or a square."""
+    height, width = grid_size(weights.architecture)
+    if len(table) != (2 * height - 1) * (2 * width - 1):
+        height = width = (math.isqrt(len(table)) + 1) // 2
+    return height, width
 
 
 def _size(grid: Sequence[int]) -> str:
@@ -342,7 +350,6 @@ def _resize_table(table: Tensor, grid: Sequence[int], model: nn.Module) -> Tenso
 
 
 def _why_not(
-    model: nn.Module,
     weights: Weights,
     own: Mapping[str, Tensor],
     there: Mapping[str, Tensor],
@@ -351,11 +358,7 @@ def _why_not(
 ) -> str:
     """The reason why weights do not fit, as a user would put it."""
     start = f"checkpoint {weights.path}"
-    encoders = [
-        read_architecture({name: t.shape for name, t in state.items()})
-        for state in (there, own)
-        if "patch_embed1.proj.weight" in state and "pos_embed" in state
-    ]
+    encoders = [architecture for architecture in map(_architecture, (there, own)) if architecture]
     if len(encoders) == 2 and any(
         encoders[0][k] != encoders[1][k] for k in ("embed_dim", "depth", "mlp_ratio")
     ):
@@ -364,8 +367,8 @@ def _why_not(
             f"the model to fill is {describe_architecture(encoders[1])}"
         )
     names = [*misfits, *absent]
-    heads = [name for name in names if _within(name, ("head",))]
-    if heads and all(_within(name, ("head", "norm", "fc_norm")) for name in names):
+    heads = [name for name in names if _within(name, _HEADS)]
+    if heads and all(_within(name, (*_HEADS, "norm", "fc_norm")) for name in names):
         if not weights.num_classes:
             return f"{start} has no head: it is {KINDS[weights.kind]}, no trained classifier"
         outputs = len(own[heads[0]])
@@ -375,6 +378,15 @@ def _why_not(
         shapes = f"{_size(there[name].shape)} there, {_size(own[name].shape)} in the model"
         return f"{start}: {len(misfits)} weights have another shape ({name}: {shapes})"
     return f"{start} lacks {len(absent)} weights of the model ({_modules(absent)})"
+
+
+def _architecture(state: Mapping[str, Tensor]) -> dict[str, object] | None:
+    """The encoder in a state dict, wherever its names begin; None without one."""
+    for prefix in _BACKBONES:
+        if {f"{prefix}patch_embed1.proj.weight", f"{prefix}pos_embed"} <= state.keys():
+            names = (name for name in state if name.startswith(prefix))
+            return read_architecture({n.removeprefix(prefix): state[n].shape for n in names})
+    return None
 
 
 def export_weights(weights: Weights, path: Path) -> None:
@@ -436,5 +448,7 @@ _USES = {
     "classifier": "main_finetune.py --eval --resume {file}; or --finetune {file} for new classes",
     "probe": "main_linprobe.py --eval --resume {file}",
     "segmentor": "python -m SEG.test CONFIG {file}",
-    "detector": "python -m DET.train_net --eval-only train.init_checkpoint={file}",
+    "detector": "python -m DET.train_net --config-file CONFIG --eval-only "
+    "train.init_checkpoint={file}; python -m DET.predict --config-file CONFIG --checkpoint {file} "
+    "IMAGES --out DIR",
 }

@@ -27,14 +27,15 @@ def run(tmp_path_factory) -> tuple[str, dict]:
     """What the script prints, and what it writes."""
     file = tmp_path_factory.mktemp("pretrain_step") / "results.json"
     sizes = ["--input_size", "64", "--batch_size", "8", "--rounds", "2"]
-    done = run_script(*sizes, "--device", "cpu", "--json", str(file))
+    forms = ["--forms", *FORMS, "visible:bf16"]
+    done = run_script(*sizes, *forms, "--device", "cpu", "--json", str(file))
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(file.read_text())
 
 
 def test_every_form_is_timed_once_a_round(run):
     forms = run[1]["forms"]
-    assert list(forms) == FORMS
+    assert list(forms) == [*FORMS, "visible:bf16"]
     for result in forms.values():
         assert len(result["seconds"]) == 2
         assert min(result["seconds"]) > 0
@@ -67,6 +68,15 @@ def test_the_report_says_where_and_how_it_was_measured(run):
         assert f"{name}: {written['environment'][name]}\n" in printed
 
 
+def test_a_form_can_have_a_type_of_its_own(run):
+    written = run[1]
+    assert written["environment"]["precision"] == (
+        "visible float32, dense float32, mae float32, visible:bf16 bfloat16"
+    )
+    visible, bf16 = (written["forms"][form] for form in ("visible", "visible:bf16"))
+    assert visible["flops_per_image"] == bf16["flops_per_image"]
+
+
 def test_the_printed_table_is_aligned_and_holds_the_medians(run):
     printed, written = run
     lines = [line for line in printed.splitlines() if line.startswith("|")]
@@ -87,6 +97,7 @@ def test_the_printed_table_is_aligned_and_holds_the_medians(run):
         (["--mask_ratio", "1"], "must lie above 0 and below 1"),
         (["--rounds", "0"], "must be at least 1"),
         (["--forms", "sparse"], "invalid choice: 'sparse'"),
+        (["--forms", "dense:fp17"], "'fp17' must be eager, auto, none, bf16, fp16"),
         (["--json", "no/such/folder/results.json"], "there is no folder"),
         pytest.param(
             ["--device", "cuda"],

@@ -12,8 +12,9 @@ from models_convvit import ConvViT, Geometry
 from tests.test_models_convmae import assert_gradients_close, gradients, pixel_mask
 from util.architecture import read_architecture
 from util.errors import UsageError
+from util.inflate import inflate_weights
 from util.pos_embed import get_sincos_pos_embed, resize_pos_embed
-from util.weights import Weights, inflate_weights, load_weights
+from util.weights import Weights, load_weights
 from VideoConvMAE.models import CLASSIFIERS, MODELS, mask_unit
 
 PATCH = ((2, 4, 4), (1, 2, 2), (1, 2, 2))

@@ -1,0 +1,148 @@
+"""Checkpoints of detectors: written whole, read safely, gone on from only by the same run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from detectron2.checkpoint import DetectionCheckpointer
+from omegaconf import DictConfig
+from torch import nn
+
+from models_convvit import ConvViT
+from util.checkpoint import load_file, save_atomically, write_atomically
+from util.errors import UsageError
+from util.resume import random_state, set_random_state
+from util.weights import KINDS, Report, Weights, load_weights, read_weights
+
+# What a checkpoint of pretraining or classification does not have.
+NEW = ("*_rel_pos_bias", "blocks3.*.attn.rel_pos_[hw]")
+# The parts of a detector that depend on the classes, or on whether there are masks.
+TASK_LAYERS = ("roi_heads.box_predictor", "roi_heads.mask_head")
+
+
+class RandomState:
+    """The random number generators of this process, as a part of a checkpoint."""
+
+    @staticmethod
+    def state_dict() -> dict:
+        """What to save."""
+        return random_state()
+
+    @staticmethod
+    def load_state_dict(state: Mapping) -> None:
+        """Go on from what was saved."""
+        set_random_state(state)
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer with files that a kill leaves whole and that cannot run code.
+
+    Args:
+        model: the detector.
+        folder: where the files are.
+        run: plain values that make the run what it is; one that differs is not gone on from.
+        classes: their names, for whoever uses the model.
+        **parts: further things to save and restore.
+    """
+
+    def __init__(
+        self, model: nn.Module, folder: str, run: Mapping, classes: list[str], **parts: object
+    ) -> None:
+        super().__init__(model, folder, **parts)
+        self.run, self.classes = dict(run), classes
+
+    def save(self, name: str, **extra: object) -> None:
+        """Write `name`.pth and make it the one to go on from.
+
+        Raises:
+            TrainingError: the file cannot be written; the one before stays.
+        """
+        if not self.save_to_disk:
+            return
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        state = {"model": self.model.state_dict(), **parts, **extra}
+        path = Path(self.save_dir) / f"{name}.pth"
+        self.logger.info("Saving checkpoint to %s", path)
+        save_atomically({**state, "args": self.run, "classes": self.classes}, path)
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Note which file is the last."""
+        name = last_filename_basename.encode()
+        path = Path(self.save_dir) / "last_checkpoint"
+        write_atomically(path, lambda file: file.write(name))
+
+    def resume(self) -> int:
+        """Go on from the last checkpoint of the folder, if there is one.
+
+        Returns:
+            The iterations that are done.
+
+        Raises:
+            UsageError: a checkpoint that cannot be read, or of another run.
+        """
+        if not self.has_checkpoint():
+            return 0
+        path = self.get_checkpoint_file()
+        content = load_file(path)
+        there = content.get("args", {})
+        differing = [
+            f"{name} {there.get(name)} there, {value} here"
+            for name, value in self.run.items()
+            if there.get(name) != value
+        ]
+        if differing:
+            raise UsageError(
+                f"{path} belongs to another run ({'; '.join(differing)}): give the same settings, "
+                f"or another train.output_dir to start a new run"
+            )
+        self.model.load_state_dict(content["model"])
+        for name, part in self.checkpointables.items():
+            part.load_state_dict(content[name])
+        self.logger.info("Going on from %s", path)
+        return content["iteration"] + 1
+
+
+def load_encoder(model: nn.Module, weights: Weights) -> Report:
+    """Load the encoder of a checkpoint of any kind into a detector; all else begins anew.
+
+    Raises:
+        UsageError: weights that do not fit, with the reason.
+    """
+    encoder = next(module for module in model.modules() if isinstance(module, ConvViT))
+    return load_weights(encoder, weights.without_heads(), new=NEW, prefix=weights.encoder)
+
+
+def load_to_train(model: nn.Module, weights: Weights) -> Report:
+    """Load what a run begins with: the encoder, or of a detector all but what depends on the task.
+
+    Raises:
+        UsageError: weights that do not fit, with the reason.
+    """
+    if weights.kind == "detector":
+        return load_weights(model, weights, new=TASK_LAYERS)
+    return load_encoder(model, weights)
+
+
+def read_detector(path: str | Path) -> Weights:
+    """Read the weights of a trained detector.
+
+    Raises:
+        UsageError: a file that cannot be read, or holds something else.
+    """
+    weights = read_weights(path)
+    if weights.kind != "detector":
+        raise UsageError(f"checkpoint {path} is {KINDS[weights.kind]}, no trained detector")
+    return weights
+
+
+def fit_heads(model: DictConfig, weights: Weights) -> None:
+    """Give a configuration of Mask R-CNN the classes and the heads of a detector."""
+    model.roi_heads.num_classes = weights.num_classes
+    if not any(name.startswith("roi_heads.mask_head.") for name in weights.state):
+        boxes_only(model)
+
+
+def boxes_only(model: DictConfig) -> None:
+    """Take the mask head out of a configuration of Mask R-CNN."""
+    for part in ("mask_in_features", "mask_pooler", "mask_head"):
+        model.roi_heads[part] = None

@@ -1,0 +1,21 @@
+"""Mask R-CNN on one feature map and ViTDet's simple feature pyramid."""
+
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+
+from DET.backbone import SingleScaleConvViTDet
+from util.architecture import SIZES
+
+model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
+model.backbone.net = L(SingleScaleConvViTDet)(
+    **SIZES["base"],
+    img_size="${data.image_size}",
+    pretrain_img_size=224,
+    window_size=14,
+    global_blocks=[1, 4, 7, 10],
+    drop_path_rate=0.1,
+    use_act_checkpoint=False,  # true: less memory, more time
+)
+model.backbone.in_feature = "last_feat"
+# Images are padded to the size that the position tables are made for.
+model.backbone.square_pad = "${data.image_size}"

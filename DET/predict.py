@@ -1,0 +1,77 @@
+"""Draw what a detector finds in images.
+
+`python -m DET.predict --config-file FILE --checkpoint FILE IMAGES… --out DIR`
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from DET.train_net import check_installed
+from util import args as arguments
+from util.datasets import list_images
+from util.distributed import init_processes
+from util.errors import UsageError
+from util.run import run_main
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = arguments.Parser(
+        prog="python -m DET.predict",
+        description="Draw the boxes and masks that a trained detector finds.",
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="the detector's recipe or config.yaml")
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help="the trained detector")
+    add("images", type=Path, nargs="+", metavar="IMAGES", help="files, or folders of them")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures to write")
+    add(
+        "--threshold",
+        type=arguments.share,
+        default=0.5,
+        metavar="SCORE",
+        help="lowest score of what is drawn",
+    )
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to run")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load the detector, then draw image after image."""
+    check_installed()
+    from DET.checkpoint import read_detector
+    from DET.config import load_config
+    from DET.data import read_array
+    from DET.inference import Predictor, draw
+
+    files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
+    cfg = load_config(args.config_file)
+    device = init_processes(args.device)
+    predictor = Predictor(cfg, read_detector(args.checkpoint), device, args.threshold)
+    print(predictor.report)
+    arguments.check_writable(args.out, "--out")
+    for file, target in zip(files, target_names(files, args.out), strict=True):
+        try:
+            image = read_array(file, predictor.image_format)
+        except OSError as error:
+            raise UsageError(str(error)) from error
+        found = predictor(image)
+        Image.fromarray(draw(image, found, predictor.classes)).save(target)
+        print(f"{file}: {len(found)} found, drawn in {target}")
+
+
+def target_names(files: Sequence[str | Path], folder: Path) -> list[Path]:
+    """A picture for each file, with a number where two have the same name."""
+    names, targets = {}, []
+    for stem in (Path(file).stem for file in files):
+        names[stem] = names.get(stem, 0) + 1
+        targets.append(folder / f"{stem}{f'-{names[stem]}' if names[stem] > 1 else ''}.png")
+    return targets
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, parse_args()))

@@ -1,0 +1,243 @@
+"""What the programs of this folder share: command line, config, processes, checkpoints."""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner import CheckpointLoader
+
+from SEG.data import class_names
+from util.args import Parser, positive_int
+from util.checkpoint import load_file
+from util.distributed import init_processes, world_size
+from util.errors import UsageError
+from util.optim_step import amp_dtype
+from util.weights import KINDS, Weights, read_weights
+
+SPLITS = ("train", "val", "test")
+
+
+def add_config_args(parser: Parser) -> None:
+    """The config, and what may be changed in it."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="one of SEG/configs, or yours")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="settings of the config to change, such as train_dataloader.batch_size=4",
+    )
+    parser.add_argument(
+        "--crop-size",
+        type=positive_int,
+        nargs="+",
+        metavar="PIXELS",
+        help="size of the crops to train on and of the window that slides over test images: one "
+        "number, or height and width (default: the config's)",
+    )
+
+
+def add_data_args(parser: Parser) -> None:
+    """Your own images and masks."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-path",
+        type=Path,
+        metavar="DIR",
+        help="folder with images/{training,validation} and annotations/{training,validation} "
+        "(default: the config's)",
+    )
+    group.add_argument(
+        "--classes",
+        metavar="N|FILE",
+        help="number of classes, or a text file with a name a line (default: the config's)",
+    )
+    group.add_argument(
+        "--ignore-zero",
+        action="store_true",
+        help="with --classes: they are 1 … N in the masks and 0 is ignored, as in ADE20K "
+        "(default: 0 … N - 1, and 255 is ignored)",
+    )
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config that the command line names, with its changes.
+
+    Raises:
+        UsageError: a file that is no config, or changes that do not fit it.
+    """
+    if not args.config.is_file():
+        raise UsageError(f"the config {args.config} does not exist or is not a file")
+    try:
+        values = Config.fromfile(args.config).to_dict()
+    except Exception as error:  # A config is a program and may raise anything.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"the config {args.config} cannot be read: {reason}") from error
+    # mmengine writes the config into logs and checkpoints, and takes seconds to format it.
+    config = Config(values, filename=str(args.config), format_python_code=False)
+    try:
+        config.merge_from_dict(args.cfg_options or {})
+    except (KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"--cfg-options: {error}") from error
+    if args.crop_size is not None:
+        set_crop_size(config, args.crop_size)
+    if config.get("work_dir") is None:
+        config.work_dir = str(Path("output") / args.config.stem)
+    return config
+
+
+def set_crop_size(config: Config, crop_size: Sequence[int]) -> None:
+    """Give training and sliding windows another size; windows overlap by a third.
+
+    Raises:
+        UsageError: more than two numbers.
+    """
+    if len(crop_size) > 2:
+        raise UsageError(f"--crop-size takes one or two numbers, not {len(crop_size)}")
+    size = tuple(crop_size) if len(crop_size) == 2 else (*crop_size, *crop_size)
+    model = config.model
+    model.data_preprocessor.size = model.backbone.img_size = model.test_cfg.crop_size = size
+    model.test_cfg.stride = tuple(side * 2 // 3 for side in size)
+    for step in config.train_dataloader.dataset.pipeline:
+        if step.type == "RandomCrop":
+            step.crop_size = size
+
+
+def use_data(config: Config, args: argparse.Namespace) -> None:
+    """Point a config at other images and masks, see `add_data_args`.
+
+    Raises:
+        UsageError: arguments that do not go together, or classes that cannot be read.
+    """
+    if args.ignore_zero and args.classes is None:
+        raise UsageError("--ignore-zero goes with --classes: say how many there are")
+    changes: dict[str, object] = {}
+    if args.data_path is not None:
+        changes["data_root"] = str(args.data_path)
+    if args.classes is not None:
+        classes = int(args.classes) if args.classes.isdecimal() else args.classes
+        changes |= {"classes": class_names(classes), "reduce_zero_label": args.ignore_zero}
+        set_num_classes(config, len(changes["classes"]))
+    for split in SPLITS:
+        config[f"{split}_dataloader"].dataset.update(changes)
+
+
+def set_num_classes(config: Config, num_classes: int) -> None:
+    """Give all heads another number of classes."""
+    for head in ("decode_head", "auxiliary_head"):
+        if head in config.model:
+            config.model[head].num_classes = num_classes
+
+
+def start(config: Config, amp: str | None = None) -> torch.device:
+    """Join the processes of the run and fit the config to the device.
+
+    On a CPU SyncBN becomes BN (its statistics are those of each process's batch).
+
+    Args:
+        config: changed in place.
+        amp: precision, see `util.optim_step.amp_dtype`; None for the config's, which on a CPU is
+            full precision.
+
+    Returns:
+        This process's device.
+
+    Raises:
+        UsageError: a precision that the device does not have.
+    """
+    device = init_processes()
+    several = world_size() > 1
+    config.launcher = "pytorch" if several else "none"
+    if device.type != "cuda":
+        config.model = without_sync_bn(config.model)
+        if several:
+            config.model_wrapper_cfg = dict(
+                type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False
+            )
+    _set_precision(config.optim_wrapper, device, amp)
+    # mmengine reads with plain unpickling what cannot be read safely.
+    CheckpointLoader.register_scheme("", load_safely, force=True)
+    return device
+
+
+def _set_precision(wrapper: dict, device: torch.device, amp: str | None) -> None:
+    mixed = wrapper.type == "AmpOptimWrapper"
+    given = wrapper.pop("dtype", None) if mixed else None
+    wrapper.pop("loss_scale", None)
+    if amp is None and given is not None and device.type == "cuda":
+        dtype = getattr(torch, given)
+    else:
+        dtype = amp_dtype(amp or ("auto" if mixed else "none"), device)
+    if dtype is not None and device.type != "cuda":
+        raise UsageError("mmengine has mixed precision on GPUs only: leave --amp away, or none")
+    wrapper.type = "OptimWrapper" if dtype is None else "AmpOptimWrapper"
+    if dtype is not None:
+        # Only fp16 needs its gradients scaled.
+        wrapper.loss_scale = "dynamic" if dtype == torch.float16 else 1.0
+        wrapper.dtype = str(dtype).removeprefix("torch.")
+
+
+def without_sync_bn(value: object) -> object:
+    """A model's config with BN for every SyncBN."""
+    if isinstance(value, dict):
+        changed = {key: without_sync_bn(item) for key, item in value.items()}
+        return {**changed, "type": "BN"} if changed.get("type") == "SyncBN" else changed
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_sync_bn, value))
+    return value
+
+
+def load_safely(filename: str, map_location: object) -> dict:
+    """A checkpoint's contents, for mmengine: nothing in the file can run code.
+
+    Raises:
+        UsageError: a file that is refused, with the reason.
+    """
+    content = load_file(filename)
+    content.get("meta", {}).pop("config", None)  # mmengine would run the text of one
+    return content
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint of the latest iteration in a run's folder, None if there is none."""
+    found = {int(n[1]): p for p in Path(folder).glob("iter_*.pth") if (n := _NUMBER.search(p.name))}
+    return found[max(found)] if found else None
+
+
+_NUMBER = re.compile(r"^iter_(\d+)\.pth$")
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn bad use that shows within mmengine into this project's error, without what it adds.
+
+    Raises:
+        UsageError: bad use, found as parts were built or in a data loader's worker.
+    """
+    try:
+        yield
+    except ValueError as error:
+        # In front: a worker's traceback, the class that was being built.
+        text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        text = re.sub(r"^(util\.errors\.UsageError: )?(class `\w+` in \S+: )*", "", text)
+        raise UsageError(text) from error
+
+
+def read_segmentor(path: Path) -> Weights:
+    """The weights of a trained segmentor.
+
+    Raises:
+        UsageError: a file of something else.
+    """
+    weights = read_weights(path)
+    if weights.kind != "segmentor":
+        _ = weights.architecture  # refuses what is no ConvViT's
+        raise UsageError(
+            f"checkpoint {path} is {KINDS[weights.kind]}, no trained segmentation model: "
+            f"train one from it by python -m SEG.train CONFIG --pretrained {path}"
+        )
+    return weights

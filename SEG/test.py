@@ -1,0 +1,99 @@
+"""Test a segmentation model: `python -m SEG.test CONFIG CHECKPOINT` prints its mIoU."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from SEG import options
+from util.args import Parser, check_writable
+from util.distributed import print_once
+from util.errors import UsageError
+from util.run import run_main
+from util.weights import Weights, load_weights
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = Parser(
+        prog="python -m SEG.test", description="Test a segmentation model on a validation set."
+    )
+    options.add_config_args(parser)
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="of SEG.train, or the published one"
+    )
+    options.add_data_args(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--tta", action="store_true", help="average over scales and mirror images: slow, better"
+    )
+    group.add_argument(
+        "--show-dir", type=Path, metavar="DIR", help="write image, truth and prediction there"
+    )
+    group.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="logs (default: the config's, else output/<name of the config>)",
+    )
+    return parser.parse_args(argv)
+
+
+def test(
+    config: Config, weights: Weights, *, tta: bool = False, show_dir: Path | None = None
+) -> dict[str, float]:
+    """Test a model on the config's test data.
+
+    Args:
+        config: prepared by `options.start`; changed in place.
+        weights: of a segmentor.
+        tta: test-time augmentation, the config's `tta_pipeline` and `tta_model`.
+        show_dir: where pictures of the results go; None for no pictures.
+
+    Returns:
+        mIoU, mAcc and aAcc, in percent.
+
+    Raises:
+        UsageError: weights or data that do not fit the config.
+    """
+    config.load_from, config.resume = None, False
+    config.model.backbone.pretrained = None
+    dataset = config.test_dataloader.dataset
+    if tta:
+        dataset.pipeline = config.tta_pipeline
+        config.model = dict(**config.tta_model, module=config.model)
+    if show_dir:
+        root = Path(dataset.data_root or ".") / dataset.data_prefix.img_path
+        hook = dict(type="OverlayHook", folder=str(show_dir), root=str(root))
+        config.custom_hooks = [*config.get("custom_hooks", []), hook]
+    with options.clear_errors():
+        runner = Runner.from_cfg(config)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        print_once(load_weights(model.module if tta else model, weights))
+        return runner.test()
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """Read config and checkpoint, test, print; returns the metrics, in percent."""
+    config = options.read_config(args)
+    options.use_data(config, args)
+    if args.work_dir is not None:
+        config.work_dir = str(args.work_dir)
+    if args.tta and not ("tta_pipeline" in config and "tta_model" in config):
+        raise UsageError(f"--tta: the config {args.config} has no tta_pipeline and tta_model")
+    weights = options.read_segmentor(args.checkpoint)
+    options.start(config)
+    check_writable(Path(config.work_dir), "--work-dir")
+    if args.show_dir:
+        check_writable(args.show_dir, "--show-dir")
+    metrics = test(config, weights, tta=args.tta, show_dir=args.show_dir)
+    print_once("  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    return metrics
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, parse_args()))

@@ -1,0 +1,104 @@
+"""Train a segmentation model: `python -m SEG.train CONFIG`, or torchrun for several processes."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from SEG import options
+from util.args import Parser, check_writable
+from util.distributed import print_once, world_size
+from util.errors import UsageError
+from util.run import run_main
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = Parser(
+        prog="python -m SEG.train", description="Train UperNet on a ConvMAE, by MMSegmentation."
+    )
+    options.add_config_args(parser)
+    options.add_data_args(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        help="checkpoint to begin from, of pretraining or classification (default: the config's); "
+        "none: random weights",
+    )
+    group.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="checkpoints and logs (default: the config's, else output/<name of the config>)",
+    )
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --work-dir, if any"
+    )
+    group.add_argument(
+        "--amp",
+        nargs="?",
+        const="auto",
+        choices=("auto", "bf16", "fp16", "none"),
+        help="mixed precision; auto: bf16 where the GPU has it, else fp16 on CUDA, none elsewhere "
+        "(default: the config's)",
+    )
+    return parser.parse_args(argv)
+
+
+def begin_from(config: Config, pretrained: str | None, resume: bool) -> None:
+    """Set the weights that a run begins with.
+
+    Raises:
+        UsageError: a checkpoint that is not there.
+    """
+    last = options.last_checkpoint(config.work_dir) if resume else None
+    backbone = config.model.backbone
+    if last:
+        config.load_from, config.resume, backbone.pretrained = str(last), True, None
+        print_once(f"going on from {last}")
+        return
+    if resume:
+        print_once(f"no checkpoint in {config.work_dir} yet: from the beginning")
+    if pretrained is not None:
+        backbone.pretrained = None if pretrained == "none" else pretrained
+    if backbone.get("pretrained") and not Path(backbone.pretrained).is_file():
+        raise UsageError(
+            f"the checkpoint to begin from, {backbone.pretrained}, does not exist: give another as "
+            f"--pretrained FILE, or --pretrained none for random weights"
+        )
+
+
+def check_batch(config: Config) -> None:
+    """Say so if the batch is not the one that the config's learning rate is for."""
+    batch = config.train_dataloader.batch_size * world_size()
+    batch *= config.optim_wrapper.get("accumulative_counts", 1)
+    meant = config.get("auto_scale_lr", {}).get("base_batch_size", batch)
+    if batch != meant:
+        print_once(
+            f"note: {batch} images a step, the config's learning rate is for {meant}: set "
+            f"train_dataloader.batch_size (per GPU), optim_wrapper.accumulative_counts or "
+            f"optim_wrapper.optimizer.lr"
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Read the config, then let mmengine train."""
+    config = options.read_config(args)
+    options.use_data(config, args)
+    if args.work_dir is not None:
+        config.work_dir = str(args.work_dir)
+    options.start(config, args.amp)
+    check_writable(Path(config.work_dir), "--work-dir")
+    begin_from(config, args.pretrained, args.resume)
+    check_batch(config)
+    with options.clear_errors():
+        Runner.from_cfg(config).train()
+    print_once(f"done: checkpoints and logs in {config.work_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, parse_args()))

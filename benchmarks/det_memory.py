@@ -1,0 +1,196 @@
+"""Memory and time of a detector's training step against the batch size.
+
+`python -m benchmarks.det_memory --help`, from the repository root; needs Detectron2. A step is
+forward, backward and AdamW's on random images with random objects, with and without activation
+checkpointing. Each row is measured in a process of its own, so that one that runs out of memory
+costs only itself.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from omegaconf import DictConfig
+
+from benchmarks.measuring import environment, print_environment
+from DET.config import load_config
+from util.args import Parser, positive_float, positive_int
+from util.errors import UsageError
+from util.logger import markdown_table, peak_memory_mb
+from util.optim_step import OptimStep, amp_dtype
+
+OUT_OF_MEMORY = "out of memory"
+OBJECTS = 8  # in an image: COCO's has about seven
+
+
+def get_args_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m benchmarks.det_memory",
+        description="Peak memory and seconds per image of a detector's training step for several "
+        "batch sizes, with and without activation checkpointing.",
+    )
+    add = parser.add_argument
+    add(
+        "--config-file",
+        default="DET/configs/convmae_base_mask_rcnn_FPN_25ep.py",
+        metavar="FILE",
+        help="recipe of the detector",
+    )
+    add(
+        "--batch_sizes",
+        type=positive_int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        metavar="N",
+        help="images in a step",
+    )
+    add("--image_size", type=positive_int, metavar="PIXELS", help="(default: the recipe's)")
+    add("--steps", type=positive_int, default=5, metavar="N", help="timed steps, after one more")
+    add(
+        "--limit_gb",
+        type=positive_float,
+        metavar="GB",
+        help="let the GPU have no more memory than that (GiB): what fits on a smaller card",
+    )
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: CUDA if present")
+    add(
+        "--amp",
+        default="auto",
+        choices=("auto", "none", "bf16", "fp16"),
+        help="autocast type; auto: none on a CPU, bf16 on CUDA (fp16 where the GPU lacks it)",
+    )
+    add("--measure", metavar="ROW", help=argparse.SUPPRESS)
+    return parser
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Settle what is left to `auto`.
+
+    Raises:
+        UsageError: an option that does not fit the machine.
+    """
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA GPU is visible; use --device cpu or auto")
+    if args.limit_gb and args.device != "cuda":
+        raise UsageError("--limit_gb limits the memory of a GPU: there is none")
+    args.dtype = amp_dtype(args.amp, torch.device(args.device))
+
+
+def random_batch(cfg: DictConfig, batch_size: int, rng: np.random.Generator) -> list[dict]:
+    """Square images of noise, with rectangles for objects."""
+    side, channels = cfg.data.image_size, len(cfg.model.pixel_mean)
+    batch = []
+    for _ in range(batch_size):
+        corner = rng.uniform(0, 0.7 * side, (OBJECTS, 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(0.05, 0.3, (OBJECTS, 2)) * side], 1)
+        objects = Instances((side, side))
+        objects.gt_boxes = Boxes(torch.from_numpy(boxes).float())
+        objects.gt_classes = torch.from_numpy(
+            rng.integers(0, cfg.model.roi_heads.num_classes, OBJECTS)
+        )
+        objects.gt_masks = PolygonMasks([[box[[0, 1, 2, 1, 2, 3, 0, 3]]] for box in boxes])
+        pixels = rng.integers(0, 256, (channels, side, side), np.uint8)
+        batch.append({"image": torch.from_numpy(pixels), "instances": objects})
+    return batch
+
+
+def load(args: argparse.Namespace, checkpointing: bool) -> DictConfig:
+    """The recipe at the wanted size."""
+    size = [f"data.image_size={args.image_size}"] if args.image_size else []
+    cfg = load_config(args.config_file, size)
+    encoder = "bottom_up" if "bottom_up" in cfg.model.backbone else "net"
+    cfg.model.backbone[encoder].use_act_checkpoint = checkpointing
+    return cfg
+
+
+def measure(args: argparse.Namespace, batch_size: int, checkpointing: bool) -> dict | str:
+    """Peak memory in MiB and median seconds per image. For a fresh process only.
+
+    On CUDA it is what torch allocates, on a CPU resident memory with all that Python takes.
+    """
+    device = torch.device(args.device)
+    if args.limit_gb:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.limit_gb * 2**30 / total))
+    cfg = load(args, checkpointing)
+    seconds = []
+    try:
+        model = instantiate(cfg.model).to(device).train()
+        cfg.optimizer.params.model = model
+        step = OptimStep(model, instantiate(cfg.optimizer), device, args.dtype)
+        batch = random_batch(cfg, batch_size, np.random.default_rng(0))
+        for _ in range(1 + args.steps):
+            start = time.perf_counter()
+            with EventStorage():
+                result = step.take([batch], 1, lambda b: sum(model(b).values()))
+            result.loss.item()  # waits for the device
+            seconds.append(time.perf_counter() - start)
+    except torch.cuda.OutOfMemoryError:
+        return OUT_OF_MEMORY
+    return {"mib": peak_memory_mb(device), "seconds": median(seconds[1:]) / batch_size}
+
+
+def measure_afresh(argv: Sequence[str], batch_size: int, checkpointing: bool) -> dict | str:
+    """`measure` in a process of its own.
+
+    Raises:
+        UsageError: it failed for another reason than want of memory.
+    """
+    row = json.dumps([batch_size, checkpointing])
+    command = [sys.executable, "-m", "benchmarks.det_memory", *argv, "--measure", row]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UsageError(f"the measurement of batch size {batch_size} failed, see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Measure row by row, then print the table."""
+    surroundings = environment("det_memory", argv, args.device)
+    surroundings["precision"] = str(args.dtype or torch.float32).removeprefix("torch.")
+    print_environment(surroundings)
+    rows = [["images in a step", "activation checkpointing", "peak GiB", "s/image"]]
+    for checkpointing in (False, True):
+        for batch_size in sorted(args.batch_sizes):
+            result = measure_afresh(argv, batch_size, checkpointing)
+            switch = "yes" if checkpointing else "no"
+            if result == OUT_OF_MEMORY:
+                rows.append([str(batch_size), switch, OUT_OF_MEMORY, ""])
+                break
+            numbers = f"{result['mib'] / 1024:.1f}", f"{result['seconds']:.3g}"
+            rows.append([str(batch_size), switch, *numbers])
+    print(f"\n{markdown_table(rows)}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run; a bad option is one line and exit status 2."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    try:
+        complete(args)
+        if args.device == "cuda":
+            torch.set_float32_matmul_precision("high")
+        if args.measure:
+            print(json.dumps(measure(args, *json.loads(args.measure))))
+        else:
+            load(args, False)  # a bad recipe is told before all else
+            report(args, argv)
+    except UsageError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,131 @@
+"""DET.train_net and DET.predict as processes; what they do within is tested elsewhere."""
+
+import signal
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from DET.predict import target_names
+from tests.det import small
+from tests.runs import code_of
+
+needs_detectron2 = pytest.mark.skipif(not find_spec("detectron2"), reason="needs Detectron2")
+
+
+def hide_detectron2():
+    import importlib.util
+
+    found = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: (
+        None if name == "detectron2" else found(name, *rest)
+    )
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return small.write_scenes(tmp_path_factory.mktemp("data") / "scenes")
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("DET.train_net", ["--config-file", small.CONFIG]),
+        ("DET.predict", ["--config-file", "a", "--checkpoint", "b", "c", "--out", "d"]),
+    ],
+)
+def test_without_detectron2_a_program_says_how_to_install_it(launcher, program, arguments):
+    done = launcher.run(*arguments, program=program, before=code_of(hide_detectron2))
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "Detectron2 is not installed: pip install" in done.err
+
+
+def test_help_needs_no_detectron2_and_shows_the_flags(launcher):
+    done = launcher.run("--help", program="DET.train_net", before=code_of(hide_detectron2))
+    flags = ("--config-file", "--eval-only", "--resume", "--num-gpus", "--num-machines")
+    assert done.code == 0 and all(flag in done.out for flag in flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-fil", small.CONFIG], "--config-file"),
+        (["--config-file", small.CONFIG, "--num-gpus", 3], "0 are visible; 0 is the CPU"),
+        (["--config-file", small.CONFIG, "--num-machines", 2], "--num-machines needs GPUs"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_and_exit_code_2(launcher, arguments, message):
+    done = launcher.run(*arguments, program="DET.train_net")
+    assert done.code == 2 and done.err.count("\n") == 1 and message in done.err
+
+
+@needs_detectron2
+def test_a_bad_override_is_one_line_and_exit_code_2_before_anything_is_made(launcher, tmp_path):
+    settings = [f"train.output_dir={tmp_path}/run", "train.epoch=3"]
+    done = launcher.run("--config-file", small.CONFIG, *settings, program="DET.train_net")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "there is no epoch: did you mean epochs?" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@needs_detectron2
+def test_a_signal_saves_and_the_same_command_goes_on_and_predicts(launcher, scenes, tmp_path):
+    more = ("train.epochs=100", "train.log_period=5", "data.val.json=null")
+    settings = small.overrides(scenes, tmp_path / "run", *more)
+    command = ["--config-file", small.CONFIG, "--resume", *settings]
+    run = launcher.start(*command, program="DET.train_net")
+    run.wait_for("iter: 4", timeout=200)
+    run.signal(signal.SIGTERM)
+    stopped = run.wait()
+    assert stopped.code == 0 and "stopped by a signal after" in stopped.out
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_stopped.pth"
+
+    run = launcher.start(*command, program="DET.train_net")
+    run.wait_for("Going on from", timeout=200)
+    run.wait_for("iter: ", timeout=200)
+    run.signal(signal.SIGUSR1)
+    assert run.wait().code == 0
+
+    done = launcher.run(
+        "--config-file", tmp_path / "run" / "config.yaml",
+        "--checkpoint", tmp_path / "run" / "model_stopped.pth",
+        scenes / "val", "--out", tmp_path / "drawn", "--threshold", 0.01,
+        program="DET.predict",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.out.count(" found, drawn in ") == small.IMAGES["val"]
+    for path in (scenes / "val").iterdir():
+        with Image.open(path) as scene, Image.open(tmp_path / "drawn" / path.name) as drawn:
+            assert min(drawn.size) == 480
+            plain = np.asarray(scene.resize(drawn.size)).astype(int)
+            assert (np.abs(np.asarray(drawn) - plain).max(axis=-1) > 60).any(), "nothing drawn"
+
+
+def train_in_two_processes(settings):
+    import sys
+
+    from detectron2.engine import launch
+
+    from DET.train_net import work
+    from tests.det import small
+
+    launch(work, 2, dist_url="auto", args=(small.arguments(settings),))
+    sys.exit(0)
+
+
+@needs_detectron2
+def test_two_processes_train_and_evaluate_together(launcher, scenes, tmp_path):
+    settings = small.overrides(scenes, tmp_path / "run")
+    code = code_of(train_in_two_processes, settings=settings)
+    done = launcher.run("unused", before=code, timeout=250)
+    assert done.code == 0, done.err
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert "A step is 2 processes x 1 micro-batches x 1 images" in text
+    assert "Evaluation results for segm" in text
+    assert {path.name for path in (tmp_path / "run").glob("*.pth")} >= {"model_final.pth"}
+
+
+def test_pictures_of_files_with_the_same_name_do_not_replace_each_other(tmp_path):
+    names = target_names(["a/x.png", "b/x.jpg", "b/y.jpg"], tmp_path)
+    assert [path.name for path in names] == ["x.png", "x-2.png", "y.png"]

@@ -1,0 +1,52 @@
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from models_convmae import convmae_convvit_tiny_patch16
+from tests.runs import Launcher, Result
+from tests.seg.small import Programs
+from util.demo_scenes import annotation, scenes
+
+
+@pytest.fixture(scope="session")
+def programs():
+    with Launcher(libraries=("mmseg.models", "mmseg.datasets", "mmengine.runner")) as launcher:
+        yield Programs(launcher)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A few scenes in ADE20K's layout: 6 to train on, 3 to validate."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("training", 6), ("validation", 3)):
+        for scene in itertools.islice(scenes(split), count):
+            for kind, pixels in (("images", scene.image), ("annotations", annotation(scene))):
+                path = root / kind / split / f"{scene.name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> Path:
+    """A checkpoint of pretraining on gray pictures of 16 pixels, for the small model."""
+    sizes = dict(embed_dim=(16, 24, 32), depth=(1, 1, 2), num_heads=2, patch_size=(2, 2, 1))
+    torch.manual_seed(0)
+    model = convmae_convvit_tiny_patch16(img_size=16, in_chans=1, **sizes)
+    path = tmp_path_factory.mktemp("pretrained") / "checkpoint.pth"
+    args = {"model": "convmae_convvit_tiny_patch16", "input_size": [16, 16], "in_chans": 1}
+    torch.save({"model": model.state_dict(), "args": args, "epoch": 1}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(programs, data, pretrained, tmp_path_factory) -> tuple[Path, Result]:
+    """The folder and the output of a run of six iterations."""
+    work = tmp_path_factory.mktemp("trained")
+    arguments = ("--data-path", data, "--pretrained", pretrained, "--work-dir", work)
+    result = programs.run("train", *arguments)
+    assert result.code == 0, result.err
+    return work, result

@@ -1,0 +1,32 @@
+"""The segmentation programs on a model and data small enough for tests."""
+
+from dataclasses import dataclass
+
+from tests.runs import Launcher, Process, Result
+
+CONFIG = "SEG/configs/upernet_convmae_tiny_scenes.py"
+
+# The demo's model made smaller, six iterations of two crops: a run of a second or two.
+CROP = ("--crop-size", 48)
+OPTIONS = (
+    "model.backbone.embed_dim=(16,24,32)", "model.backbone.depth=(1,1,2)",
+    "model.decode_head.in_channels=[16,24,32,32]", "model.decode_head.channels=8",
+    "model.auxiliary_head.in_channels=32", "model.auxiliary_head.channels=8",
+    "train_dataloader.batch_size=2", "train_cfg.max_iters=6", "train_cfg.val_interval=6",
+    "default_hooks.checkpoint.interval=2", "default_hooks.logger.interval=1",
+    "param_scheduler.0.end=2", "param_scheduler.1.begin=2", "param_scheduler.1.end=6",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Starts SEG.train, SEG.test and SEG.predict as a user does, on the small model."""
+
+    launcher: Launcher
+
+    def start(self, name: str, *arguments: object, options: tuple[str, ...] = ()) -> Process:
+        command = [CONFIG, *arguments, *CROP, "--cfg-options", *OPTIONS, *options]
+        return self.launcher.start(*command, program=f"SEG.{name}")
+
+    def run(self, name: str, *arguments: object, **kwargs: object) -> Result:
+        return self.start(name, *arguments, **kwargs).wait()

@@ -1,0 +1,335 @@
+"""The programs from their command lines: what they train, find, refuse and write."""
+
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.pictures import picture
+from tests.seg.small import CONFIG, CROP, OPTIONS
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def miou(text: str) -> float:
+    """The last mIoU in a program's output."""
+    return float(re.findall(r"mIoU:? ([\d.]+)", text)[-1])
+
+
+def refused(result) -> str:
+    """The one line of a program that refused its input."""
+    assert result.code == 2, result.out + result.err
+    (line,) = result.err.strip().splitlines()
+    return line
+
+
+def test_a_run_loads_the_encoder_trains_validates_and_saves(trained):
+    work, result = trained
+    assert "patch_embed1.proj.weight (1 to 3 channels), pos_embed (4x4 to 12x12)" in result.out
+    assert re.search(r"Iter\(train\) \[6/6\].* loss: \d", result.out)
+    assert "mIoU" in result.out
+    assert sorted(path.name for path in work.glob("*.pth")) == [
+        "best_mIoU_iter_6.pth", "iter_2.pth", "iter_4.pth", "iter_6.pth"
+    ]  # fmt: skip
+    assert not list(work.glob("*.tmp"))
+
+
+def test_a_checkpoint_holds_plain_values_and_tensors_only(trained):
+    content = torch.load(trained[0] / "iter_6.pth", weights_only=True)
+    assert {"state_dict", "optimizer", "param_schedulers", "message_hub", "meta"} <= content.keys()
+    assert content["meta"]["dataset_meta"]["classes"] == [*"0123456789", "background"]
+    assert content["meta"]["iter"] == 6
+
+
+def test_a_resumed_run_goes_on_where_it_was_stopped(trained, programs, data, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    shutil.copy(trained[0] / "iter_4.pth", work)
+    (work / "iter_10.pth.tmp").write_bytes(b"half a checkpoint")
+    result = programs.run("train", "--data-path", data, "--work-dir", work, "--resume")
+    assert result.code == 0, result.err
+    assert f"going on from {work / 'iter_4.pth'}" in result.out
+    assert "[5/6]" in result.out and "[4/6]" not in result.out
+    straight, resumed = (
+        torch.load(folder / "iter_6.pth", weights_only=True) for folder in (trained[0], work)
+    )
+    first, second = (c["optimizer"]["param_groups"] for c in (straight, resumed))
+    assert [group["lr"] for group in first] == [group["lr"] for group in second]
+    assert {state["step"].item() for state in resumed["optimizer"]["state"].values()} == {6}
+
+
+def test_resume_without_a_checkpoint_begins(programs, data, pretrained, tmp_path):
+    arguments = ("--data-path", data, "--pretrained", pretrained, "--work-dir", tmp_path)
+    result = programs.run("train", *arguments, "--resume", options=("train_cfg.max_iters=1",))
+    assert result.code == 0, result.err
+    assert "no checkpoint" in result.out and (tmp_path / "iter_1.pth").exists()
+
+
+def test_testing_a_checkpoint_gives_the_validations_number_and_pictures(
+    trained, programs, data, tmp_path
+):
+    work, training = trained
+    shown = tmp_path / "shown"
+    arguments = ("--data-path", data, "--show-dir", shown, "--work-dir", tmp_path)
+    result = programs.run("test", work / "iter_6.pth", *arguments)
+    assert result.code == 0, result.err
+    assert miou(result.out) == pytest.approx(miou(training.out), abs=0.01)
+    assert re.search(r"aAcc [\d.]+  mIoU [\d.]+  mAcc [\d.]+$", result.out.strip())
+    for path in (data / "images" / "validation").iterdir():
+        width, height = Image.open(path).size
+        assert Image.open(shown / path.name).size == (3 * width, height)
+
+
+def test_whole_images_larger_than_the_crop_and_of_odd_size(trained, programs, data, tmp_path):
+    odd = tmp_path / "odd"
+    for path in data.rglob("*.png"):
+        image = Image.open(path)
+        target = odd / path.relative_to(data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.crop((0, 0, image.width - 1, image.height - 3)).save(target)
+    arguments = (trained[0] / "iter_6.pth", "--data-path", odd, "--work-dir", tmp_path)
+    result = programs.run("test", *arguments, options=("model.test_cfg.mode=whole",))
+    assert result.code == 0, result.err
+    assert 0 <= miou(result.out) <= 100
+
+
+def test_augmented_testing(trained, programs, data, tmp_path):
+    arguments = (trained[0] / "iter_6.pth", "--data-path", data, "--work-dir", tmp_path)
+    first = ("test_dataloader.dataset.indices=1",)
+    result = programs.run("test", *arguments, "--tta", options=first)
+    assert result.code == 0, result.err
+    assert 0 <= miou(result.out) <= 100
+
+
+def test_two_processes_on_cpus_train_together(programs, data, tmp_path):
+    command = [CONFIG, "--data-path", data, "--pretrained", "none", "--work-dir", tmp_path]
+    command += [*CROP, "--cfg-options", *OPTIONS, "train_cfg.max_iters=2"]
+    results = programs.launcher.run_ranks(*command, program="SEG.train")
+    assert [result.code for result in results] == [0, 0], results[0].err + results[1].err
+    assert "note: 4 images a step" in results[0].out
+    content = torch.load(tmp_path / "iter_2.pth", weights_only=True)
+    assert all(t.isfinite().all() for t in content["state_dict"].values())
+
+
+def test_prediction_writes_class_maps_and_overlays_of_any_pictures(trained, programs, tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    picture(0, 48, 64).save(folder / "a.jpg")
+    picture(1, 40, 56).convert("CMYK").save(folder / "deep" / "b.tiff")
+    picture(2, 96, 72).convert("P").save(folder / "c.gif")
+    alone = tmp_path / "alone.png"
+    picture(3, 72, 48).convert("RGBA").save(alone)
+    out = tmp_path / "out"
+    result = programs.run("predict", trained[0] / "iter_6.pth", folder, alone, "--out", out)
+    assert result.code == 0, result.err
+    for name, size in (("a", (64, 48)), ("deep/b", (56, 40)), ("alone", (48, 72))):
+        classes = Image.open(out / "classes" / f"{name}.png")
+        assert classes.size == size and classes.mode == "P"
+        assert np.asarray(classes).max() < 11
+        overlay = Image.open(out / "overlays" / f"{name}.png")
+        assert overlay.size == size and overlay.mode == "RGB"
+        assert re.search(rf"^{name}: .*\d %", result.out.replace("%", " %"), re.MULTILINE)
+    assert "3 images" in result.out
+
+
+def test_prediction_skips_and_names_what_is_no_picture(trained, programs, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    picture(0, 48, 64).save(tmp_path / "good.png")
+    arguments = (tmp_path / "bad.png", tmp_path / "good.png", "--out", tmp_path / "out")
+    result = programs.run("predict", trained[0] / "iter_6.pth", *arguments)
+    assert result.code == 0 and "1 images" in result.out
+    assert result.err.startswith(f"skipped: {tmp_path / 'bad.png'} cannot be decoded")
+    result = programs.run(
+        "predict", trained[0] / "iter_6.pth", tmp_path / "bad.png", "--out", tmp_path
+    )
+    assert result.code == 2 and "none of the images" in result.err
+
+
+def test_a_hostile_checkpoint_runs_nothing(trained, programs, data, tmp_path):
+    trap, path = tmp_path / "trap", tmp_path / "iter_4.pth"
+    content = torch.load(trained[0] / "iter_4.pth", weights_only=True)
+    torch.save(content | {"more": Hostile(trap)}, path, pickle_module=pickle)
+    common = ("--data-path", data, "--work-dir", tmp_path)
+    for name, arguments in (
+        ("test", (path, *common)),
+        ("predict", (path, data / "images", "--out", tmp_path / "out")),
+        ("train", (*common, "--resume")),
+        ("train", (*common, "--pretrained", path)),
+    ):
+        result = programs.run(name, *arguments)
+        assert result.code == 2 and "is refused" in result.err, result.out + result.err
+    assert not trap.exists()
+
+
+def test_the_config_in_a_checkpoint_is_not_run(trained, programs, data, tmp_path):
+    trap = tmp_path / "trap"
+    content = torch.load(trained[0] / "iter_4.pth", weights_only=True)
+    content["meta"]["config"] = f"import pathlib\npathlib.Path({str(trap)!r}).touch()\n"
+    torch.save(content, tmp_path / "iter_4.pth")
+    result = programs.run("train", "--data-path", data, "--work-dir", tmp_path, "--resume")
+    assert result.code == 0, result.err
+    assert not trap.exists()
+
+
+def test_a_checkpoint_of_pretraining_cannot_be_tested(programs, pretrained, data):
+    line = refused(programs.run("test", pretrained, "--data-path", data))
+    assert "from pretraining, no trained segmentation model" in line
+    assert f"SEG.train CONFIG --pretrained {pretrained}" in line
+
+
+def test_other_classes_than_the_checkpoints_are_refused(trained, programs, data, tmp_path):
+    arguments = ("--data-path", data, "--classes", 12, "--ignore-zero", "--work-dir", tmp_path)
+    result = programs.run("test", trained[0] / "iter_6.pth", *arguments)
+    assert result.code == 2
+    line = result.err.strip().splitlines()[-1]
+    assert line.endswith("has a head of 11 classes, the model has 12")
+
+
+def test_a_missing_checkpoint_to_begin_from_is_named(programs, data, tmp_path):
+    arguments = ("--data-path", data, "--pretrained", "nowhere.pth", "--work-dir", tmp_path)
+    line = refused(programs.run("train", *arguments))
+    assert "nowhere.pth, does not exist" in line and "--pretrained none" in line
+
+
+def test_a_missing_or_broken_config_is_one_line(programs, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("model = dict(\n")
+    for path, words in ((tmp_path / "no.py", "does not exist"), (broken, "cannot be read")):
+        line = refused(programs.launcher.run(path, program="SEG.train"))
+        assert words in line and str(path) in line
+
+
+def test_mixed_precision_on_a_cpu_is_refused(programs, data, tmp_path):
+    common = ("--data-path", data, "--work-dir", tmp_path)
+    assert "GPUs only" in refused(programs.run("train", *common, "--amp", "bf16"))
+    assert "needs a CUDA GPU" in refused(programs.run("train", *common, "--amp", "fp16"))
+
+
+# --- your own data -----------------------------------------------------------------------------
+
+
+def own_data(root: Path, values=(0, 1, 2)) -> Path:
+    """Two JPEG pictures a split with masks that hold these numbers; deep in folders."""
+    for split in ("training", "validation"):
+        for i in range(2):
+            for kind in ("images", "annotations"):
+                (root / kind / split / "x").mkdir(parents=True, exist_ok=True)
+            picture(i, 48, 64).save(root / "images" / split / "x" / f"{i}.jpg")
+            mask = np.resize(np.array(values), (48, 64)).astype(np.uint8)
+            Image.fromarray(mask).save(root / "annotations" / split / "x" / f"{i}.png")
+    return root
+
+
+def train_on(programs, root: Path, *arguments: object):
+    common = ("--pretrained", "none", "--work-dir", root / "work", "--data-path", root)
+    return programs.run("train", *common, *arguments, options=("train_cfg.max_iters=1",))
+
+
+def test_any_number_of_classes_by_the_command_line_alone(programs, tmp_path):
+    root = own_data(tmp_path, values=(0, 1, 2, 255))
+    result = train_on(programs, root, "--classes", 3)
+    assert result.code == 0, result.err
+    content = torch.load(root / "work" / "iter_1.pth", weights_only=True)
+    assert len(content["state_dict"]["decode_head.conv_seg.weight"]) == 3
+    assert len(content["state_dict"]["auxiliary_head.conv_seg.weight"]) == 3
+
+
+def test_names_of_classes_from_a_file_reach_the_prediction(programs, tmp_path):
+    root = own_data(tmp_path, values=(0, 1, 2))
+    (root / "names.txt").write_text("road\nrail\n")
+    result = train_on(programs, root, "--classes", root / "names.txt", "--ignore-zero")
+    assert result.code == 0, result.err
+    images = root / "images" / "validation"
+    result = programs.run(
+        "predict", root / "work" / "iter_1.pth", images, "--out", tmp_path / "out"
+    )
+    assert result.code == 0, result.err
+    assert re.search(r"x/0: (road|rail) \d", result.out)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_number_that_is_no_class_is_one_clear_line(programs, tmp_path, workers):
+    root = own_data(tmp_path, values=(0, 1, 7))
+    workers = (f"train_dataloader.num_workers={workers}", "train_cfg.max_iters=1")
+    arguments = ("--pretrained", "none", "--work-dir", root / "work", "--data-path", root)
+    result = programs.run("train", *arguments, "--classes", 3, options=workers)
+    assert result.code == 2, result.err
+    line = result.err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        rf"error: mask {root}/annotations/training/x/\d.png holds 7 at row 0, column 2: 3 classes "
+        r"are 0 … 2, 255 is ignored",
+        line,
+    )
+
+
+def test_crops_of_any_shape_by_the_command_line_alone(programs, data, tmp_path):
+    arguments = (CONFIG, "--data-path", data, "--pretrained", "none", "--work-dir", tmp_path)
+    common = ("--crop-size", 32, 64, "--cfg-options", *OPTIONS, "train_cfg.max_iters=1")
+    result = programs.launcher.run(*arguments, *common, program="SEG.train")
+    assert result.code == 0, result.err
+    state = torch.load(tmp_path / "iter_1.pth", weights_only=True)["state_dict"]
+    table = state["backbone.blocks3.0.attn.relative_position_bias_table"]
+    assert len(table) == (2 * 8 - 1) * (2 * 16 - 1)
+
+
+def test_a_crop_that_the_patch_does_not_divide_is_one_clear_line(programs, data, tmp_path):
+    arguments = (CONFIG, "--data-path", data, "--pretrained", "none", "--work-dir", tmp_path)
+    result = programs.launcher.run(*arguments, "--crop-size", 34, program="SEG.train")
+    assert result.code == 2
+    line = result.err.strip().splitlines()[-1]
+    assert line.startswith("error: img_size 34x34 is not divisible by the patch of 4x4 pixels")
+
+
+def test_a_missing_mask_is_one_clear_line(programs, tmp_path):
+    root = own_data(tmp_path)
+    (root / "annotations" / "training" / "x" / "1.png").unlink()
+    result = train_on(programs, root, "--classes", 3)
+    assert result.code == 2
+    assert result.err.strip().splitlines()[-1] == (
+        f"error: 1 of 2 images have no mask: {root}/images/training/x/1.jpg needs "
+        f"{root}/annotations/training/x/1.png"
+    )
+
+
+def test_sizes_that_differ_are_one_clear_line(programs, tmp_path):
+    root = own_data(tmp_path)
+    for i in range(2):
+        picture(i, 48, 56).save(root / "images" / "training" / "x" / f"{i}.jpg")
+    result = train_on(programs, root, "--classes", 3)
+    assert result.code == 2
+    line = result.err.strip().splitlines()[-1]
+    assert "has 64x48 pixels, its image" in line and line.endswith("has 56x48")
+
+
+def test_a_folder_without_images_is_one_clear_line(programs, tmp_path):
+    result = train_on(programs, tmp_path, "--classes", 3)
+    assert result.code == 2
+    assert result.err.strip().splitlines()[-1] == (
+        f"error: the data path {tmp_path}/images/training does not exist: give a folder of images"
+    )
+
+
+def test_a_picture_that_cannot_be_decoded_is_skipped_in_training(programs, tmp_path):
+    root = own_data(tmp_path)
+    (root / "images" / "training" / "x" / "0.jpg").write_bytes(b"no picture")
+    result = train_on(programs, root, "--classes", 3)
+    assert result.code == 0, result.err
+    assert f"skipped: {root}/images/training/x/0.jpg cannot be decoded" in result.err
+
+
+def test_ignore_zero_needs_classes(programs, data):
+    line = refused(programs.run("train", "--data-path", data, "--ignore-zero"))
+    assert "--ignore-zero goes with --classes" in line
