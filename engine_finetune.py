@@ -518,7 +518,7 @@ def evaluate_checkpoint(
     device: torch.device,
     load: Callable[[argparse.Namespace, Sequence[str] | None], Loader] = val_images,
     predict: Predict = nn.Module.__call__,
-) -> None:
+) -> Evaluation:
     """`--eval`: the accuracy of a trained classifier or probe, refused if it cannot be right.
 
     Args:
@@ -551,6 +551,7 @@ def evaluate_checkpoint(
     evaluation.report()
     if args.predictions:
         evaluation.write(args.predictions, loader.dataset)
+    return evaluation
 
 
 def _val_path(args: argparse.Namespace) -> Path:

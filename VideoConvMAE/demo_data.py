@@ -1,11 +1,7 @@
-"""Real videos that need no download: handwritten digits that move, as mp4 files.
-
-`python -m VideoConvMAE.demo_data DIR` writes them.
-"""
+"""Real videos that need no download: handwritten digits that move, as mp4 files."""
 
 import os
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +60,3 @@ def moving(digit: np.ndarray, step: tuple[int, int], draw: random.Random) -> np.
         np.roll(canvas, (row + step[0] * i, column + step[1] * i), (0, 1)) for i in range(FRAMES)
     ]
     return np.repeat(np.stack(frames)[..., None], 3, axis=-1)
-
-
-if __name__ == "__main__":
-    folder = write_moving_digits(sys.argv[1], {"pretrain": 800, "train": 160, "val": 200})
-    print(f"digits that move {', '.join(DIRECTIONS)}: {folder}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from engine_finetune import (
+    Evaluation,
     evaluate_checkpoint,
     find_start,
     finetune,
@@ -136,13 +137,13 @@ def build_data(args: argparse.Namespace) -> tuple[Loader, Loader]:
     return train_loader(args, dataset), views_loader(args, val, classes, 1, 1)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> Evaluation:
     """Train, then test the best checkpoint on all views; or only test."""
     device = init_processes(args.device)
     if not args.eval:
         train(args, device)
         args.eval, args.resume, args.finetune, args.model = True, "auto", None, None
-    evaluate_checkpoint(args, device, load_test, mean_over_views)
+    return evaluate_checkpoint(args, device, load_test, mean_over_views)
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:

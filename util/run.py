@@ -42,7 +42,7 @@ class Stopped(Exception):
     """The run was asked to stop and has saved its state: exit 0."""
 
 
-def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+def run_main(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> int:
     """Run a main to its exit code: 0 done or saved on a signal, 2 bad use, 1 failed."""
     code = 0
     try:
