@@ -128,7 +128,8 @@ def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) ->
         # of processes mask alike.
         n = len(imgs)
         noise = torch.rand(n * world_size(), units, device=imgs.device)
-        loss, _, _ = run.step.model(imgs, mask_ratio, noise[n * rank() : n * (rank() + 1)])
+        noise = noise[n * rank() : n * (rank() + 1)]
+        loss, _, _ = run.step.model(imgs, mask_ratio, noise, predict=False)
         return loss
 
     return run.train_epoch(epoch, start_step, forward)

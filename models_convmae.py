@@ -24,6 +24,11 @@ from util.pos_embed import get_sincos_pos_embed
 from util.weights import KINDS, load_weights, read_weights
 
 
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """The tokens `ids` `[N, M]` of `[N, L, C]`, as `[N, M, C]`."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
 class MaskedAutoencoderConvViT(ConvViTEncoder):
     """Masked autoencoder: encodes the visible blocks only and predicts the removed pixels.
 
@@ -193,15 +198,32 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """Predict every patch: latent `[N, visible, C]` to `[N, L, patch_pixels * C]`."""
-        x = self.decoder_embed(latent)
-        removed = ids_restore.shape[1] - x.shape[1]
-        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), removed, -1)
-        x = torch.cat([x, mask_tokens], dim=1)
-        x = torch.gather(x, 1, ids_restore.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+        x = gather_tokens(self.with_mask_tokens(latent, ids_restore), ids_restore)
         x = x + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))
+
+    def forward_decoder_removed(self, latent: Tensor, ids_shuffle: Tensor) -> Tensor:
+        """Predict the removed patches alone, in the shuffled order: `[N, removed, …]`.
+
+        The blocks are indifferent to the order of their tokens, so nothing is unshuffled; and the
+        visible ones may go once the last attention has seen them.
+        """
+        x = self.with_mask_tokens(latent, ids_shuffle) + self.decoder_pos_embed[0, ids_shuffle]
+        halves = [f for block in self.decoder_blocks for f in (block.attend, block.feed_forward)]
+        for half in halves[:-1]:
+            x = half(x)
+        x = x[:, latent.shape[1] :]
+        for half in halves[-1:]:
+            x = half(x)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def with_mask_tokens(self, latent: Tensor, ids: Tensor) -> Tensor:
+        """The decoder's tokens, visible ones first, as many as `ids` `[N, L]`: `[N, L, C]`."""
+        x = self.decoder_embed(latent)
+        removed = ids.shape[1] - x.shape[1]
+        return torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), removed, -1)], dim=1)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error over the removed patches, in float32.
@@ -215,17 +237,32 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             A scalar.
         """
         with torch.autocast(imgs.device.type, enabled=False):
-            target = self.patchify(imgs.float())
-            if self.norm_pix_loss:
-                mean = target.mean(dim=-1, keepdim=True)
-                var = target.var(dim=-1, keepdim=True)
-                target = (target - mean) / (var + 1e-6) ** 0.5
-            loss = F.mse_loss(pred.float(), target, reduction="none").mean(dim=-1)  # [N, L]
+            loss = self.patch_loss(self.patchify(imgs.float()), pred)
             return (loss * mask).sum() / mask.sum()
 
+    def patch_loss(self, patches: Tensor, pred: Tensor) -> Tensor:
+        """Mean squared error of each patch: `[N, B, patch_pixels * C]` to `[N, B]`."""
+        if self.norm_pix_loss:
+            mean = patches.mean(dim=-1, keepdim=True)
+            var = patches.var(dim=-1, keepdim=True)
+            patches = (patches - mean) / (var + 1e-6) ** 0.5
+        return F.mse_loss(pred.float(), patches, reduction="none").mean(dim=-1)
+
+    def loss_alone(self, imgs: Tensor, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """What `forward_loss` gives, without predicting what is visible."""
+        ids_shuffle = torch.argsort(ids_restore, dim=1)
+        pred = self.forward_decoder_removed(latent, ids_shuffle)
+        with torch.autocast(imgs.device.type, enabled=False):
+            patches = gather_tokens(self.patchify(imgs.float()), ids_shuffle[:, latent.shape[1] :])
+            return self.patch_loss(patches, pred).mean()
+
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        predict: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """One pretraining forward pass.
 
         Args:
@@ -233,10 +270,11 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             mask_ratio: share of patches to remove.
             noise: `[N, U]`, what decides the mask, see `random_masking`. If not given it is drawn
                 before anything else, so that a seed gives the published code's mask.
+            predict: False for the loss alone, which takes a little less: what training needs.
 
         Returns:
             loss: a scalar.
-            pred: `[N, L, patch_pixels * C]`, a prediction for every patch.
+            pred: `[N, L, patch_pixels * C]`, a prediction for every patch; None without `predict`.
             mask: `[N, L]`, 1 where removed.
 
         Raises:
@@ -244,6 +282,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         """
         self.check_input(imgs)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        if not predict:
+            return self.loss_alone(imgs, latent, ids_restore), None, mask
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 

@@ -648,7 +648,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[N, L, C]` to the same shape; `bias` as `Attention` takes it."""
-        x = x + self.drop_path(self.attn(self.norm1(x), bias))
+        return self.feed_forward(self.attend(x, bias))
+
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The first half, in which tokens see each other."""
+        return x + self.drop_path(self.attn(self.norm1(x), bias))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half, each token for itself."""
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

@@ -95,7 +95,10 @@ class Checkpointer(DetectionCheckpointer):
                 f"{path} belongs to another run ({'; '.join(differing)}): give the same settings, "
                 f"or another train.output_dir to start a new run"
             )
-        self.model.load_state_dict(content["model"])
+        try:
+            self.model.load_state_dict(content["model"])
+        except RuntimeError as error:
+            raise UsageError(f"{path} holds another model than the recipe describes") from error
         for name, part in self.checkpointables.items():
             part.load_state_dict(content[name])
         self.logger.info("Going on from %s", path)

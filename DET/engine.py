@@ -44,14 +44,16 @@ def run(args: argparse.Namespace) -> None:
     """
     cfg = load_config(args.config_file, args.overrides)
     check_writable(Path(cfg.train.output_dir), "train.output_dir")
-    device = torch.device("cuda", torch.cuda.current_device()) if args.num_gpus else "cpu"
-    torch.set_float32_matmul_precision("high")  # tf32 on CUDA
+    device = torch.device("cpu")
+    if args.num_gpus:
+        device = torch.device("cuda", torch.cuda.current_device())
+        torch.set_float32_matmul_precision("high")  # tf32
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=rank(), name="DET")
     if args.eval_only:
-        evaluate_checkpoint(cfg, torch.device(device))
+        evaluate_checkpoint(cfg, device)
     else:
-        train(cfg, torch.device(device), args.resume)
+        train(cfg, device, args.resume)
 
 
 def evaluate_checkpoint(cfg: DictConfig, device: torch.device) -> dict:

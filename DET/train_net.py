@@ -111,8 +111,8 @@ def work(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Check the command line, then start one process a GPU."""
-    check_installed()
     choose_gpus(args)
+    check_installed()
     from detectron2.engine import launch
 
     from DET.config import load_config

@@ -44,7 +44,9 @@ def random_batch(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return torch.randn(args.batch_size, 3, size, size, device=args.device), labels
 
 
-def loss(model: nn.Module, args: argparse.Namespace, imgs: Tensor, labels: Tensor) -> Tensor:
+def loss(
+    form: str, model: nn.Module, args: argparse.Namespace, imgs: Tensor, labels: Tensor
+) -> Tensor:
     """The loss of a batch."""
     return F.cross_entropy(model(imgs), labels)
 

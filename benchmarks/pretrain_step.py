@@ -79,8 +79,10 @@ def mask_ratio_of(args: argparse.Namespace) -> float:
     return args.mask_ratio or (0.9 if args.video else 0.75)
 
 
-def loss(model: nn.Module, args: argparse.Namespace, imgs: Tensor) -> Tensor:
-    """The loss of a batch."""
+def loss(form: str, model: nn.Module, args: argparse.Namespace, imgs: Tensor) -> Tensor:
+    """The loss of a batch, as each form's training takes it."""
+    if form == "visible":
+        return model(imgs, mask_ratio_of(args), predict=False)[0]
     return model(imgs, mask_ratio_of(args))[0]
 
 

@@ -8,14 +8,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from models_convmae import MaskedAutoencoderConvViT
+from models_convmae import MaskedAutoencoderConvViT, gather_tokens
 from models_convvit import CONV, LAYER_NORM, ConvViT, Geometry
 from util.pos_embed import get_sincos_pos_embed
-
-
-def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """The tokens `ids` `[N, M]` of `[N, L, C]`, as `[N, M, C]`."""
-    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
@@ -96,6 +91,7 @@ class PlainMaskedAutoencoder(nn.Module):
     patchify = MaskedAutoencoderConvViT.patchify
     random_masking = MaskedAutoencoderConvViT.random_masking
     forward_loss = MaskedAutoencoderConvViT.forward_loss
+    patch_loss = MaskedAutoencoderConvViT.patch_loss
 
     def __init__(
         self,

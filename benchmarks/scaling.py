@@ -64,7 +64,7 @@ def one_run(args: argparse.Namespace) -> None:
 
     def steps(count: int) -> None:
         for _ in range(count):
-            step.take([imgs], 1, lambda batch: trained(batch)[0])
+            step.take([imgs], 1, lambda batch: trained(batch, predict=False)[0])
 
     steps(WARMUP_STEPS)
     seconds = wall_clock(device.type)(lambda: steps(args.steps))

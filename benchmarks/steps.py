@@ -93,7 +93,7 @@ class Benchmark:
         program: name of the module, for the command line.
         build: model of a form's base from the options; may raise a ValueError.
         batch: images and what else the loss takes, on the device.
-        loss: from a model, the options and a batch to a scalar.
+        loss: from a form's base and its model, the options and a batch to a scalar.
         bases: names of the forms; the first is compared with all others.
     """
 
@@ -173,7 +173,7 @@ def ready_step(benchmark: Benchmark, form: Form, args: argparse.Namespace) -> Ca
     optimizer.zero_grad(set_to_none=True)
     scaler = torch.amp.GradScaler(args.device, enabled=form.dtype == torch.float16)
     compiled = torch.compile(model, dynamic=False) if form.compile else model  # fixed sizes
-    loss = partial(benchmark.loss, compiled, args, *benchmark.batch(args))
+    loss = partial(benchmark.loss, form.base, compiled, args, *benchmark.batch(args))
 
     def step() -> None:
         with torch.autocast(args.device, form.dtype, enabled=form.dtype is not None):
@@ -213,7 +213,8 @@ def count_flops(loss: Callable[[], Tensor]) -> int:
 def flops_of(benchmark: Benchmark, form: Form, args: argparse.Namespace) -> int:
     """Floating-point operations of forward and backward on one image."""
     one = [part[:1] for part in benchmark.batch(args)]
-    return count_flops(partial(benchmark.loss, benchmark.build(form.base, args), args, *one))
+    model = benchmark.build(form.base, args)
+    return count_flops(partial(benchmark.loss, form.base, model, args, *one))
 
 
 def resident_bytes(field: str) -> int:

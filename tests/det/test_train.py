@@ -139,6 +139,13 @@ def test_another_schedule_in_the_same_folder_is_refused(scenes, trained, tmp_pat
         run(scenes, tmp_path, "train.epochs=2", resume=True)
 
 
+def test_another_model_in_the_same_folder_is_refused(scenes, trained, tmp_path):
+    for name in ("model_final.pth", "last_checkpoint"):
+        shutil.copy(trained / name, tmp_path / name)
+    with pytest.raises(UsageError, match="holds another model than the recipe describes"):
+        run(scenes, tmp_path, "model.backbone.bottom_up.depth=[1,1,3]", resume=True)
+
+
 def test_only_so_many_checkpoints_are_kept(scenes, tmp_path):
     more = ("train.checkpoint_epochs=0.3", "train.checkpoints_kept=1", "data.val.json=null")
     run(scenes, tmp_path, *more)
