@@ -52,9 +52,11 @@ def test_what_is_left_over_goes_to_the_last_dimensions():
         np.testing.assert_array_equal(table[place], np.concatenate(expected, 1)[0])
 
 
-@pytest.mark.parametrize(("width", "grid"), [(17, (2, 2)), (2, (2, 2)), (4, (2, 2, 2))])
-def test_width_that_is_odd_or_too_small_is_refused_with_the_numbers(width, grid):
+@pytest.mark.parametrize(
+    ("width", "grid", "multiple"), [(18, (2, 2), 4), (17, (2, 2, 2), 2), (4, (2, 2, 2), 2)]
+)
+def test_width_that_does_not_divide_is_refused_with_the_numbers(width, grid, multiple):
     with pytest.raises(
-        ValueError, match=rf"{len(grid)} dimensions.*even.* least {2 * len(grid)}, .*{width}"
+        ValueError, match=rf"{len(grid)} dimensions.*multiple of {multiple} .*{width}"
     ):
         get_sincos_pos_embed(width, grid)

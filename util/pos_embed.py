@@ -29,24 +29,25 @@ def get_sincos_pos_embed(embed_dim: int, grid_size: Sequence[int]) -> np.ndarray
     """Position embedding of a grid: an equal share of the channels encodes each dimension.
 
     As in MAE the last dimension comes first: in 2-d the first half of the channels encodes the
-    column, the second half the row (paper section 3.1). Where pairs of channels are left over,
-    the first shares have one more.
+    column, the second half the row (paper section 3.1). In 3-d, where powers of two have no
+    third, the first shares take the pairs of channels that are left over.
 
     Args:
-        embed_dim: channels, even, at least two a dimension.
+        embed_dim: channels; a multiple of twice the dimensions, in 3-d any even number from 6 on.
         grid_size: tokens along each dimension.
 
     Returns:
         `[prod(grid_size), embed_dim]`, float64, rows in row-major order of the grid.
 
     Raises:
-        ValueError: a width that is odd or too small.
+        ValueError: another width.
     """
     ndim = len(grid_size)
-    if embed_dim % 2 or embed_dim < 2 * ndim:
+    multiple = 2 if ndim == 3 else 2 * ndim
+    if embed_dim % multiple or embed_dim < 2 * ndim:
         raise ValueError(
-            f"a sine-cosine position embedding of {ndim} dimensions needs an even width of at "
-            f"least {2 * ndim}, not {embed_dim}"
+            f"a sine-cosine position embedding of {ndim} dimensions needs a width that is a "
+            f"multiple of {multiple} and at least {2 * ndim}, not {embed_dim}"
         )
     pairs, left = divmod(embed_dim // 2, ndim)
     shares = [2 * (pairs + (d < left)) for d in range(ndim)]
