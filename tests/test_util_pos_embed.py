@@ -57,6 +57,6 @@ def test_what_is_left_over_goes_to_the_last_dimensions():
 )
 def test_width_that_does_not_divide_is_refused_with_the_numbers(width, grid, multiple):
     with pytest.raises(
-        ValueError, match=rf"{len(grid)} dimensions.*multiple of {multiple} .*{width}"
+        ValueError, match=rf"{len(grid)} dimensions.*multiple of {multiple}, .*{width}"
     ):
         get_sincos_pos_embed(width, grid)

@@ -46,8 +46,8 @@ def get_sincos_pos_embed(embed_dim: int, grid_size: Sequence[int]) -> np.ndarray
     multiple = 2 if ndim == 3 else 2 * ndim
     if embed_dim % multiple or embed_dim < 2 * ndim:
         raise ValueError(
-            f"a sine-cosine position embedding of {ndim} dimensions needs a width that is a "
-            f"multiple of {multiple} and at least {2 * ndim}, not {embed_dim}"
+            f"a sine-cosine position embedding of {ndim} dimensions needs a width of at least "
+            f"{2 * ndim} that is a multiple of {multiple}, not {embed_dim}"
         )
     pairs, left = divmod(embed_dim // 2, ndim)
     shares = [2 * (pairs + (d < left)) for d in range(ndim)]
