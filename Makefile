@@ -1,12 +1,12 @@
-# `make demo`: see it work on embedded images; `make demo-seg`, `make demo-det`: segmentation and
-# detection. `make test`: run every test. All make .venv and install what they need; python3 (3.10 or
-# newer) is all that must be there, and Detectron2 for detection.
+# `make demo`: see it work on embedded images; `make demo-seg`, `make demo-det`, `make demo-video`:
+# segmentation, detection and video. `make test`: run every test. All make .venv and install what
+# they need; python3 (3.10 or newer) is all that must be there, and Detectron2 for detection.
 
 PYTHON ?= python3
 VENV := .venv
 OUTPUT ?= output/demo
 
-.PHONY: demo demo-pretrain demo-seg demo-det test lint clean
+.PHONY: demo demo-pretrain demo-seg demo-det demo-video test lint clean
 
 $(VENV)/.run: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -21,7 +21,11 @@ $(VENV)/.det: $(VENV)/.run requirements-det.txt
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-det.txt
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-seg.txt
+$(VENV)/.video: $(VENV)/.run requirements-video.txt
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements-video.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-seg.txt requirements-video.txt
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
@@ -63,6 +67,10 @@ demo-det: $(VENV)/.det demo-pretrain
 		train.init_checkpoint=$(PRETRAINED) train.output_dir=$(OUTPUT)/det
 	$(VENV)/bin/python -m DET.predict $(DET) --checkpoint $(OUTPUT)/det/model_final.pth \
 		--out $(OUTPUT)/det/drawn $(addprefix $(SCENES)/val/,0000.png 0001.png 0002.png)
+
+# Videos of digits that move: pretrain, then learn the directions from a few labels.
+demo-video: $(VENV)/.video
+	$(VENV)/bin/python -m VideoConvMAE.demo --output_dir $(OUTPUT)/video
 
 # Two files of tests at a time on two cores; each process computes in one thread.
 test: $(VENV)/.dev

@@ -2,31 +2,57 @@
 
 import argparse
 import csv
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.layers import trunc_normal_
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models_convvit import MODELS, ConvViT, convvit_from_weights
+from models_convvit import MODELS, NEW_IN_CLASSIFIER, ConvViT, convvit_from_weights
+from util.architecture import constructor_args
 from util.args import complete, complete_architecture
 from util.datasets import LabeledImages, check_classes
 from util.distributed import gather_objects, is_main_process, print_once, rank, world_size
 from util.errors import UsageError
-from util.loader import BadImages, EvalSampler, Loader, StepSampler
+from util.inflate import inflate_weights
+from util.loader import BadImages, Loader
+from util.logger import count_parameters
 from util.optim_step import amp_dtype
 from util.resume import BEST, LAST, find_resumable
-from util.run import Run, check_program, check_state
+from util.run import (
+    Run,
+    check_program,
+    check_state,
+    eval_loader,
+    seed_everything,
+    train_loader,
+)
 from util.shards import is_shards
 from util.transforms import center_crop_transform
-from util.weights import KINDS, Report, Weights, read_weights, weights_of
+from util.weights import (
+    KINDS,
+    Report,
+    Weights,
+    load_weights,
+    read_weights,
+    weights_of,
+)
+
+# From a model and a batch to logits.
+Predict = Callable[[nn.Module, Tensor], Tensor]
 
 # --- training ------------------------------------------------------------------------------------
 
@@ -57,7 +83,9 @@ def train_one_epoch(
 
     def forward(imgs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         if mixup is not None:
-            imgs, labels = mixup(imgs, labels)
+            # The frames of a clip count as channels of one picture: [N, C * T, H, W].
+            mixed, labels = mixup(imgs.flatten(1, -3), labels)
+            imgs = mixed.view_as(imgs)
         return criterion(run.step.model(imgs), labels)
 
     return run.train_epoch(epoch, start_step, forward)
@@ -94,6 +122,9 @@ def fit(
     val_loader: Loader,
     best: Best,
     ema: ModelEmaV3 | None = None,
+    *,
+    predict: Predict = nn.Module.__call__,
+    predictions: Path | None = None,
 ) -> None:
     """Run the epochs, evaluate after each, keep the best checkpoint by accuracy.
 
@@ -103,6 +134,8 @@ def fit(
         val_loader: see `evaluate`.
         best: the best accuracy, as restored.
         ema: averaged weights; if given they decide which checkpoint is best.
+        predict: see `evaluate`.
+        predictions: where to write those of the last evaluation.
     """
     args, evaluation = run.args, None
     for epoch, start in run.epochs():
@@ -112,7 +145,7 @@ def fit(
             if model is not run.model:
                 print_once("With the averaged weights (EMA):")
             evaluation = evaluate(
-                model, val_loader, run.device, run.step.dtype, args.max_bad_images
+                model, val_loader, run.device, run.step.dtype, args.max_bad_images, predict
             )
             evaluation.report()
             values |= {f"{name}_{k}": v for k, v in evaluation.values().items()}
@@ -122,8 +155,96 @@ def fit(
         is_best = best.improves(evaluation.acc1)
         print_once(f"Max accuracy: {best.acc1:.2f}%")
         run.end_epoch(epoch, values, best=is_best)
-    if args.predictions and evaluation:
-        evaluation.write(args.predictions, val_loader.dataset)
+    if predictions and evaluation:
+        evaluation.write(predictions, val_loader.dataset)
+
+
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether images of a batch are mixed."""
+    return (args.mixup > 0 or args.cutmix > 0) and args.mixup_prob > 0
+
+
+def build_criterion(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, Mixup | None]:
+    """Timm's loss, and what mixes the batches of it if they are mixed."""
+    if mixes(args):
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+        return SoftTargetCrossEntropy(), mixup
+    if args.smoothing > 0:
+        return LabelSmoothingCrossEntropy(args.smoothing), None
+    return nn.CrossEntropyLoss(), None
+
+
+def build_optimizer(args: argparse.Namespace, model: ConvViT) -> torch.optim.Optimizer:
+    """AdamW with a learning rate that falls from layer to layer towards the input."""
+    groups = param_groups_layer_decay(
+        model,
+        args.weight_decay,
+        no_weight_decay_list=model.no_weight_decay(),
+        layer_decay=args.layer_decay,
+    )
+    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+
+
+def finetune(
+    args: argparse.Namespace,
+    device: torch.device,
+    content: Mapping | None,
+    weights: Weights | None,
+    loader: Loader,
+    val_loader: Loader,
+    *,
+    program: str,
+    models: Mapping[str, Callable[..., ConvViT]] = MODELS,
+    predict: Predict = nn.Module.__call__,
+    predictions: Path | None = None,
+) -> None:
+    """Train a classifier to its last epoch.
+
+    Args:
+        args: completed arguments.
+        device: where to run.
+        content: see `find_start`.
+        weights: see `find_start`.
+        loader: of labeled data.
+        val_loader: of data with the same classes.
+        program: what kind of run this is.
+        models: what `--model` names.
+        predict: see `evaluate`.
+        predictions: where to write those of the last evaluation.
+    """
+    classes = loader.dataset.classes
+    check_resumed(content, args, loader.dataset)
+    seed_everything(args.seed)
+    model, report = build_classifier(args, weights, classes, models, drop_path_rate=args.drop_path)
+    if report and "head.weight" in report.missing:
+        trunc_normal_(model.head.weight, std=2e-5)
+    model.to(device)
+    ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
+    best = Best()
+    parts = {"best": best} | ({"model_ema": ema.module} if ema else {})
+    optimizer = build_optimizer(args, model)
+    seed_everything((args.seed + rank()) % 2**32)  # mixup and drop path differ between processes
+    run = Run.prepare(
+        args, device, loader, model, optimizer, content,
+        program=program, parts=parts, extra={"classes": classes},
+    )  # fmt: skip
+    if ema:
+        run.after_step = partial(ema.update, model)
+    if report and not content:
+        print_once(report)
+    run.describe(f"{len(classes)} classes, {count_parameters(model)}")
+
+    criterion, mixup = build_criterion(args, len(classes))
+    train = partial(train_one_epoch, run, criterion=criterion, trained=model, mixup=mixup)
+    with closing(run.log):
+        fit(run, train, val_loader, best, ema, predict=predict, predictions=predictions)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -139,6 +260,7 @@ class Evaluation:
         top1, top5: `[n]`, whether the label is (among the five of) the model's best.
         predictions: `[n]`, the best class.
         probabilities: `[n]`, the model's for it.
+        what: what the data set is of.
     """
 
     indices: Tensor
@@ -147,6 +269,7 @@ class Evaluation:
     top5: Tensor
     predictions: Tensor
     probabilities: Tensor
+    what: str = "images"
 
     @property
     def acc1(self) -> float:
@@ -171,7 +294,7 @@ class Evaluation:
         """Print the original's lines."""
         print_once(f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}")
         print_once(
-            f"Accuracy of the network on the {len(self.indices)} test images: {self.acc1:.1f}%"
+            f"Accuracy of the network on the {len(self.indices)} test {self.what}: {self.acc1:.1f}%"
         )
 
     def write(self, path: Path, dataset: LabeledImages) -> None:
@@ -186,7 +309,7 @@ class Evaluation:
                 label = dataset.classes[dataset.labels[index]]
                 row = [dataset.path(index), label, dataset.classes[prediction]]
                 table.writerow([*row, f"{probability:.6f}"])
-        print(f"predictions of {len(self.indices)} images in {path}")
+        print(f"predictions of {len(self.indices)} {self.what} in {path}")
 
 
 @torch.no_grad()
@@ -196,6 +319,7 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype | None = None,
     max_bad_images: float = 1.0,
+    predict: Predict = nn.Module.__call__,
 ) -> Evaluation:
     """Evaluate a classifier on every image once, over any number of processes.
 
@@ -208,6 +332,7 @@ def evaluate(
         device: where the model is.
         dtype: autocast type; None for full precision.
         max_bad_images: share of the images that may be left out.
+        predict: from the model and a batch to logits, such as `mean_over_views`.
 
     Raises:
         TrainingError: more are.
@@ -219,12 +344,26 @@ def evaluate(
     for imgs, labels, indices, failed in batches:
         bad.update(failed)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits = model(imgs.to(device, non_blocking=True))
+            logits = predict(model, imgs.to(device, non_blocking=True))
         # A bad file's place holds another image, so its row is taken out again.
         keep = torch.tensor([i not in bad for i in indices.tolist()])
         rows.append([c[keep] for c in (indices, *judge(logits.float().cpu(), labels))])
     columns = [torch.cat(column) for column in zip(*rows, strict=True)]
     return _merge(gather_objects((columns, sorted(bad))), loader.dataset, max_bad_images)
+
+
+def mean_over_views(model: nn.Module, views: Tensor) -> Tensor:
+    """Average a classifier's probabilities over several views of each sample.
+
+    Args:
+        model: from `[N, …]` to logits `[N, classes]`.
+        views: `[N, V, …]`.
+
+    Returns:
+        `[N, classes]`, the logarithms of the mean probabilities, which are logits of these.
+    """
+    log_probabilities = model(views.flatten(0, 1)).float().log_softmax(dim=-1)
+    return log_probabilities.unflatten(0, views.shape[:2]).logsumexp(1) - math.log(views.shape[1])
 
 
 def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -243,13 +382,13 @@ def _merge(
     bad_images = BadImages(lambda text: print_once(text, error=True))
     for _, bad in parts:
         bad_images.add(bad, dataset)
-    bad_images.check(bad_images.count, len(dataset), max_bad)
+    bad_images.check(bad_images.count, len(dataset), max_bad, dataset.what)
     filled = [columns for columns, _ in parts if columns]
     columns = [torch.cat(column) for column in zip(*filled, strict=True)]
     if not len(columns[0]):
-        raise UsageError(f"not one image of {dataset.root} can be decoded")
+        raise UsageError(f"none of the {dataset.what} of {dataset.root} can be decoded")
     order = columns[0].argsort()
-    return Evaluation(*(column[order] for column in columns))
+    return Evaluation(*(column[order] for column in columns), dataset.what)
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -296,45 +435,53 @@ def check_resumed(content: dict | None, args: argparse.Namespace, dataset: Label
 
 
 def build_classifier(
-    args: argparse.Namespace, weights: Weights | None, classes: Sequence[str], **kwargs
+    args: argparse.Namespace,
+    weights: Weights | None,
+    classes: Sequence[str],
+    models: Mapping[str, Callable[..., ConvViT]] = MODELS,
+    **kwargs,
 ) -> tuple[ConvViT, Report | None]:
     """The model to train: with a checkpoint's weights, or random ones.
 
-    A head of the right width is kept only if its classes are the same, as far as is known.
+    A head of the right width is kept only if its classes are the same, as far as is known. The
+    weights of an image model are inflated for a video model, as `--inflate` says.
 
     Args:
         args: completed arguments.
         weights: to start from; None for random ones.
         classes: names of the classes.
+        models: what `--model` names.
         **kwargs: further arguments of `ConvViT`.
 
     Returns:
         The model, and how the weights were matched if there are any.
     """
     kwargs |= {"num_classes": len(classes), "global_pool": args.global_pool}
-    kwargs |= {"img_size": tuple(args.input_size)}
+    geometry = constructor_args(vars(args))
     try:
         if weights is None:
-            kwargs |= {"patch_size": tuple(args.patch_size), "in_chans": args.in_chans}
-            return MODELS[args.model](**kwargs), None
+            return models[args.model](**geometry, **kwargs), None
         if weights.classes and list(weights.classes) != list(classes):
             weights = weights.without("head")
-        return convvit_from_weights(weights, **kwargs)
+        if len(weights.architecture["img_size"]) < len(geometry["img_size"]):
+            model = ConvViT(**{**weights.architecture, **geometry, **kwargs})
+            inflated = inflate_weights(weights, model, args.inflate)
+            return model, load_weights(model, inflated, new=NEW_IN_CLASSIFIER)
+        return convvit_from_weights(weights, img_size=geometry["img_size"], **kwargs)
     except UsageError:
         raise
     except ValueError as error:
         raise UsageError(f"--input_size, --patch_size: {error}") from error
 
 
-def val_loader(args: argparse.Namespace, root: Path) -> Loader:
-    """The images to evaluate on, each in one process."""
+def val_images(args: argparse.Namespace, classes: Sequence[str] | None = None) -> Loader:
+    """The images to evaluate on; their classes are what is there, whatever they should be.
+
+    Raises:
+        UsageError: no such images, or see `LabeledImages`.
+    """
     transform = center_crop_transform(tuple(args.input_size), args.in_chans)
-    dataset = LabeledImages(root, transform)
-    if args.dist_eval:
-        sampler = EvalSampler(len(dataset), args.batch_size, rank(), world_size())
-    else:
-        sampler = EvalSampler(len(dataset) * is_main_process(), args.batch_size)
-    return Loader(dataset, sampler, args.num_workers, args.pin_mem)
+    return eval_loader(args, LabeledImages(_val_path(args), transform), args.batch_size)
 
 
 def build_data(
@@ -361,17 +508,24 @@ def build_data(
             )
     dataset = LabeledImages(train, transform)
     dataset.check_complete()
-    val = val_loader(args, val_path)
+    val = val_images(args)
     check_classes(dataset.classes, val.dataset.classes, dataset.root, val.dataset.root)
-    sampler = StepSampler(
-        *(len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed),
-        group_sizes=dataset.files.group_sizes,
-    )
-    return Loader(dataset, sampler, args.num_workers, args.pin_mem), val
+    return train_loader(args, dataset), val
 
 
-def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
+def evaluate_checkpoint(
+    args: argparse.Namespace,
+    device: torch.device,
+    load: Callable[[argparse.Namespace, Sequence[str] | None], Loader] = val_images,
+    predict: Predict = nn.Module.__call__,
+) -> Evaluation:
     """`--eval`: the accuracy of a trained classifier or probe, refused if it cannot be right.
+
+    Args:
+        args: of the command line.
+        device: where to run.
+        load: from completed arguments, and the classes if they are known, to the data.
+        predict: see `evaluate`.
 
     Raises:
         UsageError: a checkpoint that is no trained classifier, or classes that are not its own.
@@ -385,14 +539,19 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     complete_architecture(args, weights.architecture, str(weights.path))
     complete(args, device.type, world_size())
     dtype = amp_dtype(args.amp, device)
-    loader = val_loader(args, _val_path(args))
+    size = constructor_args(vars(args))["img_size"]
+    if len(size) != len(weights.architecture["img_size"]):
+        raise UsageError(f"--eval: {weights.path} is an image model: fine-tune it on videos first")
+    loader = load(args, weights.classes)
     check_outputs(weights, loader.dataset)
-    model, report = convvit_from_weights(weights, img_size=args.input_size)
+    model, report = convvit_from_weights(weights, img_size=size)
     print_once(report)
-    evaluation = evaluate(model.to(device), loader, device, dtype, args.max_bad_images)
+    model.to(device)
+    evaluation = evaluate(model, loader, device, dtype, args.max_bad_images, predict)
     evaluation.report()
     if args.predictions:
         evaluation.write(args.predictions, loader.dataset)
+    return evaluation
 
 
 def _val_path(args: argparse.Namespace) -> Path:
@@ -434,10 +593,10 @@ def check_outputs(weights: Weights, dataset: LabeledImages) -> None:
     elif weights.num_classes != len(dataset.classes):
         raise UsageError(
             f"checkpoint {weights.path} tells {weights.num_classes} classes apart, "
-            f"{dataset.root} has {len(dataset.classes)} class folders"
+            f"{dataset.root} has {len(dataset.classes)}"
         )
     else:
         print_once(
-            f"note: {weights.path} does not name its classes; its outputs are taken to be the "
-            f"folders of {dataset.root} in sorted order"
+            f"note: {weights.path} does not name its classes; its outputs are taken to be those "
+            f"of {dataset.root} in sorted order"
         )

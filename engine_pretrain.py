@@ -1,10 +1,111 @@
-"""One epoch of masked-autoencoder pretraining."""
+"""Masked-autoencoder pretraining, of images and of videos: the run and its epochs."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from contextlib import closing
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import Tensor
+from torchvision.utils import save_image
 
-from util.distributed import rank, world_size
-from util.run import Run
+from models_convmae import MaskedAutoencoderConvViT
+from util.architecture import constructor_args
+from util.distributed import is_main_process, rank, world_size
+from util.errors import UsageError
+from util.loader import Loader
+from util.logger import count_parameters
+from util.resume import find_resumable
+from util.run import Run, check_program, check_state, seed_everything
+from util.visualize import save_loss_curve
+
+Factory = Callable[..., MaskedAutoencoderConvViT]
+
+
+def build_model(
+    args: argparse.Namespace, models: Mapping[str, Factory]
+) -> MaskedAutoencoderConvViT:
+    """The model that the arguments describe.
+
+    Raises:
+        UsageError: a geometry that the model cannot have.
+    """
+    kwargs = constructor_args(vars(args)) | {"norm_pix_loss": args.norm_pix_loss}
+    if "masking" in args:
+        kwargs["masking"] = args.masking
+    try:
+        return models[args.model](**kwargs)
+    except ValueError as error:
+        raise UsageError(f"--model {args.model}: {error}") from error
+
+
+def check_sizes(args: argparse.Namespace, models: Mapping[str, Factory]) -> None:
+    """Refuse sizes that do not fit each other, before anything is read or built."""
+    with torch.device("meta"):
+        geometry = build_model(args, models).geometry
+    try:
+        geometry.visible_patches(args.mask_ratio)
+    except ValueError as error:
+        raise UsageError(f"--input_size, --patch_size, --mask_ratio: {error}") from error
+
+
+def build_run(
+    args: argparse.Namespace,
+    device: torch.device,
+    loader: Loader,
+    models: Mapping[str, Factory],
+    program: str,
+) -> Run:
+    """Model, optimizer and logs, set to the state to go on from.
+
+    Args:
+        args: completed arguments.
+        device: where to run.
+        loader: the training data.
+        models: what `--model` names.
+        program: what kind of run this is.
+    """
+    content = find_resumable(args.resume, args.output_dir)
+    if content:
+        check_program(content, program)
+        check_state(content, args, len(loader.dataset))
+    seed_everything(args.seed)
+    model = build_model(args, models).to(device)
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    return Run.prepare(args, device, loader, model, optimizer, content, program=program)
+
+
+def title(run: Run) -> str:
+    """What is pretrained, in a line."""
+    geometry = run.model.geometry
+    pixels = "x".join(map(str, geometry.img_size))
+    visible = geometry.visible_patches(run.args.mask_ratio)
+    return (
+        f"{run.args.model}: {count_parameters(run.model)}, {pixels} pixels, "
+        f"{visible} of {geometry.num_patches} patches visible"
+    )
+
+
+def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
+    """Run the epochs, with a picture after each and at the end.
+
+    Args:
+        run: set to where it begins.
+        draw: gives a reconstruction, `[3, height, width]` in [0, 1]; in the main process.
+    """
+    run.describe(title(run))
+    with closing(run.log):
+        for epoch, start in run.epochs():
+            values = train_one_epoch(run, epoch, start, run.args.mask_ratio)
+            if is_main_process():
+                run.log.image(epoch + 1, "reconstruction", draw())
+            run.end_epoch(epoch, values)
+    if is_main_process():
+        folder = run.args.output_dir
+        save_loss_curve(folder / "log.txt", folder / "loss.png")
+        save_image(draw(), folder / "reconstruction.png")
+        print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {folder}")
 
 
 def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) -> dict[str, float]:
@@ -20,13 +121,13 @@ def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) ->
         The epoch's means.
     """
     run.model.train()
-    num_patches = run.model.geometry.num_patches
+    units = run.model.geometry.num_mask_units
 
     def forward(imgs: Tensor) -> Tensor:
         # Every process draws the noise of the whole batch and takes its rows, so that any number
         # of processes mask alike.
         n = len(imgs)
-        noise = torch.rand(n * world_size(), num_patches, device=imgs.device)
+        noise = torch.rand(n * world_size(), units, device=imgs.device)
         noise = noise[n * rank() : n * (rank() + 1)]
         loss, _, _ = run.step.model(imgs, mask_ratio, noise, predict=False)
         return loss

@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
     criterion = nn.CrossEntropyLoss()
     train = partial(train_one_epoch, run, criterion=criterion, trained=model.head)
     with closing(run.log):
-        fit(run, train, val_loader, best)
+        fit(run, train, val_loader, best, predictions=args.predictions)
 
 
 if __name__ == "__main__":

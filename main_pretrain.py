@@ -3,31 +3,18 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from functools import partial
 
-import torch
-from timm.optim import param_groups_weight_decay
-from torchvision.utils import save_image
-
-from engine_pretrain import train_one_epoch
-from models_convmae import MODELS, MaskedAutoencoderConvViT
-from models_convvit import Geometry
+from engine_pretrain import build_run, check_sizes, pretrain
+from models_convmae import MODELS
 from util import args as arguments
 from util.datasets import ImageFiles, find_train_folder
 from util.demo_data import write_digits
-from util.distributed import (
-    init_processes,
-    is_main_process,
-    rank,
-    world_size,
-)
-from util.errors import UsageError
-from util.loader import Loader, StepSampler
-from util.logger import count_parameters
-from util.resume import find_resumable
-from util.run import Run, check_program, check_state, complete_run, run_main, seed_everything
+from util.distributed import init_processes, is_main_process
+from util.loader import Loader
+from util.run import complete_run, run_main, train_loader
 from util.transforms import pretrain_transform
-from util.visualize import load_samples, reconstruction_grid, save_loss_curve
+from util.visualize import load_samples, reconstruction_grid
 
 PROGRAM = "pretraining"
 # Settings of --demo: a tiny model on 32x32 digits with 4-pixel patches, minutes on two cores.
@@ -56,29 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "'DIR/{000000..000999}.tar'",
     )
     arguments.add_augmentation_args(parser, crop_scale=(0.2, 1.0))
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        type=arguments.ChoiceOf(MODELS),
-        default="convmae_convvit_base_patch16",
-        metavar="NAME",
-        help=f"one of {', '.join(MODELS)}",
-    )
-    arguments.add_patch_size_arg(group, arguments.DEFAULT_PATCH_SIZE)
-    group.add_argument(
-        "--mask_ratio",
-        type=arguments.mask_ratio,
-        default=0.75,
-        metavar="SHARE",
-        help="share of the patches to remove",
-    )
-    arguments.add_switch(
-        group,
-        "norm_pix_loss",
-        False,
-        "predict patches normalised by their own mean and variance (the paper's recipe)",
-        "predict plain pixels",
-    )
+    arguments.add_autoencoder_args(parser, MODELS, model="convmae_convvit_base_patch16", ratio=0.75)
     recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, **recipe)
     arguments.add_run_args(parser)
@@ -95,32 +60,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build_model(args: argparse.Namespace) -> MaskedAutoencoderConvViT:
-    """The model that the arguments describe.
-
-    Raises:
-        UsageError: a geometry that the model cannot have.
-    """
-    try:
-        return MODELS[args.model](
-            img_size=tuple(args.input_size),
-            patch_size=tuple(args.patch_size),
-            in_chans=args.in_chans,
-            norm_pix_loss=args.norm_pix_loss,
-        )
-    except ValueError as error:
-        raise UsageError(f"--model {args.model}: {error}") from error
-
-
-def check_sizes(args: argparse.Namespace) -> None:
-    """Refuse sizes that do not fit each other, before anything is built."""
-    try:
-        geometry = Geometry.of(args.input_size, args.patch_size)
-        geometry.visible_patches(args.mask_ratio)
-    except ValueError as error:
-        raise UsageError(f"--input_size, --patch_size, --mask_ratio: {error}") from error
-
-
 def build_data(args: argparse.Namespace) -> Loader:
     """The images and the order in which steps take them."""
     if args.demo and args.data_path is None:
@@ -128,61 +67,20 @@ def build_data(args: argparse.Namespace) -> Loader:
     transform = pretrain_transform(
         args.input_size, args.in_chans, hflip=args.hflip, scale=tuple(args.crop_scale)
     )
-    dataset = ImageFiles(find_train_folder(args.data_path), transform)
-    sampler = StepSampler(
-        *(len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed),
-        group_sizes=dataset.files.group_sizes,
-    )
-    return Loader(dataset, sampler, args.num_workers, args.pin_mem)
-
-
-def build_run(args: argparse.Namespace, device: torch.device) -> Run:
-    """Data, model, optimizer and logs, set to the state to go on from."""
-    loader = build_data(args)
-    content = find_resumable(args.resume, args.output_dir)
-    if content:
-        check_program(content, PROGRAM)
-        check_state(content, args, len(loader.dataset))
-    seed_everything(args.seed)
-    model = build_model(args).to(device)
-    groups = param_groups_weight_decay(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    return Run.prepare(args, device, loader, model, optimizer, content, program=PROGRAM)
-
-
-def title(run: Run) -> str:
-    """What is pretrained, in a line."""
-    geometry = run.model.geometry
-    pixels = "x".join(map(str, geometry.img_size))
-    visible = geometry.visible_patches(run.args.mask_ratio)
-    return (
-        f"{run.args.model}: {count_parameters(run.model)}, {pixels} pixels, "
-        f"{visible} of {geometry.num_patches} patches visible"
-    )
+    return train_loader(args, ImageFiles(find_train_folder(args.data_path), transform))
 
 
 def main(args: argparse.Namespace) -> None:
     """Build everything, then run the epochs."""
     device = init_processes(args.device)
     complete_run(args, device)
-    check_sizes(args)
-    run = build_run(args, device)
+    check_sizes(args, MODELS)
+    run = build_run(args, device, build_data(args), MODELS, PROGRAM)
+    draw = None
     if is_main_process():
         samples = load_samples(args.data_path, args.input_size, args.in_chans).to(device)
-    run.describe(title(run))
-
-    with closing(run.log):
-        for epoch, start in run.epochs():
-            values = train_one_epoch(run, epoch, start, args.mask_ratio)
-            if is_main_process():
-                picture = reconstruction_grid(run.model, samples, args.mask_ratio)
-                run.log.image(epoch + 1, "reconstruction", picture)
-            run.end_epoch(epoch, values)
-    if is_main_process():
-        save_loss_curve(args.output_dir / "log.txt", args.output_dir / "loss.png")
-        picture = reconstruction_grid(run.model, samples, args.mask_ratio)
-        save_image(picture, args.output_dir / "reconstruction.png")
-        print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {args.output_dir}")
+        draw = partial(reconstruction_grid, run.model, samples, args.mask_ratio)
+    pretrain(run, draw)
 
 
 if __name__ == "__main__":

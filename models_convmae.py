@@ -1,7 +1,7 @@
 """ConvMAE: a masked autoencoder with a ConvViT encoder (arXiv 2205.03892, section 3)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,10 +14,11 @@ from models_convvit import (
     LAYER_NORM,
     Block,
     ConvViTEncoder,
+    Geometry,
     conv_as_linear,
     to_nested_blocks,
 )
-from util.architecture import SIZES
+from util.architecture import SIZES, constructor_args
 from util.errors import UsageError
 from util.pos_embed import get_sincos_pos_embed
 from util.weights import KINDS, load_weights, read_weights
@@ -32,8 +33,10 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
     """Masked autoencoder: encodes the visible blocks only and predicts the removed pixels.
 
     Args:
-        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, norm_layer: the
-            encoder's, see `ConvViTEncoder`.
+        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, temporal_kernel,
+            norm_layer: the encoder's, see `ConvViTEncoder`.
+        mask_unit: stage-3 tokens along each dimension that stay or go together, see `Geometry`.
+        multi_scale: fuse stages 1 and 2 into what the decoder sees (paper section 3.2).
         decoder_embed_dim: width of the decoder.
         decoder_depth: transformer blocks of the decoder.
         decoder_num_heads: attention heads of the decoder.
@@ -52,6 +55,9 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         depth: Sequence[int] = (2, 2, 11),
         num_heads: int = 12,
         mlp_ratio: Sequence[float] = (4, 4, 4),
+        temporal_kernel: int = 3,
+        mask_unit: Sequence[int] | None = None,
+        multi_scale: bool = True,
         decoder_embed_dim: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
@@ -66,20 +72,23 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             depth=depth,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
+            temporal_kernel=temporal_kernel,
             norm_layer=norm_layer,
         )
-        geometry = self.geometry
+        self.geometry = geometry = Geometry.of(img_size, patch_size, mask_unit)
+        self.multi_scale = multi_scale
         self.norm_pix_loss = norm_pix_loss
 
-        conv = CONV[geometry.ndim]
-        strides = [
-            tuple(map(math.prod, zip(*geometry.patch_size[stage:], strict=True)))
-            for stage in (1, 2)
-        ]
-        self.stage1_output_decode, self.stage2_output_decode = (
-            conv(dim, embed_dim[2], stride, stride)
-            for dim, stride in zip(embed_dim[:2], strides, strict=True)
-        )
+        if multi_scale:
+            conv = CONV[geometry.ndim]
+            strides = [
+                tuple(map(math.prod, zip(*geometry.patch_size[stage:], strict=True)))
+                for stage in (1, 2)
+            ]
+            self.stage1_output_decode, self.stage2_output_decode = (
+                conv(dim, embed_dim[2], stride, stride)
+                for dim, stride in zip(embed_dim[:2], strides, strict=True)
+            )
         self.norm = norm_layer(embed_dim[2])
 
         self.decoder_embed = nn.Linear(embed_dim[2], decoder_embed_dim)
@@ -113,7 +122,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
     def patchify(self, imgs: Tensor) -> Tensor:
         """Images `[N, C, *img_size]` to patches `[N, L, patch_pixels * C]`.
 
-        A patch's values are in the order (row, column, channel).
+        A patch's values are in the order (frame, row, column, channel), a picture's without frames.
         """
         patches = to_nested_blocks(imgs, [self.geometry.stride(3)])  # [N, *grid, *patch, C]
         return patches.reshape(len(imgs), self.geometry.num_patches, -1)
@@ -131,28 +140,35 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose for each image the blocks to keep, uniformly at random (paper section 3.2).
 
+        Blocks of one mask unit share their fate; in images each of the `L` blocks is a unit.
+
         Args:
             imgs: `[N, …]`; only the number and the device matter.
-            mask_ratio: share of the `L` blocks to remove.
-            noise: `[N, L]`, the blocks with the smallest values stay; drawn if not given.
+            mask_ratio: share of the `U` mask units to remove.
+            noise: `[N, U]`, the units with the smallest values stay; drawn if not given.
 
         Returns:
-            ids_keep: `[N, int(L * (1 - mask_ratio))]`, the visible blocks.
+            ids_keep: `[N, visible]`, the blocks of the `int(U * (1 - mask_ratio))` visible units.
             mask: `[N, L]`, float, 0 keep, 1 removed.
             ids_restore: `[N, L]`, the place of each block in the shuffled order.
 
         Raises:
             ValueError: a ratio that removes nothing or everything, noise of another shape.
         """
-        keep = self.geometry.visible_patches(mask_ratio)
-        if noise is not None and noise.shape != (len(imgs), self.geometry.num_patches):
+        geometry, shape = self.geometry, (len(imgs), self.geometry.num_mask_units)
+        keep = geometry.visible_patches(mask_ratio)
+        if noise is not None and noise.shape != shape:
+            unit = "patch" if geometry.num_mask_units == geometry.num_patches else "mask unit"
             raise ValueError(
-                f"noise of shape {tuple(noise.shape)} must be one number a patch, "
-                f"{(len(imgs), self.geometry.num_patches)}"
+                f"noise of shape {tuple(noise.shape)} must be one number a {unit}, {shape}"
             )
         if noise is None:
-            noise = torch.rand(len(imgs), self.geometry.num_patches, device=imgs.device)
-        ids_shuffle = torch.argsort(noise, dim=1)
+            noise = torch.rand(shape, device=imgs.device)
+        blocks = torch.arange(geometry.num_patches, device=imgs.device).view(
+            1, 1, *geometry.grid(3)
+        )
+        units = to_nested_blocks(blocks, [geometry.mask_unit]).reshape(shape[1], -1)
+        ids_shuffle = units[torch.argsort(noise, dim=1)].flatten(1)  # [N, U, blocks] -> [N, L]
         ids_restore = torch.argsort(ids_shuffle, dim=1)
         mask = (ids_restore >= keep).float()
         return ids_shuffle[:, :keep], mask, ids_restore
@@ -160,7 +176,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
     def forward_encoder(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask, encode what is visible, fuse the three stages (paper section 3.2).
+        """Mask, encode what is visible, fuse the stages (paper section 3.2).
 
         Args:
             imgs: `[N, C, *img_size]`.
@@ -173,10 +189,11 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         """
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
         stage1, stage2, x = self.forward_visible(imgs, ids_keep)
-        # The kernels cover a block: their positions are nested as its tokens are.
-        inner = self.geometry.nesting(1)[1:]
-        x = x + conv_as_linear(stage1, self.stage1_output_decode, inner).flatten(1, 2)
-        x = x + conv_as_linear(stage2, self.stage2_output_decode).flatten(1, 2)
+        if self.multi_scale:
+            # The kernels cover a block: their positions are nested as its tokens are.
+            inner = self.geometry.nesting(1)[1:]
+            x = x + conv_as_linear(stage1, self.stage1_output_decode, inner).flatten(1, 2)
+            x = x + conv_as_linear(stage2, self.stage2_output_decode).flatten(1, 2)
         return self.norm(x), mask, ids_restore
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
@@ -251,7 +268,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         Args:
             imgs: `[N, C, *img_size]`.
             mask_ratio: share of patches to remove.
-            noise: `[N, L]`, what decides the mask, see `random_masking`. If not given it is drawn
+            noise: `[N, U]`, what decides the mask, see `random_masking`. If not given it is drawn
                 before anything else, so that a seed gives the published code's mask.
             predict: False for the loss alone, which takes a little less: what training needs.
 
@@ -304,11 +321,14 @@ convmae_convvit_base_patch16_dec512d8b = convmae_convvit_base_patch16
 MODELS = {name: value for name, value in vars().items() if name.startswith("convmae_convvit_")}
 
 
-def convmae_from_checkpoint(path: str | Path) -> MaskedAutoencoderConvViT:
+def convmae_from_checkpoint(
+    path: str | Path, models: Mapping[str, Callable[..., MaskedAutoencoderConvViT]] = MODELS
+) -> MaskedAutoencoderConvViT:
     """The masked autoencoder of a pretraining checkpoint, with its weights.
 
     Args:
         path: a file of this framework or of the original code; its arguments name the model.
+        models: the names that are known.
 
     Raises:
         UsageError: a file that cannot be read, an unknown model, or weights that are not a whole
@@ -316,19 +336,18 @@ def convmae_from_checkpoint(path: str | Path) -> MaskedAutoencoderConvViT:
     """
     weights = read_weights(path)
     name, args = weights.args.get("model"), weights.args
-    if name not in MODELS:
+    if name not in models:
         raise UsageError(
             f"checkpoint {path}: it is no pretraining checkpoint: its model is {name!r}, not one "
-            f"of {', '.join(MODELS)}"
+            f"of {', '.join(models)}"
         )
     if weights.kind != "autoencoder":
         raise UsageError(
             f"checkpoint {path} is {KINDS[weights.kind]}: only a whole autoencoder can reconstruct"
         )
-    sizes = {"img_size": args.get("input_size"), "patch_size": args.get("patch_size")}
-    sizes |= {"in_chans": args.get("in_chans"), "norm_pix_loss": args.get("norm_pix_loss")}
+    known = {k: args[k] for k in ("norm_pix_loss", "masking") if args.get(k) is not None}
     try:
-        model = MODELS[name](**{k: v for k, v in sizes.items() if v is not None})
+        model = models[name](**constructor_args(args), **known)
     except ValueError as error:
         raise UsageError(f"checkpoint {path}: {error}") from error
     load_weights(model, weights)

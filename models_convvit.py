@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, resample_abs_pos_embed
+from timm.layers import DropPath
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -36,6 +36,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from util.architecture import SIZES
+from util.pos_embed import resize_pos_embed
 from util.weights import Report, Weights, load_weights, read_weights
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -48,22 +49,29 @@ class Geometry:
     """The input's size and the stages' strides, checked to fit each other.
 
     Attributes:
-        img_size: input size in pixels, one entry a spatial dimension.
+        img_size: input size in pixels, one entry a spatial dimension; time, if there is one, first.
         patch_size: for each stage its stride along each dimension.
+        mask_unit: stage-3 tokens along each dimension that stay or go together when masked.
     """
 
     img_size: tuple[int, ...]
     patch_size: tuple[tuple[int, ...], ...]
+    mask_unit: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, img_size: int | Sequence[int], patch_size: Sequence[int | Sequence[int]]
+        cls,
+        img_size: int | Sequence[int],
+        patch_size: Sequence[int | Sequence[int]],
+        mask_unit: Sequence[int] | None = None,
     ) -> "Geometry":
         """Expand integers to one entry a dimension; a bare `img_size` is a square image.
 
+        Without a `mask_unit` every token is one.
+
         Raises:
-            ValueError: not three stages, entries of different lengths, or a size that the strides
-                do not divide.
+            ValueError: not three stages, entries of different lengths, a size that the strides do
+                not divide, or a grid that the mask unit does not.
         """
         size = (img_size,) * 2 if isinstance(img_size, Integral) else tuple(img_size)
         ndim = len(size)
@@ -84,7 +92,13 @@ class Geometry:
                 f"img_size {'x'.join(map(str, size))} is not divisible by the patch of "
                 f"{'x'.join(map(str, strides))} pixels that patch_size {patch_size} makes"
             )
-        return cls(size, patch)
+        unit = tuple(mask_unit or (1,) * ndim)
+        grid = tuple(s // stride for s, stride in zip(size, strides, strict=True))
+        if len(unit) != ndim or any(u < 1 or g % u for g, u in zip(grid, unit, strict=False)):
+            raise ValueError(
+                f"mask_unit {unit} does not divide the grid of {'x'.join(map(str, grid))} tokens"
+            )
+        return cls(size, patch, unit)
 
     @property
     def ndim(self) -> int:
@@ -109,19 +123,27 @@ class Geometry:
         """Tokens of stage 3 (`L`)."""
         return math.prod(self.grid(3))
 
+    @property
+    def num_mask_units(self) -> int:
+        """Mask units of the grid; the mask takes one random number for each."""
+        return self.num_patches // math.prod(self.mask_unit)
+
     def visible_patches(self, mask_ratio: float) -> int:
-        """Stage-3 tokens that stay when a share of them is removed, `int(L * (1 - ratio))`.
+        """Stage-3 tokens that stay when a share of the mask units is removed.
+
+        Of `U` units `int(U * (1 - ratio))` stay.
 
         Raises:
             ValueError: a ratio that removes nothing or everything.
         """
-        keep = int(self.num_patches * (1 - mask_ratio))
-        if not 0 < keep < self.num_patches:
+        keep = int(self.num_mask_units * (1 - mask_ratio))
+        if not 0 < keep < self.num_mask_units:
+            unit = "patches" if self.num_mask_units == self.num_patches else "mask units"
             raise ValueError(
-                f"mask_ratio {mask_ratio} keeps {keep} of {self.num_patches} patches: "
+                f"mask_ratio {mask_ratio} keeps {keep} of {self.num_mask_units} {unit}: "
                 f"at least one must stay and one must go"
             )
-        return keep
+        return keep * math.prod(self.mask_unit)
 
     @property
     def patch_pixels(self) -> int:
@@ -199,16 +221,198 @@ def _gather(grid: Tensor, index: Tensor) -> Tensor:
     return grid.movedim(1, -1).reshape(-1, grid.shape[1]).index_select(0, index)
 
 
+# Depthwise convolutions in space and time are sums of 2-d ones over shifted frames: libraries
+# have fast kernels for those alone.
+
+
+def _conv_frames(x: Tensor, weight: Tensor, padding: Sequence[int], halo: int = 0) -> Tensor:
+    """Depthwise convolution of frames with channels last; beyond the first and last are zeros.
+
+    Args:
+        x: `[M, halo + T + halo, H, W, C]`.
+        weight: `[C, 1, *kernel]`.
+        padding: of height and width.
+        halo: frames on either side that are only looked at.
+
+    Returns:
+        `[M, T, H', W', C]`.
+    """
+    frames = x.flatten(0, 1).movedim(-1, 1)  # [M * frames, C, H, W]
+    out = None
+    for tap, start in _taps(weight.shape[2], halo):
+        y = F.conv2d(frames, weight[:, :, tap], padding=tuple(padding), groups=len(weight))
+        y = y.movedim(1, -1).unflatten(0, x.shape[:2])
+        to, there = _overlap(start, x.shape[1], halo)
+        if out is None:  # the middle tap, which has all frames
+            out = y[:, there].contiguous()
+        else:
+            out[:, to] += y[:, there]
+    return out
+
+
+def _conv_frames_weight_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int], halo: int = 0
+) -> Tensor:
+    """The gradient of `_conv_frames` by its weight, `grad` being that by its output."""
+    taps = [None] * weight.shape[2]
+    for tap, start in _taps(len(taps), halo):
+        to, there = _overlap(start, x.shape[1], halo)
+        _, taps[tap], _ = torch.ops.aten.convolution_backward(
+            grad[:, to].flatten(0, 1).movedim(-1, 1),
+            x[:, there].flatten(0, 1).movedim(-1, 1),
+            weight[:, :, tap],
+            [len(weight)],
+            [1, 1],
+            list(padding),
+            [1, 1],
+            False,
+            [0, 0],
+            len(weight),
+            [False, True, False],
+        )
+    return torch.stack(taps, dim=2)
+
+
+def _taps(length: int, halo: int) -> list[tuple[int, int]]:
+    """The taps of a kernel in time, the middle one first, with the frame that the first sees."""
+    order = sorted(range(length), key=lambda tap: abs(tap - length // 2))
+    return [(tap, halo + tap - length // 2) for tap in order]
+
+
+def _overlap(start: int, frames: int, halo: int) -> tuple[slice, slice]:
+    """Frames of the output, and those of the input that a tap adds to them."""
+    first, last = max(0, -start), min(frames - 2 * halo, frames - start)
+    return slice(first, last), slice(first + start, last + start)
+
+
+class _FramesDepthwise(torch.autograd.Function):
+    """Depthwise convolution of whole clips `[N, T, H, W, C]`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _conv_frames(x, weight, _same(weight)) + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        return (
+            _conv_frames(grad, weight.flip(2, 3, 4), _same(weight)),
+            _conv_frames_weight_grad(grad, x, weight, _same(weight)),
+            grad.sum((0, 1, 2, 3)),
+        )
+
+
+def _same(weight: Tensor) -> list[int]:
+    """The padding in space that keeps the size."""
+    return [k // 2 for k in weight.shape[3:]]
+
+
+class Windows(NamedTuple):
+    """Boxes of a stage's grid, one around each visible mask unit of a clip.
+
+    Attributes:
+        rows: `[M, T', H', W']`, the token at each place of a box; the number of tokens for none.
+        halo: how far a box reaches beyond its unit along each dimension.
+        order: `[N * B * U]`, the place of each token among the units' own, `[M * T * H * W]`.
+    """
+
+    rows: Tensor
+    halo: tuple[int, ...]
+    order: Tensor
+
+    @classmethod
+    def around(
+        cls, index: Tensor, canvas: Sequence[int], unit: Sequence[int], kernel: Sequence[int]
+    ) -> "Windows":
+        """The boxes that a convolution of the units' tokens looks at.
+
+        Args:
+            index: see `VisibleGrid`; the tokens of a unit lie together.
+            canvas: `(N, *grid)`.
+            unit: size of a mask unit on the grid.
+            kernel: of the convolution.
+        """
+        # A unit as long as the grid has nothing on either side.
+        reach = zip(kernel, unit, canvas[1:], strict=True)
+        halo = tuple([0 if u == size else k // 2 for k, u, size in reach])
+        clip, *corner = torch.unravel_index(index.view(-1, math.prod(unit)).amin(1), canvas)
+        place, inside = clip.view(-1, 1, 1, 1), True
+        for d, (first, u, h, size) in enumerate(zip(corner, unit, halo, canvas[1:], strict=True)):
+            shape = [-1 if axis == d else 1 for axis in range(3)]
+            along = torch.arange(-h, u + h, device=index.device).view(1, *shape)
+            along = first.view(-1, 1, 1, 1) + along
+            place, inside = place * size + along, inside & (along >= 0) & (along < size)
+        nothing = math.prod(canvas)
+        place = torch.where(inside, place, nothing)
+        token = torch.full((nothing + 1,), len(index), device=index.device)
+        token[index] = torch.arange(len(index), device=index.device)
+        rows = token[place]
+        own = rows[cls._inner(halo)].flatten()
+        order = torch.empty_like(own)
+        order[own] = torch.arange(len(own), device=index.device)
+        return cls(rows, halo, order)
+
+    @staticmethod
+    def _inner(halo: Sequence[int]) -> tuple[slice, ...]:
+        return (slice(None), *(slice(h, -h or None) for h in halo))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Tokens `[V, C]` to boxes `[M, T', H', W', C]`, zeros where none is visible."""
+        x = torch.cat([x, x.new_zeros(1, x.shape[1])])
+        return x.index_select(0, self.rows.flatten()).view(*self.rows.shape, -1)
+
+    def own(self, boxes: Tensor) -> Tensor:
+        """The units' own part of boxes."""
+        return boxes[self._inner(self.halo)].contiguous()
+
+    def convolve(self, boxes: Tensor, weight: Tensor) -> Tensor:
+        """Boxes to the tokens `[V, C]` of their units, convolved."""
+        # Where a unit is as long as the grid, what is beyond are zeros.
+        padding = [0 if h else k // 2 for h, k in zip(self.halo[1:], weight.shape[3:], strict=True)]
+        out = _conv_frames(boxes, weight, padding, self.halo[0])
+        return out.view(-1, out.shape[-1]).index_select(0, self.order)
+
+
+class _WindowsDepthwise(torch.autograd.Function):
+    """Depthwise convolution of a clip's visible tokens; only around them anything is computed.
+
+    Only the tokens are kept for the backward pass, which is the same with the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, rows, halo, order):
+        windows = Windows(rows, halo, order)
+        ctx.save_for_backward(x, weight, rows, order)
+        ctx.halo = halo
+        return windows.convolve(windows.gather(x), weight) + bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, rows, order = ctx.saved_tensors
+        windows = Windows(rows, ctx.halo, order)
+        padding = [0 if h else k // 2 for h, k in zip(ctx.halo[1:], weight.shape[3:], strict=True)]
+        boxes = windows.gather(grad)
+        grad_weight = _conv_frames_weight_grad(
+            windows.own(boxes), windows.gather(x), weight, padding, ctx.halo[0]
+        )
+        grad_x = windows.convolve(boxes, weight.flip(2, 3, 4))
+        return grad_x, grad_weight, grad.sum(0), None, None, None
+
+
 class VisibleGrid(NamedTuple):
     """Where the visible tokens of one stage lie on that stage's grid.
 
     Attributes:
         index: `[N * B * U]`, rows of the flattened canvas, in the order of the tokens.
         canvas: `(N, *grid)`.
+        windows: of a clip, what lies around its mask units.
     """
 
     index: Tensor
     canvas: tuple[int, ...]
+    windows: Windows | None = None
 
     def depthwise(self, x: Tensor, conv: nn.Module) -> Tensor:
         """Apply a depthwise convolution to tokens `[N, B, U, C]`; what is not visible is zero.
@@ -216,7 +420,11 @@ class VisibleGrid(NamedTuple):
         It is computed in the tokens' type, under autocast too.
         """
         weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
-        out = _VisibleDepthwiseConv.apply(x.flatten(0, 2), weight, bias, self.index, self.canvas)
+        tokens = x.flatten(0, 2)
+        if self.windows is None:
+            out = _VisibleDepthwiseConv.apply(tokens, weight, bias, self.index, self.canvas)
+        else:
+            out = _WindowsDepthwise.apply(tokens, weight, bias, *self.windows)
         return out.view_as(x)
 
 
@@ -225,6 +433,8 @@ class DenseGrid:
 
     def depthwise(self, x: Tensor, conv: nn.Module) -> Tensor:
         """Apply a depthwise convolution to tokens `[N, *grid, C]`."""
+        if x.ndim == 5:
+            return _FramesDepthwise.apply(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype))
         return conv(x.movedim(-1, 1)).movedim(1, -1)
 
 
@@ -460,6 +670,8 @@ class ConvViTEncoder(nn.Module):
         depth: blocks of each stage.
         num_heads: attention heads of stage 3.
         mlp_ratio: hidden width of the MLPs over the stage's width, for each stage.
+        temporal_kernel: extent in time of the depthwise convolutions of a video model, odd; in
+            space they are 5×5.
         drop_path_rate: stochastic depth, linear from 0 over all blocks of all stages.
         norm_layer: LayerNorm of stage 3 and after; the stages before always use eps 1e-5.
         block: makes the blocks of stage 3, from the arguments of `Block`.
@@ -478,18 +690,21 @@ class ConvViTEncoder(nn.Module):
         depth: Sequence[int] = (2, 2, 11),
         num_heads: int = 12,
         mlp_ratio: Sequence[float] = (4, 4, 4),
+        temporal_kernel: int = 3,
         drop_path_rate: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
         block: Callable[..., Block] = Block,
     ) -> None:
         super().__init__()
+        if temporal_kernel < 1 or temporal_kernel % 2 == 0:
+            raise ValueError(f"temporal_kernel {temporal_kernel} must be odd")
         for name, value in (("embed_dim", embed_dim), ("depth", depth), ("mlp_ratio", mlp_ratio)):
             if len(value) != 3:
                 raise ValueError(f"{name} {tuple(value)} must have three entries, one a stage")
         self.geometry = geometry = Geometry.of(img_size, patch_size)
         self.in_chans = in_chans
         self.embed_dim = tuple(embed_dim)
-        kernel = (5,) * geometry.ndim
+        self.kernel = kernel = (temporal_kernel, 5, 5)[-geometry.ndim :]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depth), device="cpu").tolist())
 
         self.pos_embed = nn.Parameter(torch.zeros(1, geometry.num_patches, embed_dim[2]))
@@ -533,8 +748,13 @@ class ConvViTEncoder(nn.Module):
         grid = self.geometry.grid(stage)
         index = getattr(self, f"grid_index{stage}")[ids_keep]  # [N, B, U]
         image = torch.arange(len(ids_keep), device=index.device).view(-1, 1, 1)
-        index = index + image * math.prod(grid)
-        return VisibleGrid(index.flatten(), (len(ids_keep), *grid))
+        index = (index + image * math.prod(grid)).flatten()
+        canvas, windows = (len(ids_keep), *grid), None
+        if self.geometry.ndim == 3:
+            cells = zip(self.geometry.mask_unit, grid, self.geometry.grid(3), strict=True)
+            unit = [u * g // g3 for u, g, g3 in cells]
+            windows = Windows.around(index, canvas, unit, self.kernel)
+        return VisibleGrid(index, canvas, windows)
 
     def visible_blocks(self, imgs: Tensor, ids_keep: Tensor) -> Tensor:
         """The pixels of the blocks `ids_keep` `[N, B]` in nested order: `[N, B, pixels, C]`."""
@@ -548,7 +768,7 @@ class ConvViTEncoder(nn.Module):
 
         Args:
             imgs: `[N, in_chans, *img_size]`.
-            ids_keep: `[N, B]`, the visible stage-3 tokens of each image.
+            ids_keep: `[N, B]`, the visible stage-3 tokens of each image, mask unit by mask unit.
 
         Returns:
             Tokens after stage 1 `[N, B, U1, C1]`, stage 2 `[N, B, U2, C2]` and stage 3
@@ -685,7 +905,7 @@ class ConvViT(ConvViTEncoder):
         size = self.geometry.grid(3)
         if tuple(grid) == size:
             return self.pos_embed
-        return resample_abs_pos_embed(self.pos_embed, list(grid), size, self.num_prefix_tokens)
+        return resize_pos_embed(self.pos_embed, size, grid, self.num_prefix_tokens)
 
     def forward_stages(self, x: Tensor, stages: int = 3) -> list[Tensor]:
         """The outputs of the first stages.
@@ -813,6 +1033,10 @@ class ConvViT(ConvViTEncoder):
         return taken
 
 
+# What begins anew where an encoder becomes a classifier.
+NEW_IN_CLASSIFIER = ("head", "norm", "fc_norm")
+
+
 def convvit_from_weights(
     weights: Weights, num_classes: int | None = None, **kwargs
 ) -> tuple[ConvViT, Report]:
@@ -838,7 +1062,7 @@ def convvit_from_weights(
     if num_classes is None and weights.kind == "probe":
         model.add_probe_norm()
     as_trained = num_classes is None and trained
-    report = load_weights(model, weights, new=() if as_trained else ("head", "norm", "fc_norm"))
+    report = load_weights(model, weights, new=() if as_trained else NEW_IN_CLASSIFIER)
     return model, report
 
 

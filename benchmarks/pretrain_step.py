@@ -6,9 +6,12 @@ one run, on random images: forward, backward and AdamW.
 - `visible`: this project's model, which computes the visible blocks only;
 - `dense`: the same model as the original computes it;
 - `mae`: a plain MAE ViT of the same width.
+
+With `--video` the same of clips: VideoConvMAE, its dense form, and a plain VideoMAE.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +22,8 @@ from benchmarks.reference import DenseMaskedAutoencoder, PlainMaskedAutoencoder
 from benchmarks.steps import Benchmark, add_step_args, run
 from models_convmae import MODELS
 from util.args import Parser, mask_ratio
+from VideoConvMAE.models import DECODER, VIDEO
+from VideoConvMAE.models import MODELS as VIDEO_MODELS
 
 # The plain ViT beside each ConvMAE: width and heads of its stage 3, one block more, its decoder.
 TINY_DECODER = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
@@ -30,33 +35,55 @@ MAE_SIZES = {
 }
 
 
+# VideoMAE's: all sizes have the decoder of VideoConvMAE, and no class token.
+VIDEO_DECODERS = {"tiny": TINY_DECODER} | dict.fromkeys(("small", "base"), DECODER)
+
+
 def build(form: str, args: argparse.Namespace) -> nn.Module:
     """The model of one form, on its device.
 
     Raises:
         ValueError: sizes or a mask ratio that do not fit.
     """
-    if form == "mae":
-        model = PlainMaskedAutoencoder(img_size=args.input_size, **MAE_SIZES[args.model])
+    size = clip_size(args) if args.video else args.input_size
+    if form == "mae" and args.video:
+        patch = tuple(math.prod(p) for p in zip(*VIDEO["patch_size"], strict=True))
+        clips = dict(patch_size=patch, mask_unit=(size[0] // patch[0], 1, 1), class_token=False)
+        decoder = VIDEO_DECODERS[args.model]
+        model = PlainMaskedAutoencoder(size, **MAE_SIZES[args.model] | clips | decoder)
+    elif form == "mae":
+        model = PlainMaskedAutoencoder(size, **MAE_SIZES[args.model])
+    elif args.video:
+        model = VIDEO_MODELS[f"videoconvmae_{args.model}_patch16"](img_size=size)
     else:
-        model = MODELS[f"convmae_convvit_{args.model}_patch16"](img_size=args.input_size)
+        model = MODELS[f"convmae_convvit_{args.model}_patch16"](img_size=size)
     if form == "dense":
         model.__class__ = DenseMaskedAutoencoder  # the same module, computed the other way
-    model.geometry.visible_patches(args.mask_ratio)
+    model.geometry.visible_patches(mask_ratio_of(args))
     return model.to(args.device)
 
 
+def clip_size(args: argparse.Namespace) -> tuple[int, ...]:
+    """(T, H, W) of a clip."""
+    return (VIDEO["img_size"][0], args.input_size, args.input_size)
+
+
 def random_images(args: argparse.Namespace) -> tuple[Tensor]:
-    """A batch `[N, 3, H, W]` of noise."""
-    size = args.input_size
-    return (torch.randn(args.batch_size, 3, size, size, device=args.device),)
+    """A batch `[N, 3, H, W]` or `[N, 3, T, H, W]` of noise."""
+    size = clip_size(args) if args.video else (args.input_size, args.input_size)
+    return (torch.randn(args.batch_size, 3, *size, device=args.device),)
+
+
+def mask_ratio_of(args: argparse.Namespace) -> float:
+    """The share to remove: 0.75 of a picture, 0.9 of a clip, unless given."""
+    return args.mask_ratio or (0.9 if args.video else 0.75)
 
 
 def loss(form: str, model: nn.Module, args: argparse.Namespace, imgs: Tensor) -> Tensor:
     """The loss of a batch, as each form's training takes it."""
     if form == "visible":
-        return model(imgs, args.mask_ratio, predict=False)[0]
-    return model(imgs, args.mask_ratio)[0]
+        return model(imgs, mask_ratio_of(args), predict=False)[0]
+    return model(imgs, mask_ratio_of(args))[0]
 
 
 BENCHMARK = Benchmark("pretrain_step", build, random_images, loss, ("visible", "dense", "mae"))
@@ -74,9 +101,13 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--mask_ratio",
         type=mask_ratio,
-        default=0.75,
         metavar="SHARE",
-        help="share of patches to remove",
+        help="share of patches to remove (default: 0.75, of clips 0.9)",
+    )
+    parser.add_argument(
+        "--video",
+        action="store_true",
+        help=f"clips of {VIDEO['img_size'][0]} frames: VideoConvMAE beside a plain VideoMAE",
     )
     return parser
 

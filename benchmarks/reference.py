@@ -1,14 +1,15 @@
 """What the benchmarks compare with, and the tests' oracle: the published forms, and a plain MAE."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from models_convmae import MaskedAutoencoderConvViT, gather_tokens
-from models_convvit import LAYER_NORM, ConvViT, Geometry
+from models_convvit import CONV, LAYER_NORM, ConvViT, Geometry
 from util.pos_embed import get_sincos_pos_embed
 
 
@@ -27,20 +28,24 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
             masks[stage] = F.interpolate(
                 block_mask, self.geometry.grid(stage), mode="nearest-exact"
             )
-        x = self.patch_embed1(x)
+        x = stage1 = self.patch_embed1(x)
         for block in self.blocks1:
-            x = block(x, masks[1])
-        stage1 = self.stage1_output_decode(x).flatten(2).transpose(1, 2)
-        x = self.patch_embed2(x)
+            x = stage1 = block(x, masks[1])
+        x = stage2 = self.patch_embed2(x)
         for block in self.blocks2:
-            x = block(x, masks[2])
-        stage2 = self.stage2_output_decode(x).flatten(2).transpose(1, 2)
+            x = stage2 = block(x, masks[2])
         x = self.patch_embed4(self.patch_embed3(x).flatten(2).transpose(1, 2)) + self.pos_embed
 
-        x, stage1, stage2 = (gather_tokens(tokens, ids_keep) for tokens in (x, stage1, stage2))
+        x = gather_tokens(x, ids_keep)
         for block in self.blocks3:
             x = block(x)
-        return self.norm(x + stage1 + stage2), mask, ids_restore
+        if self.multi_scale:
+            for decode, grid in (
+                (self.stage1_output_decode, stage1),
+                (self.stage2_output_decode, stage2),
+            ):
+                x = x + gather_tokens(decode(grid).flatten(2).transpose(1, 2), ids_keep)
+        return self.norm(x), mask, ids_restore
 
 
 class GridConvViT(ConvViT):
@@ -70,15 +75,17 @@ class PlainMaskedAutoencoder(nn.Module):
     Masking, target and loss are this project's, which are MAE's.
 
     Args:
-        img_size: input size in pixels, an int for a square image or (height, width).
-        patch_size: side of a patch in pixels.
+        img_size: input size in pixels, an int for a square image or one entry a dimension.
+        patch_size: sides of a patch in pixels, an int or one entry a dimension.
         in_chans: channels of the input.
+        mask_unit: see `Geometry`.
+        class_token: with a token beside those of the patches, as MAE has it and VideoMAE has not.
         embed_dim, depth, num_heads: the encoder's.
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder's.
         norm_pix_loss: compare with patches normalised by their own mean and variance.
 
     Raises:
-        ValueError: a size that the patch does not divide, or a width that is no multiple of 4.
+        ValueError: a size that the patch does not divide, or a width too small for it.
     """
 
     patchify = MaskedAutoencoderConvViT.patchify
@@ -88,9 +95,11 @@ class PlainMaskedAutoencoder(nn.Module):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 16,
         in_chans: int = 3,
+        mask_unit: Sequence[int] | None = None,
+        class_token: bool = True,
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -100,15 +109,16 @@ class PlainMaskedAutoencoder(nn.Module):
         norm_pix_loss: bool = False,
     ) -> None:
         super().__init__()
-        self.geometry = Geometry.of(img_size, (patch_size, 1, 1))
+        self.geometry = geometry = Geometry.of(img_size, (patch_size, 1, 1), mask_unit)
         self.norm_pix_loss = norm_pix_loss
 
         def blocks(dim: int, heads: int, number: int) -> nn.Sequential:
             kwargs = dict(qkv_bias=True, norm_layer=LAYER_NORM)
             return nn.Sequential(*(Block(dim, heads, **kwargs) for _ in range(number)))
 
-        self.patch_embed = PatchEmbed(self.geometry.img_size, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        patch = geometry.stride(3)
+        self.patch_embed = CONV[geometry.ndim](in_chans, embed_dim, patch, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, int(class_token), embed_dim))
         self.blocks = blocks(embed_dim, num_heads, depth)
         self.norm = LAYER_NORM(embed_dim)
 
@@ -126,7 +136,7 @@ class PlainMaskedAutoencoder(nn.Module):
 
     def initialize_weights(self) -> None:
         """MAE's: xavier linear maps and patch embedding, zero biases, normal(0, 0.02) tokens."""
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        nn.init.xavier_uniform_(self.patch_embed.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
@@ -142,7 +152,7 @@ class PlainMaskedAutoencoder(nn.Module):
         Args:
             imgs: `[N, C, *img_size]`.
             mask_ratio: share of patches to remove.
-            noise: `[N, L]`, what decides the mask; drawn if not given.
+            noise: `[N, U]`, what decides the mask; drawn if not given.
 
         Returns:
             loss: a scalar.
@@ -150,14 +160,16 @@ class PlainMaskedAutoencoder(nn.Module):
             mask: `[N, L]`, 1 where removed.
         """
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
-        x = gather_tokens(self.patch_embed(imgs) + self.pos_embed, ids_keep)
+        patches = self.patch_embed(imgs).flatten(2).transpose(1, 2)  # [N, L, C]
+        x = gather_tokens(patches + self.pos_embed, ids_keep)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = self.decoder_embed(self.norm(self.blocks(x)))
 
-        cls_token, x = x[:, :1], x[:, 1:]
+        prefix = self.cls_token.shape[1]
+        cls_token, x = x[:, :prefix], x[:, prefix:]
         removed = ids_restore.shape[1] - x.shape[1]
         x = torch.cat([x, self.mask_token.expand(len(x), removed, -1)], dim=1)
         x = gather_tokens(x, ids_restore) + self.decoder_pos_embed
         x = torch.cat([cls_token, x], dim=1)
-        pred = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
+        pred = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, prefix:]
         return self.forward_loss(imgs, pred, mask), pred, mask

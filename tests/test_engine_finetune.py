@@ -11,6 +11,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
+import engine_finetune
 import main_finetune
 from engine_finetune import Best, evaluate, judge, train_one_epoch
 from models_convvit import convvit_tiny_patch16
@@ -33,7 +34,7 @@ def arguments(*more):
 
 
 def test_mixed_batches_get_timms_soft_target_loss():
-    criterion, mixup = main_finetune.build_criterion(arguments(), 10)
+    criterion, mixup = engine_finetune.build_criterion(arguments(), 10)
     assert isinstance(criterion, SoftTargetCrossEntropy)
     assert isinstance(mixup, Mixup)
     settings = (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.switch_prob)
@@ -42,7 +43,9 @@ def test_mixed_batches_get_timms_soft_target_loss():
 
 
 def test_without_mixing_labels_are_smoothed_as_timm_does():
-    criterion, mixup = main_finetune.build_criterion(arguments("--mixup", "0", "--cutmix", "0"), 10)
+    criterion, mixup = engine_finetune.build_criterion(
+        arguments("--mixup", "0", "--cutmix", "0"), 10
+    )
     assert mixup is None
     logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
     expected = LabelSmoothingCrossEntropy(0.1)(logits, labels)
@@ -51,7 +54,7 @@ def test_without_mixing_labels_are_smoothed_as_timm_does():
 
 def test_without_mixing_and_smoothing_the_loss_is_cross_entropy():
     flags = ("--mixup", "0", "--cutmix", "0", "--smoothing", "0")
-    criterion, _ = main_finetune.build_criterion(arguments(*flags), 10)
+    criterion, _ = engine_finetune.build_criterion(arguments(*flags), 10)
     logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
     torch.testing.assert_close(criterion(logits, labels), F.cross_entropy(logits, labels))
 
@@ -193,7 +196,7 @@ def test_the_best_accuracy_survives_a_checkpoint():
 def test_the_optimizer_is_the_recipes():
     args = arguments()
     model = convvit_tiny_patch16(img_size=32, num_classes=3)
-    optimizer = main_finetune.build_optimizer(args, model)
+    optimizer = engine_finetune.build_optimizer(args, model)
     assert isinstance(optimizer, torch.optim.AdamW)
     scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
     assert scales == pytest.approx([0.65**n for n in range(5, -1, -1)])  # 4 blocks
@@ -203,6 +206,6 @@ def test_the_optimizer_is_the_recipes():
 
 def test_every_parameter_has_one_place_in_the_optimizer():
     model = convvit_tiny_patch16(img_size=32, num_classes=3)
-    groups = main_finetune.build_optimizer(arguments(), model).param_groups
+    groups = engine_finetune.build_optimizer(arguments(), model).param_groups
     placed = [id(p) for group in groups for p in group["params"]]
     assert sorted(placed) == sorted(id(p) for p in model.parameters())

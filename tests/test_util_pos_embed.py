@@ -44,7 +44,17 @@ def test_three_dimensions_share_the_channels_last_dimension_first():
         np.testing.assert_array_equal(table[place], np.concatenate(expected, 1)[0])
 
 
-@pytest.mark.parametrize(("width", "grid", "multiple"), [(18, (2, 2), 4), (16, (2, 2, 2), 6)])
+def test_what_is_left_over_goes_to_the_last_dimensions():
+    table = get_sincos_pos_embed(16, (2, 3, 4)).reshape(2, 3, 4, 16)
+    for place in np.ndindex(2, 3, 4):
+        widths = zip((6, 6, 4), reversed(place), strict=True)
+        expected = [get_1d_sincos_pos_embed(width, np.array([float(p)])) for width, p in widths]
+        np.testing.assert_array_equal(table[place], np.concatenate(expected, 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("width", "grid", "multiple"), [(18, (2, 2), 4), (17, (2, 2, 2), 2), (4, (2, 2, 2), 2)]
+)
 def test_width_that_does_not_divide_is_refused_with_the_numbers(width, grid, multiple):
     with pytest.raises(
         ValueError, match=rf"{len(grid)} dimensions.*multiple of {multiple}, .*{width}"

@@ -19,7 +19,8 @@ def read_architecture(
     """The constructor's arguments of the encoder that weights belong to.
 
     Heads are not in the shapes: a known width has its published number, any other 64 channels a
-    head. Nor are the proportions of the image: without a hint that fits it is taken to be square.
+    head. Nor are the proportions of the input: without a hint that fits a picture is taken to be
+    square, and a video to have 16 frames, or else the fewest that make its frames square.
 
     Args:
         shapes: name to shape, as in the published checkpoints; more names do no harm.
@@ -27,7 +28,7 @@ def read_architecture(
 
     Returns:
         `img_size`, `patch_size`, `in_chans`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio` and
-        `class_token`.
+        `class_token`; of a video model also `temporal_kernel`.
 
     Raises:
         ValueError: weights that are no ConvViT's.
@@ -46,6 +47,8 @@ def read_architecture(
         shapes[f"blocks{stage}.0.mlp.fc1.weight"][0] / embed_dim[stage - 1] if blocks else 4
         for stage, blocks in enumerate(depth, start=1)
     )
+    kernels = (shapes.get(f"blocks{s}.0.attn.weight", ()) for s in (1, 2))
+    temporal = [kernel[2] for kernel in kernels if len(kernel) == 5]
     known_heads = {size["embed_dim"][2]: size["num_heads"] for size in SIZES.values()}
     return {
         "img_size": _img_size(tokens, class_token, stride, img_size),
@@ -56,7 +59,46 @@ def read_architecture(
         "num_heads": known_heads.get(embed_dim[2], max(1, embed_dim[2] // 64)),
         "mlp_ratio": tuple(ratios),
         "class_token": class_token,
+        **({"temporal_kernel": temporal[0]} if temporal else {}),
     }
+
+
+def constructor_args(args: Mapping[str, object]) -> dict[str, object]:
+    """The constructor's arguments that a run's arguments stand for, as far as they say.
+
+    Args:
+        args: `input_size` (an int or one entry a dimension of a picture), `patch_size` (the
+            stages' strides in space) and `in_chans`; of a video run also `num_frames`, `tubelet`
+            (frames of a cube, all in stage 1) and `temporal_kernel`.
+
+    Returns:
+        `img_size`, `patch_size`, `in_chans` and `temporal_kernel`, those that are known.
+    """
+    size, patch = args.get("input_size"), args.get("patch_size")
+    if "num_frames" in args:
+        size = (args["num_frames"], *((size, size) if isinstance(size, int) else size))
+        times = (args["tubelet"], 1, 1)
+        square = [(p, p) if isinstance(p, int) else p for p in patch]
+        patch = tuple((t, *p) for t, p in zip(times, square, strict=True))
+    known = {"img_size": size, "patch_size": patch, "in_chans": args.get("in_chans")}
+    known |= {"temporal_kernel": args.get("temporal_kernel")}
+    plain = {n: tuple(v) if isinstance(v, list) else v for n, v in known.items()}
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def flags_of(architecture: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of a run, as `constructor_args` takes them, that an architecture stands for."""
+    size, patch = architecture["img_size"], architecture["patch_size"]
+    space = [tuple(entry[-2:]) for entry in patch]
+    flags = {
+        "input_size": list(size[-2:]),
+        "patch_size": [entry[0] if len(set(entry)) == 1 else entry for entry in space],
+        "in_chans": architecture["in_chans"],
+    }
+    if len(size) == 3:
+        flags |= {"num_frames": size[0], "tubelet": patch[0][0]}
+        flags |= {"temporal_kernel": architecture.get("temporal_kernel")}
+    return flags
 
 
 def grid_size(architecture: Mapping[str, object]) -> tuple[int, ...]:
@@ -74,8 +116,11 @@ def _img_size(
         grid = [s // p for s, p in zip(hint, stride, strict=True)]
         if math.prod(grid) in counts:
             return tuple(hint)
-    side = next((math.isqrt(n) for n in counts if math.isqrt(n) ** 2 == n), math.isqrt(tokens))
-    return tuple(side * p for p in stride)
+    lengths = (max(1, 16 // stride[0]), *range(1, tokens + 1)) if len(stride) == 3 else (1,)
+    grids = ((n, length, math.isqrt(n // length)) for length in lengths for n in counts)
+    found = ((length, side) for n, length, side in grids if length * side**2 == n)
+    length, side = next(found, (1, math.isqrt(tokens)))
+    return tuple(n * p for n, p in zip((length, side, side)[-len(stride) :], stride, strict=True))
 
 
 def _depth(shapes: Mapping[str, Sequence[int]], stage: int) -> int:

@@ -2,11 +2,11 @@
 
 import argparse
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from util.architecture import describe_architecture, size_name
+from util.architecture import describe_architecture, flags_of, size_name
 from util.distributed import cores_per_process
 from util.errors import UsageError
 
@@ -19,6 +19,7 @@ MAY_CHANGE = frozenset(
 )
 # Of a model that no checkpoint describes.
 DEFAULT_INPUT_SIZE, DEFAULT_IN_CHANS, DEFAULT_PATCH_SIZE = 224, 3, (4, 2, 2)
+DEFAULT_CLIP = {"num_frames": 16, "tubelet": 2, "temporal_kernel": 3}
 # What `complete` derives from other flags.
 _DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}
 
@@ -204,6 +205,32 @@ def add_augmentation_args(
     return group
 
 
+def add_recipe_args(
+    parser: Parser, *, crop_scale: tuple[float, float], auto_augment: str
+) -> argparse._ArgumentGroup:
+    """Augmentation and regularisation of a fine-tuning, with a recipe's defaults."""
+    group = add_augmentation_args(parser, crop_scale)
+    group.add_argument(
+        "--aa",
+        default=auto_augment,
+        metavar="POLICY",
+        help="timm's auto-augment policy; none for none",
+    )
+
+    def add(name: str, default: float, help: str, kind: Callable = share) -> None:
+        group.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=help)
+
+    anything = non_negative_float
+    add("color_jitter", 0.0, "colour jitter, used without --aa", anything)
+    add("reprob", 0.25, "share of images in which a rectangle is erased")
+    add("smoothing", 0.1, "label smoothing")
+    add("mixup", 0.8, "mixup's alpha; 0 for none", anything)
+    add("cutmix", 1.0, "cutmix's alpha; 0 for none", anything)
+    add("mixup_prob", 1.0, "share of batches that are mixed")
+    add("mixup_switch_prob", 0.5, "share of cutmix where both are on")
+    return group
+
+
 def add_patch_size_arg(group: argparse._ArgumentGroup, default: Sequence[int] | None) -> None:
     """The strides of the stages; without a default they are the checkpoint's."""
     follows = "" if default else " (default: the checkpoint's, else 4 2 2)"
@@ -215,6 +242,36 @@ def add_patch_size_arg(group: argparse._ArgumentGroup, default: Sequence[int] | 
         metavar="STRIDE",
         help=f"strides of the three stages; their product is the patch's side in pixels{follows}",
     )
+
+
+def add_autoencoder_args(
+    parser: Parser, models: Iterable[str], *, model: str, ratio: float
+) -> argparse._ArgumentGroup:
+    """What a masked autoencoder is built from, `ratio` being removed; returns the group."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        type=ChoiceOf(models),
+        default=model,
+        metavar="NAME",
+        help=f"one of {', '.join(models)}",
+    )
+    add_patch_size_arg(group, DEFAULT_PATCH_SIZE)
+    group.add_argument(
+        "--mask_ratio",
+        type=mask_ratio,
+        default=ratio,
+        metavar="SHARE",
+        help="share of the patches to remove",
+    )
+    add_switch(
+        group,
+        "norm_pix_loss",
+        False,
+        "predict patches normalised by their own mean and variance (the paper's recipe)",
+        "predict plain pixels",
+    )
+    return group
 
 
 def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._ArgumentGroup:
@@ -351,6 +408,36 @@ def add_optim_args(
     return group
 
 
+def add_drop_path_arg(group: argparse._ArgumentGroup) -> None:
+    """Stochastic depth of a classifier that is fine-tuned."""
+    group.add_argument(
+        "--drop_path",
+        type=share,
+        default=0.1,
+        metavar="RATE",
+        help="stochastic depth, rising linearly to this rate in the last block",
+    )
+
+
+def add_layer_args(group: argparse._ArgumentGroup, layer_decay: float) -> None:
+    """Layer-wise learning rates, and the average of the weights."""
+    group.add_argument(
+        "--layer_decay",
+        type=share,
+        default=layer_decay,
+        metavar="FACTOR",
+        help="learning rate of a layer over that of the next",
+    )
+    add_switch(group, "model_ema", False, "average the weights over steps (timm's)", "no average")
+    group.add_argument(
+        "--model_ema_decay",
+        type=share,
+        default=0.9999,
+        metavar="FACTOR",
+        help="weight of the past in each step of the average",
+    )
+
+
 def add_run_args(parser: Parser) -> None:
     """Output, resuming, device and precision."""
     group = parser.add_argument_group("run")
@@ -413,7 +500,7 @@ def add_run_args(parser: Parser) -> None:
 def complete_architecture(
     args: argparse.Namespace, architecture: Mapping[str, object] | None, source: str = ""
 ) -> None:
-    """Fill in `--input_size`, `--in_chans` and `--patch_size` of a classifier.
+    """Fill in the flags of a classifier's geometry; those of a video's clips if there are such.
 
     Args:
         args: those that were given stay.
@@ -423,34 +510,31 @@ def complete_architecture(
     Raises:
         UsageError: flags that describe another model than the checkpoint's, or no model.
     """
-    if architecture is None:
-        if args.model is None:
-            raise UsageError(
-                "what to start from? --finetune FILE for a checkpoint, or --model NAME for "
-                "random weights"
-            )
-        args.input_size = args.input_size or [DEFAULT_INPUT_SIZE]
-        args.in_chans = args.in_chans or DEFAULT_IN_CHANS
-        args.patch_size = args.patch_size or list(DEFAULT_PATCH_SIZE)
-        return
-    size = size_name(architecture)
-    if args.model is not None and args.model.split("_")[1] != size:
+    if architecture is None and args.model is None:
+        raise UsageError(
+            "what to start from? --finetune FILE for a checkpoint, or --model NAME for "
+            "random weights"
+        )
+    there = flags_of(architecture) if architecture else {}
+    if "num_frames" in there and "num_frames" not in args:
+        raise UsageError(f"{source} holds a video model: use python -m VideoConvMAE.main_finetune")
+    if architecture and args.model and args.model.split("_")[1] != size_name(architecture):
         raise UsageError(
             f"--model {args.model} is not what {source} holds: "
             f"{describe_architecture(architecture)}"
         )
-    patch_size = [
-        entry[0] if len(set(entry)) == 1 else entry for entry in architecture["patch_size"]
-    ]
-    for name, there in (("patch_size", patch_size), ("in_chans", architecture["in_chans"])):
-        given = getattr(args, name)
-        if given is not None and given != there:
+    defaults = {"input_size": [DEFAULT_INPUT_SIZE], "in_chans": DEFAULT_IN_CHANS}
+    defaults |= {"patch_size": list(DEFAULT_PATCH_SIZE)}
+    defaults |= DEFAULT_CLIP if "num_frames" in args else {}
+    for name, default in defaults.items():
+        given, known = getattr(args, name), there.get(name)
+        resizable = name in ("input_size", "num_frames")
+        if not resizable and known is not None and given not in (None, known):
             raise UsageError(
-                f"--{name} {_show(given)} is not what {source} holds: {_show(there)}; leave the "
+                f"--{name} {_show(given)} is not what {source} holds: {_show(known)}; leave the "
                 f"flag away to take it from there"
             )
-        setattr(args, name, there)
-    args.input_size = args.input_size or list(architecture["img_size"])
+        setattr(args, name, given or known or default)
 
 
 def complete(args: argparse.Namespace, device_type: str, processes: int) -> None:
@@ -461,7 +545,7 @@ def complete(args: argparse.Namespace, device_type: str, processes: int) -> None
     """
     if len(args.input_size) > 2:
         raise UsageError(f"--input_size takes one or two numbers, not {len(args.input_size)}")
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1]:
+    if "crop_scale" in args and not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         raise UsageError("--crop_scale takes the smaller share first, and more than 0")
     if args.warmup_epochs >= args.epochs:
         raise UsageError(

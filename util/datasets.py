@@ -145,7 +145,7 @@ def list_images(root: str | os.PathLike) -> list[str]:
         what = "is not a folder" if os.path.exists(root) else "does not exist"
         raise UsageError(f"the data path {root} {what}: give a folder of images")
     images, others = [], Counter()
-    for folder, files in _walk(root):
+    for folder, files in walk(root):
         for name in files:
             if name.lower().endswith(IMAGE_EXTENSIONS):
                 images.append(os.path.join(folder, name))
@@ -160,7 +160,7 @@ def list_images(root: str | os.PathLike) -> list[str]:
     return sorted(images)
 
 
-def _walk(root: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
+def walk(root: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
     """Each visible folder from `root` on, once, with the names of its visible files."""
 
     def refuse(error: OSError) -> None:
@@ -267,12 +267,73 @@ def open_images(root: str | os.PathLike) -> "ImageFolder | Shards":
     return Shards(root) if is_shards(root) else ImageFolder(root)
 
 
-class ImageFiles(Dataset):
+class FileDataset(Dataset):
+    """Samples of one kind, some of which may be damaged; a subclass says what they are.
+
+    An item's key is `(index, seed)`, as a sampler gives it. The item is `(sample, bad)`: what
+    `load` made of the file, and the indices of files that could not be decoded. Another file,
+    drawn by the same seed, takes the place of such a one.
+
+    Attributes:
+        root: the folder or list that the files come from, for messages.
+        what: what they are, for messages.
+        group_sizes: of files that need to be read in groups, the number in each.
+    """
+
+    root: Path
+    what = "files"
+    group_sizes: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        """Where a sample is, for people."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> Tensor:
+        """A sample; may draw from `torch`, `numpy` and `random`.
+
+        Raises:
+            OSError: it cannot be decoded.
+        """
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
+        sample, _, bad = self.read(*key)
+        return sample, bad
+
+    def read(self, index: int, seed: int) -> tuple[Tensor, int, tuple[int, ...]]:
+        """Load one file, or another in its place.
+
+        Args:
+            index: the file wanted.
+            seed: what decides the augmentation, and the substitute of a bad file.
+
+        Returns:
+            sample: of `load`.
+            index: the file it came from.
+            bad: the files that failed before.
+
+        Raises:
+            TrainingError: `MAX_TRIES` files failed.
+        """
+        bad = []
+        while len(bad) < MAX_TRIES:
+            try:
+                with seeded(seed):
+                    return self.load(index), index, tuple(bad)
+            except OSError as error:
+                bad.append(index)
+                draw = random.Random(f"{seed} {len(bad)}")
+                index, reason = draw.randrange(len(self)), error
+        raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
+
+
+class ImageFiles(FileDataset):
     """All images of a data path, without labels.
 
-    An item's key is `(index, seed)`, as a sampler gives it. The item is `(image, bad)`: what
-    `transform` made of the file, and the indices of files that could not be decoded. Another
-    image, drawn by the same seed, takes the place of such a file.
+    An item is `(image, bad)`: what `transform` made of the file, see `FileDataset`.
 
     Args:
         root: a folder, nested or flat, or shards.
@@ -286,6 +347,8 @@ class ImageFiles(Dataset):
         UsageError: there are no images, see `open_images`.
     """
 
+    what = "images"
+
     def __init__(
         self,
         root: str | os.PathLike,
@@ -294,6 +357,7 @@ class ImageFiles(Dataset):
         self.root = Path(root)
         self.transform = transform
         self.files = open_images(root)
+        self.group_sizes = self.files.group_sizes
 
     def __len__(self) -> int:
         return len(self.files)
@@ -302,35 +366,10 @@ class ImageFiles(Dataset):
         """Where an image is, for people."""
         return self.files.path(index)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
-        image, _, bad = self.read(*key)
-        return image, bad
-
-    def read(self, index: int, seed: int) -> tuple[Tensor, int, tuple[int, ...]]:
-        """Decode and transform one image.
-
-        Args:
-            index: the file wanted.
-            seed: what decides the augmentation, and the substitute of a bad file.
-
-        Returns:
-            image: `[C, H, W]`.
-            index: the file it came from.
-            bad: the files that failed before.
-
-        Raises:
-            TrainingError: `MAX_TRIES` files failed.
-        """
-        bad = []
-        while len(bad) < MAX_TRIES:
-            try:
-                with self.files.open(index) as file, seeded(seed):
-                    return self.transform(file), index, tuple(bad)
-            except OSError as error:
-                bad.append(index)
-                draw = random.Random(f"{seed} {len(bad)}")
-                index, reason = draw.randrange(len(self)), error
-        raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
+    def load(self, index: int) -> Tensor:
+        """The transformed picture of a file."""
+        with self.files.open(index) as file:
+            return self.transform(file)
 
 
 class LabeledImages(ImageFiles):

@@ -35,7 +35,7 @@ class DeviceFeed:
         batches = iter(batches)
         fetch = self._fetch if self.stream is None else self._fetch_beside
         while (batch := fetch(batches)) is not None:
-            yield tuple(normalize(x) for x in batch)
+            yield tuple(normalize(x, 1) for x in batch)
 
     def waited(self) -> float:
         """Seconds of waiting since the last call, as far as the device has come."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from util.datasets import ImageFiles
+from util.datasets import FileDataset
 from util.errors import TrainingError, UsageError
 
 _logger = logging.getLogger(__name__)  # Prints warnings even if nobody sets it up.
@@ -24,11 +24,13 @@ MAX_LOST_WORKERS = 3
 
 
 def collate(items: Sequence[tuple]) -> tuple:
-    """Items `(image, …, bad)` to a batch `([N, C, H, W], …, bad)`.
+    """Items `(sample, …, bad)` to a batch `([N, *sample], …, bad)`.
 
-    `bad` is the sorted list of the indices that any of the items reports.
+    A list of items, several views of one file, counts as so many. `bad` is the sorted list of the
+    indices that any of the items reports.
     """
-    *columns, bad = zip(*items, strict=True)
+    flat = [i for item in items for i in (item if isinstance(item, list) else [item])]
+    *columns, bad = zip(*flat, strict=True)
     return *(default_collate(column) for column in columns), sorted(set().union(*bad))
 
 
@@ -207,20 +209,21 @@ class BadImages:
         """Number of different files."""
         return len(self.paths)
 
-    def add(self, indices: Iterable[int], dataset: ImageFiles) -> None:
+    def add(self, indices: Iterable[int], dataset: FileDataset) -> None:
         """Take note of what a batch of `dataset` reports as bad."""
         for index in indices:
             if index not in self.paths:
                 self.paths[index] = dataset.path(index)
                 self.warn(f"{self.paths[index]} cannot be decoded: skipped")
 
-    def check(self, total: int, num_files: int, max_share: float) -> None:
+    def check(self, total: int, num_files: int, max_share: float, what: str = "images") -> None:
         """Stop a run on damaged data.
 
         Args:
             total: bad files of all processes.
             num_files: files of the data set.
             max_share: share of them that may be bad.
+            what: they are.
 
         Raises:
             TrainingError: more are.
@@ -228,7 +231,7 @@ class BadImages:
         if total > max_share * num_files:
             first = next((f"; first: {path}" for path in self.paths.values()), "")
             raise TrainingError(
-                f"{total} of {num_files} images cannot be decoded, "
+                f"{total} of {num_files} {what} cannot be decoded, "
                 f"more than --max_bad_images {max_share} allows{first}"
             )
 
@@ -249,7 +252,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ImageFiles,
+        dataset: FileDataset,
         sampler: StepSampler | EvalSampler,
         num_workers: int = 0,
         pin_memory: bool = False,

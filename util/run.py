@@ -14,17 +14,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from util.args import check_same_run, check_writable, complete, plain
+from util.datasets import FileDataset
 from util.distributed import (
     StopSignal,
     cores_per_process,
     gather_objects,
+    is_main_process,
     print_once,
+    rank,
     world_size,
     wrap_model,
 )
 from util.errors import TrainingError, UsageError
 from util.feed import DeviceFeed, Pace
-from util.loader import BadImages, Loader
+from util.loader import BadImages, EvalSampler, Loader, StepSampler
 from util.logger import Meters, Progress, RunLog, peak_memory_mb
 from util.lr_sched import adjust_learning_rate
 from util.optim_step import OptimStep, amp_dtype
@@ -39,7 +42,7 @@ class Stopped(Exception):
     """The run was asked to stop and has saved its state: exit 0."""
 
 
-def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+def run_main(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> int:
     """Run a main to its exit code: 0 done or saved on a signal, 2 bad use, 1 failed."""
     code = 0
     try:
@@ -83,6 +86,24 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     amp_dtype(args.amp, device)
     check_writable(args.output_dir, "--output_dir")
     check_writable(args.log_dir, "--log_dir")
+
+
+def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
+    """A data set in the order in which steps take it."""
+    sampler = StepSampler(
+        *(len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed),
+        group_sizes=dataset.group_sizes,
+    )
+    return Loader(dataset, sampler, args.num_workers, args.pin_mem)
+
+
+def eval_loader(args: argparse.Namespace, dataset: FileDataset, batch_size: int) -> Loader:
+    """Every sample of a data set once, each in one process."""
+    if args.dist_eval:
+        sampler = EvalSampler(len(dataset), batch_size, rank(), world_size())
+    else:
+        sampler = EvalSampler(len(dataset) * is_main_process(), batch_size)
+    return Loader(dataset, sampler, args.num_workers, args.pin_mem)
 
 
 def check_program(content: Mapping, program: str) -> None:
@@ -210,7 +231,8 @@ class Run:
         begin = f"from epoch {epoch + 1}, step {step}" if epoch or step else "from the beginning"
         print_once(
             f"{title}\n"
-            f"{len(self.loader.dataset)} images of {self.loader.dataset.root}, "
+            f"{len(self.loader.dataset)} {self.loader.dataset.what} of "
+            f"{self.loader.dataset.root}, "
             f"{self.loader.steps_per_epoch} steps of {args.batch_size} x {args.accum_iter} x "
             f"{world_size()} = {args.effective_batch_size} an epoch\n"
             f"{args.epochs} epochs {begin}, peak lr {args.lr:.3g}, {precision} on {self.device}"
@@ -342,7 +364,8 @@ class Run:
         total = self.bad_images.count
         if total:
             values["bad_images"] = total
-            self.bad_images.check(total, len(self.loader.dataset), self.args.max_bad_images)
+            dataset = self.loader.dataset
+            self.bad_images.check(total, len(dataset), self.args.max_bad_images, dataset.what)
         self.step.check()
         return values
 

@@ -140,27 +140,41 @@ def eval_transform(
     )
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Pixels `[…, C, H, W]`, uint8, to the model's input, float32; other types are that already.
+def normalize(images: Tensor, dim: int = -3) -> Tensor:
+    """Pixels, uint8, to the model's input, float32; other types are that already.
 
     A batch takes a quarter of the memory on its way to the device if it is normalised there.
+
+    Args:
+        images: `[…, C, H, W]`, or with the channels in another dimension.
+        dim: the channels'.
+
+    Returns:
+        The same shape.
     """
     if images.dtype != torch.uint8:
         return images
-    scale, shift = _scale_and_shift(images.shape[-3], images.device)
+    behind = images.ndim - 1 - dim % images.ndim
+    scale, shift = _scale_and_shift(images.shape[dim], behind, images.device)
     return images.float().mul_(scale).add_(shift)  # twice as fast on a CPU as one operation
 
 
 @cache
-def _scale_and_shift(in_chans: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What takes a pixel of 0 … 255 to a normalised value, `[C, 1, 1]` each."""
-    mean, std = torch.tensor(channel_stats(in_chans), device=device).view(2, in_chans, 1, 1)
+def _scale_and_shift(in_chans: int, behind: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What takes a pixel of 0 … 255 to a normalised value, `[C, 1, …]` with `behind` ones each."""
+    stats = torch.tensor(channel_stats(in_chans), device=device)
+    mean, std = stats.view(2, in_chans, *[1] * behind)
     return 1 / (255 * std), -mean / std
 
 
-def denormalize(images: Tensor) -> Tensor:
-    """Undo the normalisation, for viewing: `[…, C, H, W]` to the same shape within [0, 1]."""
-    mean, std = (
-        images.new_tensor(values).view(-1, 1, 1) for values in channel_stats(images.shape[-3])
-    )
+def denormalize(images: Tensor, dim: int = -3) -> Tensor:
+    """Undo the normalisation, for viewing: to the same shape within [0, 1].
+
+    Args:
+        images: `[…, C, H, W]`, or with the channels in another dimension.
+        dim: the channels'.
+    """
+    shape = [1] * images.ndim
+    shape[dim] = -1
+    mean, std = (images.new_tensor(v).view(shape) for v in channel_stats(images.shape[dim]))
     return (images * std + mean).clamp(0, 1)

@@ -33,16 +33,16 @@ def reconstruct(
 
     Args:
         model: a `MaskedAutoencoderConvViT`.
-        imgs: `[N, C, H, W]`, normalised.
+        imgs: `[N, C, *img_size]`, pictures or clips, normalised.
         mask_ratio: share of patches to remove.
         seed: of the masks.
 
     Returns:
-        masked: `[N, C, H, W]` in [0, 1], removed patches gray.
-        filled: `[N, C, H, W]` in [0, 1], removed patches predicted, visible ones as they were.
+        masked: as `imgs`, in [0, 1], removed patches gray.
+        filled: as `imgs`, in [0, 1], removed patches predicted, visible ones as they were.
     """
     noise = torch.rand(
-        len(imgs), model.geometry.num_patches, generator=torch.Generator().manual_seed(seed)
+        len(imgs), model.geometry.num_mask_units, generator=torch.Generator().manual_seed(seed)
     )
     training = model.training
     model.eval()
@@ -54,9 +54,9 @@ def reconstruct(
         mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
         pred = pred * (var + 1e-6) ** 0.5 + mean
     removed = model.unpatchify(mask.unsqueeze(-1).expand_as(patches)).bool()
-    originals = denormalize(imgs)
+    originals = denormalize(imgs, 1)
     masked = originals.masked_fill(removed, GRAY)
-    filled = torch.where(removed, denormalize(model.unpatchify(pred)).clamp(0, 1), originals)
+    filled = torch.where(removed, denormalize(model.unpatchify(pred), 1), originals)
     return masked, filled
 
 

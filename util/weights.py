@@ -20,12 +20,17 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from util.architecture import describe_architecture, grid_size, read_architecture
+from util.architecture import (
+    constructor_args,
+    describe_architecture,
+    grid_size,
+    read_architecture,
+)
 from util.checkpoint import load_file, save_atomically, write_atomically
 from util.errors import UsageError
+from util.pos_embed import resize_pos_embed
 from util.rel_pos import RelativePositions, resize_relative_table
 
 # Where a checkpoint keeps its weights; averaged ones are what one evaluates.
@@ -116,7 +121,7 @@ class Weights:
         Raises:
             UsageError: these are no weights of a ConvViT.
         """
-        prefix, size = self.encoder, self.args.get("input_size")
+        prefix, size = self.encoder, constructor_args(self.args).get("img_size")
         names = (name for name in self.state if name.startswith(prefix))
         shapes = {name.removeprefix(prefix): self.state[name].shape for name in names}
         try:
@@ -337,9 +342,7 @@ def _size(grid: Sequence[int]) -> str:
 def _resize_table(table: Tensor, grid: Sequence[int], model: nn.Module) -> Tensor:
     """A position table `[1, prefix + L, C]` as the model has it."""
     tokens, size = math.prod(grid), model.geometry.grid(3)
-    prefix, rows = table[:, :-tokens], table[:, -tokens:]
-    if tuple(grid) != tuple(size):
-        rows = resample_abs_pos_embed(rows, list(size), list(grid), num_prefix_tokens=0)
+    prefix, rows = table[:, :-tokens], resize_pos_embed(table[:, -tokens:], grid, size)
     wanted = getattr(model, "num_prefix_tokens", 0)
     # A class token that had no row had nothing added.
     prefix = torch.cat([prefix, prefix.new_zeros(1, wanted, table.shape[-1])], dim=1)[:, :wanted]

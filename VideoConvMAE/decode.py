@@ -1,0 +1,248 @@
+"""Frames of videos: files by PyAV, folders of pictures by Pillow; only the frames asked for."""
+
+import contextlib
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import av
+import numpy as np
+
+from util.datasets import IMAGE_EXTENSIONS, load_image
+
+VIDEO_EXTENSIONS = (
+    *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg"),
+    *(".ts", ".wmv", ".flv", ".3gp", ".ogv"),
+)
+_FORMATS = {1: "gray", 3: "rgb24"}
+
+
+class Video(Protocol):
+    """An open video: a context, closed at its end."""
+
+    def __len__(self) -> int:
+        """Number of frames."""
+
+    def frames(self, indices: Sequence[int]) -> np.ndarray:
+        """The frames at these places, in this order: `[n, H, W, C]`, uint8.
+
+        Raises:
+            OSError: they cannot be decoded.
+        """
+
+    def __enter__(self) -> "Video":
+        """Itself."""
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+
+
+def open_video(path: str | os.PathLike, in_chans: int = 3) -> Video:
+    """Open a video file, or a folder of pictures.
+
+    Args:
+        path: a file of any format that FFmpeg knows, or a folder.
+        in_chans: 1 for grayscale, 3 for RGB.
+
+    Raises:
+        OSError: nothing there, or nothing that can be decoded.
+    """
+    return FrameFolder(path, in_chans) if os.path.isdir(path) else VideoFile(path, in_chans)
+
+
+class VideoFile:
+    """A video file, with the times of its frames read from its packets.
+
+    That needs no decoding, and frames are then found by their times, exactly, whatever the
+    container's header says and however the codec reorders them. A decoder runs in one thread:
+    the workers of a loader decode side by side.
+
+    Args:
+        path: the file.
+        in_chans: 1 or 3.
+
+    Raises:
+        OSError: it cannot be read, or holds no video.
+    """
+
+    def __init__(self, path: str | os.PathLike, in_chans: int = 3) -> None:
+        self.path, self.format = path, _FORMATS[in_chans]
+        self.container = None
+        self.key_times: list[int] = []
+        self.seek_times: list[tuple[int, int]] = []
+        try:
+            self._open()
+            self._read_times()
+        except Exception as error:  # A damaged file can make a decoder raise nearly anything.
+            self.__exit__()
+            raise self._failed(error) from error
+
+    def _open(self) -> None:
+        """Open the file, or begin at its start again."""
+        self.__exit__()
+        self.container = av.open(os.fspath(self.path))
+        if not self.container.streams.video:
+            raise OSError("it has no video stream")
+        self.stream = self.container.streams.video[0]
+        self.stream.thread_type, self.stream.codec_context.thread_count = "SLICE", 1
+
+    def _failed(self, error: Exception) -> OSError:
+        return OSError(f"{self.path} cannot be decoded: {error}")
+
+    def _read_times(self) -> None:
+        """The frames' times in order of display, and where decoding can begin."""
+        packets = [p for p in self.container.demux(self.stream) if p.size and not p.is_discard]
+        if not packets:
+            raise OSError("it has no frames")
+        self.timed = all(p.pts is not None for p in packets)
+        if not self.timed:  # count what comes out, and always begin at the start
+            self._open()
+            self.times = list(range(sum(1 for _ in self.container.decode(self.stream))))
+            return
+        self.times = sorted({p.pts for p in packets})
+        keys = sorted((p.pts, p.dts or p.pts) for p in packets if p.is_keyframe)
+        self.key_times, self.seek_times = [pts for pts, _ in keys], keys
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.container is not None:
+            self.container.close()
+
+    def frames(self, indices: Sequence[int]) -> np.ndarray:
+        """See `Video`."""
+        places = sorted(set(indices))
+        shown: dict[int, np.ndarray] = {}
+        try:
+            for run in self._runs([self.times[i] for i in places]):
+                shown |= self._decode(run)
+            return np.stack([shown[self.times[i]] for i in indices])
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _runs(self, times: Sequence[int]) -> Iterator[list[int]]:
+        """Times that one pass decodes: a keyframe on the way to the next is better jumped to."""
+        run = [times[0]]
+        for last, time in pairwise(times):
+            if bisect_right(self.key_times, time) > bisect_right(self.key_times, last):
+                yield run
+                run = []
+            run.append(time)
+        yield run
+
+    def _decode(self, times: Sequence[int]) -> dict[int, np.ndarray]:
+        """The pictures shown at ascending times."""
+        shown, waiting, previous = {}, list(times), None
+        for time, frame in self._from(times[0]):
+            while waiting and time > waiting[0]:
+                # No frame has this very time: the one before is still on the screen.
+                shown[waiting.pop(0)] = self._to_array(previous or frame)
+            if waiting and time == waiting[0]:
+                shown[waiting.pop(0)] = self._to_array(frame)
+            if not waiting:
+                return shown
+            previous = frame
+        if previous is None:
+            raise OSError("it ends too early")
+        return shown | {time: self._to_array(previous) for time in waiting}
+
+    def _from(self, time: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Decode from a keyframe on that is shown at a time or before, each frame with its time."""
+        last = bisect_right(self.key_times, time)
+        # Containers find keyframes by the time of display or by that of decoding, or by neither.
+        for target in (t for times in self.seek_times[:last][::-1][:2] for t in times):
+            first = self._seek(target)
+            if first is not None and first.pts <= time and first.pts in self.key_times:
+                yield first.pts, first
+                break
+        else:
+            self._open()
+        for number, frame in enumerate(self.container.decode(self.stream)):
+            yield frame.pts if self.timed else number, frame
+
+    def _seek(self, target: int) -> av.VideoFrame | None:
+        """The first frame that comes after a jump, if there is one."""
+        with contextlib.suppress(av.FFmpegError):
+            self.container.seek(target, stream=self.stream)
+            return next(self.container.decode(self.stream), None)
+        return None
+
+    def _to_array(self, frame: av.VideoFrame) -> np.ndarray:
+        """`[H, W, C]`, upright as a player shows it."""
+        picture = frame.to_ndarray(format=self.format)
+        picture = picture[..., None] if picture.ndim == 2 else picture
+        return np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
+
+
+class FrameFolder:
+    """A folder of pictures, one a frame, in the order of the numbers in their names.
+
+    Args:
+        path: the folder.
+        in_chans: 1 or 3.
+
+    Raises:
+        OSError: no picture in it.
+    """
+
+    def __init__(self, path: str | os.PathLike, in_chans: int = 3) -> None:
+        self.path, self.in_chans = Path(path), in_chans
+        self.names = frame_names(os.listdir(path))
+        if not self.names:
+            raise OSError(f"{path} cannot be decoded: it is a folder without pictures")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __enter__(self) -> "FrameFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def frames(self, indices: Sequence[int]) -> np.ndarray:
+        """See `Video`."""
+        pictures = {
+            i: np.asarray(load_image(self.path / self.names[i], self.in_chans))
+            for i in set(indices)
+        }
+        if len({picture.shape for picture in pictures.values()}) > 1:
+            raise OSError(f"{self.path} cannot be decoded: its frames have different sizes")
+        return np.stack([pictures[i].reshape(*pictures[i].shape[:2], -1) for i in indices])
+
+
+def frame_names(names: Iterable[str]) -> list[str]:
+    """The pictures among a folder's names, "2.jpg" before "10.jpg"."""
+    pictures = (n for n in names if n.lower().endswith(IMAGE_EXTENSIONS) and n[0] != ".")
+    return sorted(pictures, key=lambda n: [int(p) if p.isdigit() else p for p in _NUMBER.split(n)])
+
+
+_NUMBER = re.compile(r"(\d+)")
+
+
+def write_mp4(path: str | os.PathLike, frames: np.ndarray, fps: int, **options: str) -> None:
+    """Write an H.264 file that any player shows.
+
+    Args:
+        path: the file.
+        frames: `[T, H, W, 3]`, uint8, height and width even.
+        fps: frames a second.
+        **options: of the encoder, such as `crf="18"` and `g="12"`.
+    """
+    with av.open(os.fspath(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())

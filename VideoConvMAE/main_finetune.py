@@ -1,0 +1,161 @@
+"""Fine-tune a VideoConvViT for action recognition, or test one.
+
+`python -m VideoConvMAE.main_finetune --data_path DIR --finetune FILE`
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from engine_finetune import (
+    Evaluation,
+    evaluate_checkpoint,
+    find_start,
+    finetune,
+    mean_over_views,
+)
+from util import args as arguments
+from util.distributed import init_processes, print_once
+from util.errors import UsageError
+from util.loader import Loader
+from util.run import complete_run, eval_loader, run_main, train_loader
+from VideoConvMAE.args import add_clip_args, check_channels
+from VideoConvMAE.datasets import LabeledClips, Views
+from VideoConvMAE.lists import VideoList, find_split, find_videos
+from VideoConvMAE.models import CLASSIFIERS
+from VideoConvMAE.transforms import finetune_transform, views_transform
+
+PROGRAM = "video fine-tuning"
+TEST_SPLIT = ("val", "validation", "test")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = arguments.Parser(
+        prog="python -m VideoConvMAE.main_finetune",
+        description="Fine-tune a VideoConvViT for action recognition, or test one.",
+    )
+    arguments.add_data_args(
+        parser,
+        data="folder with train and val: folders with a folder of videos for each class, or lists "
+        "(train.csv, train.txt, train.json …) of `path label` or `path,label`, Kinetics' csv, "
+        "Something-Something's json",
+        follow_checkpoint=True,
+    )
+    add_clip_args(parser, follow_checkpoint=True)
+    group = arguments.add_recipe_args(
+        parser, crop_scale=(0.08, 1.0), auto_augment="rand-m7-n4-mstd0.5-inc1"
+    )
+    group.add_argument(
+        "--repeats",
+        type=arguments.positive_int,
+        default=2,
+        metavar="N",
+        help="repeated augmentation: how often a decoded clip is augmented in a batch",
+    )
+    group = arguments.add_classifier_args(parser, CLASSIFIERS)
+    group.add_argument(
+        "--inflate",
+        choices=("center", "average"),
+        default="center",
+        help="how the kernels of an image checkpoint become a video's: centre frame or all alike",
+    )
+    arguments.add_drop_path_arg(group)
+    recipe = dict(batch_size=8, epochs=100, warmup_epochs=5, blr=1e-3, weight_decay=0.05)
+    group = arguments.add_optim_args(parser, min_lr=1e-6, **recipe)
+    arguments.add_layer_args(group, layer_decay=0.75)
+    arguments.add_eval_args(parser)
+    group = parser.add_argument_group("test")
+    views = dict(type=arguments.positive_int, metavar="N")
+    group.add_argument("--test_clips", default=5, help="clips of each video", **views)
+    group.add_argument("--test_crops", default=3, help="crops of each clip", **views)
+    arguments.add_run_args(parser)
+    return parser.parse_args(argv)
+
+
+def videos_to_test(args: argparse.Namespace) -> VideoList:
+    """The videos to test on: `val` of `--data_path`, or all of that folder or list."""
+    if args.data_path is None:
+        raise UsageError("--data_path is missing: a folder with train and val, or a list to test")
+    if args.data_path.is_dir() and any(args.data_path.glob("val*")):
+        return find_split(args.data_path, TEST_SPLIT, args.video_root)
+    return find_videos(args.data_path, args.video_root)
+
+
+def views_loader(
+    args: argparse.Namespace, videos: VideoList, classes: Sequence[str], clips: int, crops: int
+) -> Loader:
+    """All views of every video once; as many views at a time as training has clips."""
+    transform = views_transform(tuple(args.input_size), crops)
+    dataset = Views(videos, classes, transform, clips=clips, **_sampling(args))
+    return eval_loader(args, dataset, max(1, args.batch_size // (clips * crops)))
+
+
+def load_test(args: argparse.Namespace, classes: Sequence[str] | None) -> Loader:
+    """All views by which a trained model is tested; the classes are its own if it names them."""
+    check_channels(args)
+    videos = videos_to_test(args)
+    note_missing(videos)
+    return views_loader(args, videos, classes or videos.classes, args.test_clips, args.test_crops)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, object]:
+    return dict(
+        length=args.num_frames, sampling=args.sampling, stride=args.stride, in_chans=args.in_chans
+    )
+
+
+def note_missing(videos: VideoList) -> None:
+    """Say how many videos of an annotation are not there."""
+    if videos.missing:
+        print_once(f"{videos.missing} videos of {videos.source} are not there: left out")
+
+
+def build_data(args: argparse.Namespace) -> tuple[Loader, Loader]:
+    """Clips to train on; one view of each video to validate on."""
+    if args.data_path is None or not args.data_path.is_dir():
+        raise UsageError(
+            "--data_path takes a folder with train and val, as folders or as lists (train.csv …)"
+        )
+    train = find_split(args.data_path, ("train",), args.video_root)
+    val = find_split(args.data_path, TEST_SPLIT, args.video_root)
+    for videos in (train, val):
+        note_missing(videos)
+    transform = finetune_transform(
+        tuple(args.input_size),
+        args.in_chans,
+        hflip=args.hflip,
+        scale=tuple(args.crop_scale),
+        auto_augment=None if args.aa == "none" else args.aa,
+        color_jitter=args.color_jitter,
+        reprob=args.reprob,
+    )
+    classes = train.classes
+    dataset = LabeledClips(train, classes, transform, repeats=args.repeats, **_sampling(args))
+    return train_loader(args, dataset), views_loader(args, val, classes, 1, 1)
+
+
+def main(args: argparse.Namespace) -> Evaluation:
+    """Train, then test the best checkpoint on all views; or only test."""
+    device = init_processes(args.device)
+    if not args.eval:
+        train(args, device)
+        args.eval, args.resume, args.finetune, args.model = True, "auto", None, None
+    return evaluate_checkpoint(args, device, load_test, mean_over_views)
+
+
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Build everything, then run the epochs."""
+    content, weights = find_start(args, PROGRAM)
+    complete_run(args, device)
+    check_channels(args)
+    finetune(
+        args, device, content, weights, *build_data(args),
+        program=PROGRAM, models=CLASSIFIERS, predict=mean_over_views,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, parse_args()))

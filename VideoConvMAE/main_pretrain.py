@@ -1,0 +1,106 @@
+"""Pretrain a VideoConvMAE: `python -m VideoConvMAE.main_pretrain --data_path DIR_OR_LIST`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from engine_pretrain import build_run, check_sizes, pretrain
+from util import args as arguments
+from util.distributed import init_processes, is_main_process, print_once
+from util.errors import UsageError
+from util.run import Run, complete_run, run_main, train_loader
+from VideoConvMAE.args import add_clip_args, check_channels
+from VideoConvMAE.datasets import Clips
+from VideoConvMAE.lists import VideoList, find_unlabeled
+from VideoConvMAE.models import MASKINGS, MODELS
+from VideoConvMAE.transforms import CROP_SCALES, pretrain_transform
+from VideoConvMAE.visualize import clip_grid, clip_movie, load_samples
+
+PROGRAM = "video pretraining"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = arguments.Parser(
+        prog="python -m VideoConvMAE.main_pretrain", description="Pretrain a VideoConvMAE."
+    )
+    arguments.add_data_args(
+        parser,
+        data="folder of videos or of folders of pictures (its train/ or train list if it has one), "
+        "or a list: lines of `path label` or `path,label`, Kinetics' csv, Something-Something's "
+        "json; labels are not used",
+    )
+    add_clip_args(parser, samplings=("dense", "uniform"))
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--crop_scales",
+        type=arguments.share,
+        nargs="+",
+        default=list(CROP_SCALES),
+        metavar="SHARE",
+        help="sides of the multi-scale crop, as shares of the frame's shorter side",
+    )
+    arguments.add_switch(group, "hflip", False, "flip half of the clips", "never flip")
+    group = arguments.add_autoencoder_args(
+        parser, MODELS, model="videoconvmae_base_patch16", ratio=0.9
+    )
+    group.add_argument(
+        "--masking",
+        choices=MASKINGS,
+        default="tube",
+        help="tube: the same patches in all frames; random: any cubes",
+    )
+    recipe = dict(batch_size=32, epochs=800, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
+    arguments.add_optim_args(parser, **recipe)
+    arguments.add_run_args(parser)
+    args = parser.parse_args(argv)
+    if args.data_path is None:
+        parser.error("--data_path is missing: a folder of videos, or a list of them")
+    return args
+
+
+def check_crop_scales(args: argparse.Namespace) -> None:
+    """Sides in descending order, none of them nothing."""
+    if sorted(args.crop_scales, reverse=True) != args.crop_scales or args.crop_scales[-1] == 0:
+        raise UsageError("--crop_scales takes the larger shares first, and no 0")
+
+
+def build_data(args: argparse.Namespace, videos: VideoList) -> Clips:
+    """The clips to train on."""
+    transform = pretrain_transform(args.input_size, scales=args.crop_scales, hflip=args.hflip)
+    sampling = dict(length=args.num_frames, sampling=args.sampling, stride=args.stride)
+    return Clips(videos, transform, in_chans=args.in_chans, **sampling)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build everything, then run the epochs."""
+    device = init_processes(args.device)
+    complete_run(args, device)
+    check_channels(args)
+    check_crop_scales(args)
+    check_sizes(args, MODELS)
+    videos = find_unlabeled(args.data_path, args.video_root)
+    if videos.missing:
+        print_once(f"{videos.missing} videos of {videos.source} are not there: left out")
+    run = build_run(args, device, train_loader(args, build_data(args, videos)), MODELS, PROGRAM)
+    draw = None
+    if is_main_process():
+        samples = load_samples(videos, args).to(device)
+        draw = partial(clip_grid, run.model, samples, args.mask_ratio)
+    pretrain(run, draw)
+    if is_main_process():
+        write_movie(run, samples)
+
+
+def write_movie(run: Run, samples: Tensor) -> None:
+    """The samples, masked and filled in, as an mp4 in the output folder."""
+    path = run.args.output_dir / "reconstruction.mp4"
+    clip_movie(run.model, samples, run.args.mask_ratio, path)
+    print(f"and {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, parse_args()))

@@ -1,0 +1,172 @@
+"""Reconstructed clips: a picture with frames as columns, and an mp4.
+
+`python -m VideoConvMAE.visualize --checkpoint FILE --videos FILE… --output clips.png`
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+
+from util import args as arguments
+from util.errors import UsageError
+from util.transforms import denormalize
+from util.visualize import reconstruct
+from VideoConvMAE.args import add_sampling_args
+from VideoConvMAE.datasets import spread
+from VideoConvMAE.decode import open_video, write_mp4
+from VideoConvMAE.lists import VideoList, find_videos
+from VideoConvMAE.models import videoconvmae_from_checkpoint
+from VideoConvMAE.sampling import eval_clips
+from VideoConvMAE.transforms import views_transform
+
+
+def triples(model: nn.Module, clips: Tensor, mask_ratio: float, seed: int = 0) -> Tensor:
+    """Original, masked and filled in, `[N, 3, T, 3, H, W]` in [0, 1], on the CPU.
+
+    Args:
+        model: a `MaskedAutoencoderConvViT` of clips.
+        clips: `[N, C, T, H, W]`, normalised.
+        mask_ratio: share of the patches to remove.
+        seed: of the masks.
+    """
+    masked, filled = reconstruct(model, clips, mask_ratio, seed)
+    rows = torch.stack([denormalize(clips, 1), masked, filled], dim=1)  # [N, 3, C, T, H, W]
+    rows = rows.movedim(2, 3).cpu()
+    rows = rows.expand(-1, -1, -1, 3, -1, -1)  # gray as RGB
+    # Small pictures are enlarged so that a person sees them.
+    scale = max(1, 64 // rows.shape[-1])
+    return rows.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+
+
+def clip_grid(
+    model: nn.Module, clips: Tensor, mask_ratio: float, seed: int = 0, columns: int = 8
+) -> Tensor:
+    """Frames as columns, original, masked and filled in as rows, one clip below the other.
+
+    Args:
+        model: see `triples`.
+        clips: see `triples`.
+        mask_ratio: see `triples`.
+        seed: see `triples`.
+        columns: frames to show of each clip, at equal distances.
+
+    Returns:
+        `[3, height, width]` in [0, 1], on the CPU.
+    """
+    rows = triples(model, clips, mask_ratio, seed)
+    length = rows.shape[2]
+    columns = min(columns, length)
+    rows = rows[:, :, [i * length // columns for i in range(columns)]]
+    grids = [make_grid(clip.flatten(0, 1), nrow=columns, padding=2, pad_value=1) for clip in rows]
+    return make_grid(grids, nrow=1, padding=6, pad_value=1)
+
+
+def clip_movie(
+    model: nn.Module, clips: Tensor, mask_ratio: float, path: Path, seed: int = 0, fps: int = 8
+) -> None:
+    """Original, masked and filled in side by side as an mp4, one clip below the other.
+
+    Args:
+        model: see `triples`.
+        clips: see `triples`.
+        mask_ratio: see `triples`.
+        path: the file.
+        seed: see `triples`.
+        fps: frames a second.
+    """
+    rows = triples(model, clips, mask_ratio, seed).transpose(1, 2)  # [N, T, 3, 3, H, W]
+    frames = [make_grid(rows[:, t].flatten(0, 1), nrow=3, padding=4) for t in range(rows.shape[1])]
+    movie = (torch.stack(frames).movedim(1, -1) * 255).round().byte()  # [T, H, W, 3]
+    height, width = (side - side % 2 for side in movie.shape[1:3])  # the codec wants even sides
+    write_mp4(path, movie[:, :height, :width].numpy(), fps, crf="18")
+
+
+def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
+    """The clip in the middle of a video, `[C, T, H, W]`, normalised.
+
+    Args:
+        path: a file or a folder of pictures.
+        args: `input_size`, `in_chans`, `num_frames`, `sampling` and `stride`.
+
+    Raises:
+        OSError: it cannot be decoded.
+    """
+    with open_video(path, args.in_chans) as video:
+        (chosen,) = eval_clips(args.sampling, len(video), args.num_frames, args.stride, 1)
+        return views_transform(tuple(args.input_size))(video.frames(chosen))[0]
+
+
+def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) -> Tensor:
+    """Clips to watch a run by, `[N, C, T, H, W]`; videos that cannot be decoded are left out.
+
+    Raises:
+        UsageError: not one can be decoded.
+    """
+    clips = []
+    for path in spread(videos, count).paths:
+        with contextlib.suppress(OSError):
+            clips.append(load_clip(path, args))
+    if not clips:
+        raise UsageError(f"none of the videos tried of {videos.source} can be decoded")
+    return torch.stack(clips)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = arguments.Parser(
+        prog="python -m VideoConvMAE.visualize",
+        description="Draw original, masked and reconstructed clips: frames as columns of a "
+        "picture, and beside it an mp4.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="of a pretraining on videos")
+    add("--videos", type=Path, nargs="+", required=True, metavar="FILE", help="files or folders")
+    add("--output", type=Path, required=True, metavar="PNG", help="picture; the mp4 lies beside")
+    add("--max_videos", type=arguments.positive_int, default=4, metavar="N", help="videos to show")
+    add("--mask_ratio", type=arguments.mask_ratio, default=0.9, help="share of patches to remove")
+    add("--columns", type=arguments.positive_int, default=8, metavar="N", help="frames to show")
+    add("--seed", type=arguments.seed, default=0, help="of the masks")
+    add_sampling_args(parser, ("dense", "uniform"))
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load, reconstruct, write the picture and the movie."""
+    if args.output.suffix.lower() != ".png":
+        raise UsageError(f"--output {args.output} must end in .png")
+    if not args.output.absolute().parent.is_dir():
+        raise UsageError(f"the folder of --output {args.output} does not exist")
+    model = videoconvmae_from_checkpoint(args.checkpoint)
+    try:
+        model.geometry.visible_patches(args.mask_ratio)
+    except ValueError as error:
+        raise UsageError(f"--mask_ratio: {error}") from error
+    args.num_frames, *args.input_size = model.geometry.img_size
+    args.in_chans = model.in_chans
+    clips = []
+    for path in _files(args.videos)[: args.max_videos]:
+        try:
+            clips.append(load_clip(path, args))
+        except OSError as error:
+            raise UsageError(str(error)) from error
+    batch, movie = torch.stack(clips), args.output.with_suffix(".mp4")
+    save_image(clip_grid(model, batch, args.mask_ratio, args.seed, args.columns), args.output)
+    clip_movie(model, batch, args.mask_ratio, movie, args.seed)
+    print(f"{len(clips)} videos: original, masked, reconstruction in {args.output} and {movie}")
+
+
+def _files(paths: Sequence[Path]) -> list[str]:
+    """Files as they are; of a folder the videos in it."""
+    return [f for path in paths for f in (find_videos(path).paths if path.is_dir() else [path])]
+
+
+if __name__ == "__main__":
+    from util.run import run_main
+
+    sys.exit(run_main(main, parse_args()))

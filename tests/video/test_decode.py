@@ -1,0 +1,162 @@
+"""Decoding: the frames asked for, from any kind of file."""
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.video.movies import numbered_frames, numbers, write_movie
+from VideoConvMAE.decode import frame_names, open_video, write_mp4
+
+FILES = {
+    "mp4 with B-frames": ("a.mp4", dict(g="12", bf="3")),
+    "mp4 with open groups": ("a.mp4", {"g": "12", "bf": "3", "x264-params": "open-gop=1"}),
+    "mp4 of one group": ("a.mp4", dict(g="1000", bf="2")),
+    "mp4 of keyframes": ("a.mp4", dict(g="1")),
+    "matroska": ("a.mkv", dict(g="12", bf="3")),
+    "mpeg-ts": ("a.ts", dict(g="12", bf="3")),
+    "webm": ("a.webm", dict(codec="libvpx-vp9", g="12", deadline="realtime")),
+    "webm of vp8": ("a.webm", {"codec": "libvpx", "g": "12", "auto-alt-ref": "1"}),
+    "avi": ("a.avi", dict(codec="mpeg4", g="12", bf="2")),
+    "raw h264, which has no times": ("a.h264", dict(g="12", bf="3")),
+}  # fmt: skip
+every_file = pytest.mark.parametrize(("name", "options"), FILES.values(), ids=FILES)
+
+
+@pytest.fixture(scope="session")
+def movie(tmp_path_factory):
+    """Writes a kind of file once."""
+    folder, made = tmp_path_factory.mktemp("movies"), {}
+
+    def write(name, options):
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            made[key] = write_movie(folder / str(len(made)) / name, **options)
+        return made[key]
+
+    return write
+
+
+def decode_all(path):
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+@every_file
+@pytest.mark.parametrize(
+    "indices", [[0, 4, 8, 12], [39], [25, 3, 3, 38, 17], list(range(40)), [13, 14]], ids=str
+)
+def test_frames_are_those_of_a_full_decode(movie, name, options, indices):
+    path = movie(name, options)
+    everything = decode_all(path)
+    assert numbers(everything) == list(range(40))
+    with open_video(path) as video:
+        assert len(video) == 40
+        frames = video.frames(indices)
+        assert np.array_equal(frames, everything[indices])
+        assert np.array_equal(video.frames(indices[::-1]), everything[indices[::-1]])
+
+
+def test_only_the_frames_needed_are_decoded(movie, monkeypatch):
+    path, taken = movie("a.mp4", dict(g="12", bf="3")), []
+    with open_video(path) as video:
+        decode = video._from
+
+        def count(time):
+            for item in decode(time):
+                taken.append(item)
+                yield item
+
+        monkeypatch.setattr(video, "_from", count)
+        assert numbers(video.frames([2, 38])) == [2, 38]
+    assert len(taken) == 3 + 3  # from the keyframes 0 and 36 on
+
+
+def test_gray_frames(movie):
+    path = movie("a.mp4", dict(g="12", bf="3"))
+    with open_video(path, 3) as colour, open_video(path, 1) as gray:
+        rgb, luma = colour.frames([5, 6]), gray.frames([5, 6])
+    assert luma.shape == (2, 32, 48, 1)
+    assert np.abs(rgb[..., :1].astype(int) - luma).max() <= 2
+
+
+@pytest.mark.skipif(
+    not hasattr(av.video.stream.VideoStream, "set_display_rotation"),
+    reason="this PyAV cannot write a rotation",
+)
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_frames_are_upright_as_a_player_shows_them(tmp_path, rotation):
+    straight = write_movie(tmp_path / "a.mp4", 4)
+    turned = write_movie(tmp_path / "b.mp4", 4, rotation=rotation)
+    with open_video(straight) as a, open_video(turned) as b:
+        expected = np.rot90(a.frames([2])[0], rotation // 90)
+        assert np.abs(b.frames([2])[0].astype(int) - expected).mean() < 2
+
+
+def test_a_folder_of_pictures_is_a_video_in_the_order_of_its_numbers(tmp_path):
+    frames = numbered_frames(12)
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"img_{i}.png")
+    (tmp_path / "notes.txt").touch()
+    with open_video(tmp_path) as video:
+        assert len(video) == 12
+        assert np.array_equal(video.frames([11, 2, 10]), frames[[11, 2, 10]])
+    with open_video(tmp_path, 1) as video:
+        assert video.frames([3]).shape == (1, 32, 48, 1)
+
+
+def test_names_are_sorted_by_their_numbers():
+    names = ["b10.jpg", "b9.jpg", "a.png", "b10.txt", ".b1.jpg", "b009b.jpg"]
+    assert frame_names(names) == ["a.png", "b9.jpg", "b009b.jpg", "b10.jpg"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "no end", "no video"])
+def test_a_broken_file_is_an_os_error_that_names_it(tmp_path, damage):
+    path = tmp_path / "broken.mp4"
+    if damage == "no video":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("aac", rate=16000)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate = 16000
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    else:
+        whole = write_movie(tmp_path / "whole.mp4").read_bytes()
+        kept = {"empty": b"", "text": b"no video", "no end": whole[: len(whole) // 2]}
+        path.write_bytes(kept[damage])
+    with pytest.raises(OSError, match=r"broken\.mp4 cannot be decoded"):
+        open_video(path)
+
+
+def test_frames_lost_within_a_file_are_those_shown_in_their_place_or_an_error(tmp_path):
+    path = write_movie(tmp_path / "a.mp4", g="12", bf="0")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+    path.write_bytes(data)
+    try:
+        with open_video(path) as video:
+            assert video.frames(range(len(video))).shape[1:] == (32, 48, 3)
+    except OSError as error:
+        assert "a.mp4 cannot be decoded" in str(error)
+
+
+def test_no_such_file_and_a_folder_without_pictures_are_os_errors(tmp_path):
+    with pytest.raises(OSError, match=r"nothing\.mp4 cannot be decoded"):
+        open_video(tmp_path / "nothing.mp4")
+    with pytest.raises(OSError, match="folder without pictures"):
+        open_video(tmp_path)
+
+
+def test_frames_of_different_sizes_are_an_os_error(tmp_path):
+    for i, side in enumerate((8, 16)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{i}.png")
+    with open_video(tmp_path) as video, pytest.raises(OSError, match="different sizes"):
+        video.frames([0, 1])
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    frames = numbered_frames(10)
+    write_mp4(tmp_path / "a.mp4", frames, 8, crf="10")
+    with open_video(tmp_path / "a.mp4") as video:
+        again = video.frames(range(10))
+    assert np.abs(again.astype(int) - frames).mean() < 3

@@ -1,0 +1,329 @@
+"""Pretraining, fine-tuning and testing on videos from their command lines."""
+
+import csv
+import signal
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+from engine_finetune import mean_over_views
+from models_convmae import convmae_convvit_tiny_patch16
+from models_convvit import convvit_from_checkpoint
+from tests.checks import (
+    assert_close_end,
+    assert_ok,
+    assert_one_line,
+    assert_same_end,
+    command_line,
+    curve,
+    events,
+    load,
+    log_lines,
+    same,
+    weights,
+)
+from tests.runs import call
+from tests.video.movies import write_classes, write_movie
+from VideoConvMAE.datasets import Views
+from VideoConvMAE.lists import find_videos
+from VideoConvMAE.transforms import views_transform
+
+PRETRAIN, FINETUNE = "VideoConvMAE.main_pretrain", "VideoConvMAE.main_finetune"
+# A tiny model on 12 videos: 3 epochs of 3 steps take a second or two.
+DEFAULTS = {
+    "input_size": 32, "num_frames": 4, "stride": 2, "device": "cpu", "num_workers": 0,
+    "batch_size": 4, "epochs": 3, "warmup_epochs": 1, "lr": 1e-3, "print_freq": 1, "save_steps": 1,
+}  # fmt: skip
+MODEL = {"patch_size": (2, 2, 2), "model": "videoconvmae_tiny_patch16_msd", "mask_ratio": 0.75}
+# What makes a step depend on how the batch is split.
+PLAIN = {"mixup": 0, "cutmix": 0, "drop_path": 0}
+BARELY = {"epochs": 1, "warmup_epochs": 0, "lr": 1e-12, "min_lr": 0}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """12 training and 5 validation videos of two classes."""
+    train, val = {"jump": 6, "run": 6}, {"jump": 3, "run": 2}
+    return write_classes(tmp_path_factory.mktemp("classes"), {"train": train, "val": val})
+
+
+def pretrain_flags(data: Path, output: Path, *more: object, **values: object) -> list[object]:
+    values = DEFAULTS | MODEL | {"data_path": data, "output_dir": output} | values
+    return command_line(values, *more)
+
+
+def finetune_flags(data: Path, output: Path, *more: object, **values: object) -> list[object]:
+    views = {"test_clips": 2, "test_crops": 3}
+    values = DEFAULTS | views | {"data_path": data, "output_dir": output} | values
+    return command_line(values, *more)
+
+
+@pytest.fixture(scope="session")
+def pretrained_run(data, tmp_path_factory):
+    """A pretraining that was never stopped, started as a user does it, and its folder."""
+    output = tmp_path_factory.mktemp("pretrained")
+    return call("-m", PRETRAIN, *pretrain_flags(data, output)), output
+
+
+@pytest.fixture(scope="session")
+def pretrained(pretrained_run) -> Path:
+    assert_ok(pretrained_run[0])
+    return pretrained_run[1]
+
+
+@pytest.fixture(scope="session")
+def finetuned_run(data, pretrained, launcher, tmp_path_factory):
+    """A fine-tuning that was never stopped, and its folder."""
+    output = tmp_path_factory.mktemp("finetuned")
+    start = {"finetune": pretrained / "checkpoint.pth", "predictions": output / "all.csv"}
+    return launcher.run(*finetune_flags(data, output, **start), program=FINETUNE), output
+
+
+@pytest.fixture(scope="session")
+def finetuned(finetuned_run) -> Path:
+    assert_ok(finetuned_run[0])
+    return finetuned_run[1]
+
+
+# ---- Pretraining ---------------------------------------------------------------------------------
+
+
+def test_pretraining_says_what_it_does_and_leaves_what_images_leave(pretrained_run):
+    result, output = pretrained_run
+    assert_ok(result)
+    for phrase in (
+        "videoconvmae_tiny_patch16_msd", "4x32x32 pixels, 8 of 32 patches visible",
+        "12 videos of", "3 steps of 4 x 1 x 1", "Epoch 3/3  [3/3]",
+    ):  # fmt: skip
+        assert phrase in result.out
+    assert [line["epoch"] for line in log_lines(output)] == [0, 1, 2]
+    assert {"train_loss", "train_lr"} <= log_lines(output)[0].keys()
+    assert [step for step, _ in curve(output, "loss")][-1] == 3000
+    assert events(output).Tags()["images"] == ["reconstruction"]
+    assert Image.open(output / "reconstruction.png").width > 4 * 32
+    with av.open(str(output / "reconstruction.mp4")) as movie:
+        assert len(list(movie.decode(video=0))) == 4
+    assert (output / "loss.png").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_pretraining_goes_on_bit_for_bit(data, pretrained, launcher, tmp_path, number):
+    flags = pretrain_flags(data, tmp_path)
+    process = launcher.start(*flags, program=PRETRAIN)
+    process.wait_for("Epoch 2/3  [1/3]")
+    process.signal(number)
+    assert process.wait().code == (0 if number == signal.SIGTERM else -number)
+    result = launcher.run(*flags, program=PRETRAIN)
+    assert_ok(result)
+    assert "from epoch" in result.out
+    assert_same_end(tmp_path, pretrained)
+
+
+def test_two_processes_take_the_steps_of_one(data, pretrained, launcher, tmp_path):
+    flags = pretrain_flags(data, tmp_path, batch_size=2)
+    assert_ok(*launcher.run_ranks(*flags, program=PRETRAIN))
+    assert_close_end(tmp_path, pretrained)
+
+
+def test_random_masking_and_uniform_sampling_are_flags(data, launcher, tmp_path):
+    options = {"masking": "random", "sampling": "uniform", "epochs": 2, "mask_ratio": 0.9}
+    result = launcher.run(*pretrain_flags(data, tmp_path, **options), program=PRETRAIN)
+    assert_ok(result)
+    assert "3 of 32 patches visible" in result.out
+
+
+def test_a_broken_video_is_skipped_counted_and_named(data, launcher, tmp_path):
+    videos = write_classes(tmp_path / "v", {"train": {"jump": 7}})
+    (videos / "train" / "jump" / "broken.mp4").write_bytes(b"no video")
+    flags = pretrain_flags(videos, tmp_path / "o", max_bad_images=0.5)
+    result = launcher.run(*flags, program=PRETRAIN)
+    assert_ok(result)
+    assert result.err.count("broken.mp4 cannot be decoded: skipped") == 1
+    assert "bad_images 1" in result.out
+    flags = pretrain_flags(videos, tmp_path / "p")
+    result = launcher.run(*flags, program=PRETRAIN)
+    assert result.code == 1
+    assert "1 of 8 videos cannot be decoded, more than --max_bad_images 0.01" in result.err
+
+
+# ---- Fine-tuning ---------------------------------------------------------------------------------
+
+
+def test_fine_tuning_starts_from_pretraining_and_tests_the_best_on_all_views(finetuned_run):
+    result, output = finetuned_run
+    assert_ok(result)
+    assert "95 tensors loaded" in result.out
+    assert "missing there, begin anew: fc_norm (2), head (2)" in result.out
+    assert "2 classes" in result.out
+    assert result.out.count("Accuracy of the network on the 5 test videos") == 3 + 1
+    assert [line["epoch"] for line in log_lines(output)] == [0, 1, 2]
+    assert {"test_acc1", "test_acc5", "test_loss"} <= log_lines(output)[0].keys()
+    content = load(output / "best_checkpoint.pth")
+    assert content["classes"] == ["jump", "run"]
+
+
+def test_predictions_are_written_for_each_video(data, finetuned):
+    with open(finetuned / "all.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == find_videos(data / "val").paths
+    assert [row["label"] for row in rows] == ["jump"] * 3 + ["run"] * 2
+    assert {row["prediction"] for row in rows} <= {"jump", "run"}
+
+
+def test_the_test_averages_probabilities_over_clips_and_crops(data, finetuned):
+    model = convvit_from_checkpoint(finetuned / "best_checkpoint.pth").eval()
+    views = Views(find_videos(data / "val"), ["jump", "run"], views_transform((32, 32), 3),
+                  clips=2, length=4, stride=2)  # fmt: skip
+    with open(finetuned / "all.csv") as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            mean = sum(model(view[None]).softmax(1) for view in views[i, 0][0])[0] / 6
+        assert row["prediction"] == ["jump", "run"][mean.argmax()]
+        assert float(row["probability"]) == pytest.approx(mean.max().item(), abs=2e-6)
+
+
+def test_mean_over_views_gives_logits_of_the_mean_probabilities():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    views = torch.randn(2, 3, 3, 2, 2)
+    mean = torch.stack([model(views[:, v]).softmax(1) for v in range(3)]).mean(0)
+    torch.testing.assert_close(mean_over_views(model, views).softmax(1), mean)
+    torch.testing.assert_close(mean_over_views(model, views).exp(), mean)
+
+
+def test_the_test_is_exact_over_processes(data, finetuned, launcher, tmp_path):
+    def test(output, processes):
+        resume = {"resume": finetuned / "best_checkpoint.pth", "predictions": output}
+        flags = finetune_flags(data, tmp_path, "--eval", **resume)
+        results = launcher.run_ranks(*flags, program=FINETUNE, processes=processes)
+        assert_ok(*results)
+        return results[0].out.splitlines()[-3:-1], output.read_text()
+
+    one, two = test(tmp_path / "1.csv", 1), test(tmp_path / "2.csv", 2)
+    assert one == two
+    assert one[1] == (finetuned / "all.csv").read_text()
+
+
+def test_a_killed_fine_tuning_goes_on_bit_for_bit(data, pretrained, finetuned, launcher, tmp_path):
+    flags = finetune_flags(data, tmp_path, finetune=pretrained / "checkpoint.pth",
+                           predictions=tmp_path / "all.csv")  # fmt: skip
+    process = launcher.start(*flags, program=FINETUNE)
+    process.wait_for("Epoch 2/3  [1/3]")
+    process.signal(signal.SIGKILL)
+    process.wait()
+    assert_ok(launcher.run(*flags, program=FINETUNE))
+    assert_same_end(tmp_path, finetuned)
+    assert (tmp_path / "all.csv").read_text() == (finetuned / "all.csv").read_text()
+
+
+def test_two_processes_fine_tune_as_one(data, pretrained, launcher, tmp_path):
+    start = {"finetune": pretrained / "checkpoint.pth"} | PLAIN
+    flags = finetune_flags(data, tmp_path / "1", **start)
+    assert_ok(launcher.run(*flags, program=FINETUNE))
+    flags = finetune_flags(data, tmp_path / "2", batch_size=2, **start)
+    assert_ok(*launcher.run_ranks(*flags, program=FINETUNE))
+    assert_close_end(tmp_path / "2", tmp_path / "1")
+
+
+def test_lists_and_random_weights(data, launcher, tmp_path):
+    for split, name in (("train", "train.csv"), ("val", "val.txt")):
+        videos = find_videos(data / split)
+        rows = [f"{p} {7 * (c == 'run')}\n" for p, c in zip(videos.paths, videos.labels)]  # noqa: B905
+        (tmp_path / name).write_text("".join(rows))
+    model = {"model": "videoconvvit_tiny_patch16", "patch_size": (2, 2, 2)}
+    options = {"sampling": "uniform", "temporal_kernel": 5} | BARELY | model
+    result = launcher.run(*finetune_flags(tmp_path, tmp_path / "o", **options), program=FINETUNE)
+    assert_ok(result)
+    assert "8 classes" in result.out
+    assert load(tmp_path / "o" / "checkpoint.pth")["classes"] == [str(i) for i in range(8)]
+    assert weights(tmp_path / "o")["blocks1.0.attn.weight"].shape == (32, 1, 5, 5, 5)
+
+
+@pytest.mark.parametrize("how", ["center", "average"])
+def test_an_image_checkpoint_starts_a_video_model(data, launcher, tmp_path, how):
+    torch.manual_seed(0)
+    image = convmae_convvit_tiny_patch16(img_size=32, patch_size=(2, 2, 2))
+    args = {"model": "convmae_convvit_tiny_patch16", "input_size": [32, 32]}
+    torch.save({"model": image.state_dict(), "args": args}, tmp_path / "image.pth")
+    options = {"finetune": tmp_path / "image.pth", "inflate": how} | BARELY
+    result = launcher.run(*finetune_flags(data, tmp_path / "o", **options), program=FINETUNE)
+    assert_ok(result)
+    kernel, ours = image.patch_embed1.proj.weight, weights(tmp_path / "o")
+    middle, last = ours["patch_embed1.proj.weight"].unbind(2)
+    expected = (0 * kernel, kernel) if how == "center" else (kernel / 2, kernel / 2)
+    for got, want in zip((middle, last), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    positions = ours["pos_embed"].view(2, 16, -1)
+    torch.testing.assert_close(positions[0], image.pos_embed[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(positions[1], image.pos_embed[0], rtol=0, atol=1e-6)
+
+
+def test_repeats_do_not_change_the_number_of_steps(data, pretrained, launcher, tmp_path):
+    options = {"finetune": pretrained / "checkpoint.pth", "repeats": 3} | BARELY
+    result = launcher.run(*finetune_flags(data, tmp_path, **options), program=FINETUNE)
+    assert_ok(result)
+    assert "3 steps of 4 x 1 x 1 = 4 an epoch" in result.out
+
+
+# ---- Bad use -------------------------------------------------------------------------------------
+
+
+def test_bad_use_is_one_line_and_exit_code_2(data, pretrained, launcher, tmp_path):
+    def refused(program, line, *phrases):
+        assert_one_line(launcher.run(*line, program=program), 2, *phrases)
+
+    refused(PRETRAIN, [], "--data_path is missing")
+    refused(PRETRAIN, pretrain_flags(tmp_path / "x", tmp_path / "o"), "does not exist")
+    refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", num_frames=3), "not divisible")
+    refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", temporal_kernel=4), "must be odd")
+    refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", mask_ratio=0.99), "keeps 0 of 16")
+    refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", in_chans=4), "no alpha channel")
+    refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", crop_scales=(0.5, 1)), "larger shares")
+    refused(FINETUNE, finetune_flags(data, tmp_path / "o"), "what to start from?")
+    start = {"finetune": pretrained / "checkpoint.pth"}
+    refused(FINETUNE, finetune_flags(data / "val", tmp_path / "o", **start), "has none of train/")
+    refused(FINETUNE, finetune_flags(data, tmp_path / "o", aa="x", **start), "no RandAugment")
+    refused(FINETUNE, finetune_flags(data, tmp_path / "o", tubelet=4, **start), "--tubelet 4")
+    resume = {"resume": pretrained / "checkpoint.pth"}
+    refused(FINETUNE, finetune_flags(data, tmp_path / "o", "--eval", **resume), "no trained head")
+
+
+def test_a_video_checkpoint_is_no_image_models(data, pretrained, launcher, tmp_path):
+    flags = {"data_path": data, "output_dir": tmp_path, "device": "cpu"}
+    line = command_line(flags | {"finetune": pretrained / "checkpoint.pth"})
+    result = launcher.run(*line, program="main_finetune.py")
+    assert_one_line(result, 2, "holds a video model", "VideoConvMAE.main_finetune")
+
+
+def test_resuming_with_other_frames_is_refused(data, pretrained, launcher):
+    line = pretrain_flags(data, pretrained, num_frames=8)
+    assert_one_line(launcher.run(*line, program=PRETRAIN), 2, "--num_frames 4 there, 8 here")
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def test_reconstructions_of_any_videos_from_a_checkpoint(data, pretrained, launcher, tmp_path):
+    line = ["--checkpoint", pretrained / "checkpoint.pth", "--output", tmp_path / "clips.png"]
+    line += ["--videos", data / "val", write_movie(tmp_path / "a.mp4", 9), "--columns", 2]
+    result = launcher.run(*line, program="VideoConvMAE.visualize")
+    assert_ok(result)
+    assert "4 videos" in result.out
+    # Two columns of 64 pixels and their frames, three rows of each clip.
+    assert Image.open(tmp_path / "clips.png").size == (134 + 12, 4 * (200 + 6) + 6)
+    with av.open(str(tmp_path / "clips.mp4")) as movie:
+        assert len(list(movie.decode(video=0))) == 4
+
+
+def test_a_fine_tuned_checkpoint_cannot_reconstruct(finetuned, data, launcher, tmp_path):
+    line = ["--checkpoint", finetuned / "checkpoint.pth", "--output", tmp_path / "clips.png"]
+    result = launcher.run(*line, "--videos", data / "val", program="VideoConvMAE.visualize")
+    assert_one_line(result, 2, "no pretraining checkpoint")
+
+
+def test_all_processes_agree_on_the_state(finetuned):
+    assert same(load(finetuned / "checkpoint.pth"), load(finetuned / "checkpoint-2.pth"))
