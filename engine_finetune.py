@@ -593,7 +593,7 @@ def check_outputs(weights: Weights, dataset: LabeledImages) -> None:
     elif weights.num_classes != len(dataset.classes):
         raise UsageError(
             f"checkpoint {weights.path} tells {weights.num_classes} classes apart, "
-            f"{dataset.root} has {len(dataset.classes)}"
+            f"{dataset.root} has {len(dataset.classes)} classes"
         )
     else:
         print_once(

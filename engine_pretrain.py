@@ -36,7 +36,7 @@ def build_model(
     try:
         return models[args.model](**kwargs)
     except ValueError as error:
-        raise UsageError(f"--model {args.model}: {error}") from error
+        raise UsageError(f"--model {args.model}, --input_size, --patch_size: {error}") from error
 
 
 def check_sizes(args: argparse.Namespace, models: Mapping[str, Factory]) -> None:

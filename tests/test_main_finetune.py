@@ -484,7 +484,7 @@ def test_eval_with_a_head_of_another_width_is_refused(finished, launcher, data, 
     torch.save(content, tmp_path / "x.pth")
     folder = changed_classes(data, tmp_path / "val", "ant", "bee")
     result = launcher.run(*evaluation(folder, tmp_path / "x.pth"), program=FINETUNE)
-    assert_one_line(result, 2, "tells 3 classes apart", "2 class folders")
+    assert_one_line(result, 2, "tells 3 classes apart", "has 2 classes")
 
 
 @MAINS

@@ -318,9 +318,9 @@ def test_visible_grid_follows_the_tokens_of_the_visible_blocks(stage):
     first = encoder.visible_blocks(pixels, ids_keep).unflatten(2, (-1, stride**2))[..., 0, 0]
     place = first // 48 // stride * columns + first % 48 // stride  # [N, B, U]
     image = torch.arange(2).view(2, 1, 1)
-    index, canvas = encoder.visible_grid(ids_keep, stage)
-    assert canvas == (2, rows, columns)
-    assert torch.equal(index, (place + image * rows * columns).flatten())
+    visible = encoder.visible_grid(ids_keep, stage)
+    assert visible.canvas == (2, rows, columns)
+    assert torch.equal(visible.index, (place + image * rows * columns).flatten())
 
 
 @pytest.mark.parametrize("name", ["embed_dim", "depth", "mlp_ratio"])
