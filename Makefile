@@ -35,9 +35,9 @@ PRETRAINED := $(OUTPUT)/pretrain/checkpoint.pth
 RANDOM := --model convvit_tiny_patch16 --patch_size 2 2 1 --input_size 32 --in_chans 1
 DIGITS := --data_path $(OUTPUT)/pretrain/digits --batch_size 64 --crop_scale 0.6 1 --no_hflip \
 	--num_workers 0 --print_freq 100
-PROBE := $(DIGITS) --epochs 20 --warmup_epochs 2 --blr 8
+PROBE := $(DIGITS) --epochs 12 --warmup_epochs 1 --blr 8
 # Digits need no more regularisation than that; RandAugment, mixup and the rest are for photographs.
-FINETUNE := $(DIGITS) --epochs 10 --warmup_epochs 1 --blr 8e-3 --layer_decay 0.8 --drop_path 0 \
+FINETUNE := $(DIGITS) --epochs 8 --warmup_epochs 1 --blr 8e-3 --layer_decay 0.8 --drop_path 0 \
 	--aa none --reprob 0 --mixup 0 --cutmix 0
 
 demo-pretrain: $(VENV)/.run
