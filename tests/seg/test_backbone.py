@@ -113,6 +113,14 @@ def test_every_parameter_gets_a_gradient(size, with_cp):
     assert without == []
 
 
+def test_mixed_precision_reaches_every_parameter_too():
+    model = randomize(small(with_cp=True)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = model(torch.randn(2, 3, 64, 64))
+    sum(features.float().square().mean() for features in maps).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
 def test_checkpointing_changes_no_gradient():
     image, gradients = torch.randn(2, 3, 64, 64), []
     for with_cp in (False, True):
