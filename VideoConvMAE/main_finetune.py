@@ -17,7 +17,7 @@ from engine_finetune import (
     mean_over_views,
 )
 from util import args as arguments
-from util.distributed import init_processes, print_once
+from util.distributed import init_processes, print_once, wait_for_all
 from util.errors import UsageError
 from util.loader import Loader
 from util.run import complete_run, eval_loader, run_main, train_loader
@@ -142,6 +142,7 @@ def main(args: argparse.Namespace) -> Evaluation:
     device = init_processes(args.device)
     if not args.eval:
         train(args, device)
+        wait_for_all()  # for the last checkpoint
         args.eval, args.resume, args.finetune, args.model = True, "auto", None, None
     return evaluate_checkpoint(args, device, load_test, mean_over_views)
 

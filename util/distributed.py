@@ -170,6 +170,12 @@ def gather_objects(value: object) -> list:
     return values
 
 
+def wait_for_all() -> None:
+    """Go on when all processes are here: what one of them wrote, the others can then read."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def print_once(*values: object, error: bool = False) -> None:
     """Print in the main process alone."""
     if is_main_process():
