@@ -10,7 +10,7 @@ CONFIG = "SEG/configs/upernet_convmae_tiny_scenes.py"
 CROP = ("--crop-size", 48)
 OPTIONS = (
     "model.backbone.embed_dim=(16,24,32)", "model.backbone.depth=(1,1,2)",
-    "model.decode_head.in_channels=[16,24,32,32]", "model.decode_head.channels=8",
+    "model.decode_head.in_channels=[24,32,32]", "model.decode_head.channels=8",
     "model.auxiliary_head.in_channels=32", "model.auxiliary_head.channels=8",
     "train_dataloader.batch_size=2", "train_cfg.max_iters=6", "train_cfg.val_interval=6",
     "default_hooks.checkpoint.interval=2", "default_hooks.logger.interval=1",
