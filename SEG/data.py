@@ -1,5 +1,6 @@
 """Images and masks: any picture file, any number of classes, and what is wrong said clearly."""
 
+import colorsys
 import os
 import sys
 from collections.abc import Sequence
@@ -49,10 +50,16 @@ def class_names(classes: int | str | Sequence[str]) -> list[str]:
 
 
 def class_colours(names: Sequence[str]) -> list[list[int]]:
-    """A colour `[r, g, b]` for each class: ADE20K's own for its classes, else always the same."""
+    """A colour `[r, g, b]` for each class: ADE20K's own for its classes, else hues far apart.
+
+    The same number of classes always has the same colours; one named "background" is dark.
+    """
     if list(names) == get_classes("ade20k"):
         return get_palette("ade20k")
-    return np.random.default_rng(0).integers(32, 256, (len(names), 3)).tolist()
+    # Steps of the golden ratio keep neighbouring hues apart, however many there are.
+    hues = [(i * 0.618034 % 1, 1 - i % 3 * 0.25, 1 - i % 2 * 0.2) for i in range(len(names))]
+    colours = [[round(255 * c) for c in colorsys.hsv_to_rgb(*hue)] for hue in hues]
+    return [[32, 32, 32] if n == "background" else c for n, c in zip(names, colours, strict=True)]
 
 
 @DATASETS.register_module()

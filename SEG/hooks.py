@@ -114,7 +114,7 @@ class OverlayHook(Hook):
 
 
 def overlay(image: np.ndarray, classes: np.ndarray, colours: Sequence[Sequence[int]]) -> np.ndarray:
-    """An image with its classes over it, half transparent; without colour where they are ignored.
+    """An image with its classes over it, two parts of colour to one of image; none where ignored.
 
     Args:
         image: `[H, W, 3]`, uint8.
@@ -126,4 +126,4 @@ def overlay(image: np.ndarray, classes: np.ndarray, colours: Sequence[Sequence[i
     """
     known = (classes < len(colours))[..., None]
     paint = np.asarray(colours, np.uint16)[np.minimum(classes, len(colours) - 1)]
-    return np.where(known, (image.astype(np.uint16) + paint) // 2, image).astype(np.uint8)
+    return np.where(known, (image.astype(np.uint16) + 2 * paint) // 3, image).astype(np.uint8)

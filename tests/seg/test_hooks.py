@@ -38,4 +38,4 @@ def test_a_write_that_fails_leaves_the_older_file(tmp_path):
 def test_an_overlay_mixes_colours_in_and_leaves_what_is_ignored():
     image = np.full((1, 3, 3), 100, np.uint8)
     mixed = overlay(image, np.array([[0, 1, 255]]), [[200, 0, 0], [0, 255, 0]])
-    assert mixed.tolist() == [[[150, 50, 50], [50, 177, 50], [100, 100, 100]]]
+    assert mixed.tolist() == [[[166, 33, 33], [33, 203, 33], [100, 100, 100]]]
