@@ -104,13 +104,13 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         wave = np.sin((rows * np.sin(angle) + columns * np.cos(angle)) * 2 * np.pi / period)
         pattern = 0.5 + wave / 2
     else:
-        pattern = clouds(rng, height, width, int(rng.integers(4, 24)))
-    pattern = 0.7 * pattern + 0.3 * clouds(rng, height, width, 3)
+        pattern = _clouds(rng, height, width, int(rng.integers(4, 24)))
+    pattern = 0.7 * pattern + 0.3 * _clouds(rng, height, width, 3)
     first, second = rng.uniform(0, 120, (2, 3))
     return first + pattern[..., None] * (second - first)
 
 
-def clouds(rng: np.random.Generator, height: int, width: int, cell: int) -> np.ndarray:
+def _clouds(rng: np.random.Generator, height: int, width: int, cell: int) -> np.ndarray:
     """Smooth noise `[H, W]` within [0, 1] whose spots are about `cell` pixels wide."""
     coarse = rng.random((height // cell + 2, width // cell + 2)).astype(np.float32)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
