@@ -80,7 +80,8 @@ def settings_of(iterations: int | None) -> list[str]:
     if iterations is None:
         return settings
     warmup = max(1, iterations // 10)
-    return settings + [
+    return [
+        *settings,
         f"train_cfg.max_iters={iterations}",
         f"param_scheduler.0.end={warmup}",
         f"param_scheduler.1.begin={warmup}",
