@@ -94,8 +94,8 @@ def test_base_is_the_papers_recipe():
 )
 def test_heads_fit_the_encoder_and_the_classes(size):
     config = read(size)
-    widths = list(config.model.backbone.embed_dim)
-    assert config.model.decode_head.in_channels == [*widths, widths[-1]]
+    widths, head = list(config.model.backbone.embed_dim), config.model.decode_head
+    assert head.in_channels == [[*widths, widths[-1]][i] for i in head.in_index]
     assert config.model.auxiliary_head.in_channels == widths[-1]
     classes = 150 if "ade20k" in size else 11
     assert config.model.decode_head.num_classes == classes
