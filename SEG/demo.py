@@ -50,12 +50,11 @@ def run(scenes: Path, pretrained: str, work_dir: Path, settings: Sequence[str]) 
     Returns:
         mIoU on the validation scenes, in percent.
     """
-    common = [CONFIG, "--data-path", str(scenes), "--work-dir", str(work_dir)]
-    changes = ["--cfg-options", *settings]
-    train.main(train.parse_args([*common, "--pretrained", pretrained, *changes]))
+    common = ["--data-path", str(scenes), "--work-dir", str(work_dir), "--cfg-options", *settings]
+    train.main(train.parse_args([CONFIG, "--pretrained", pretrained, *common]))
     checkpoint = str(options.last_checkpoint(work_dir))
     show = ["--show-dir", str(work_dir / "overlays")]
-    return test.main(test.parse_args([CONFIG, checkpoint, *common[1:], *show, *changes]))["mIoU"]
+    return test.main(test.parse_args([CONFIG, checkpoint, *show, *common]))["mIoU"]
 
 
 def sheet(pictures: Sequence[Path], columns: int = 2) -> Image.Image:

@@ -20,7 +20,6 @@ CLIPS = {"pretrain": 800, "train": 160, "val": 200}
 COMMON = dict(stride=1, batch_size=16, num_workers=1, print_freq=50, save_freq=1000)
 MODEL = dict(input_size=32, in_chans=1, patch_size=[2, 2, 2], num_frames=8)
 PRETRAIN = dict(model="videoconvmae_tiny_patch16", mask_ratio=0.5, crop_scales=1, blr=1.2e-2)
-# A short run: there is where pretraining counts, a long one learns the motion from any weights.
 # Digits need no more regularisation; and a flip would turn one direction into another.
 FINETUNE = dict(
     blr=3.2e-2, drop_path=0, crop_scale=[1, 1], aa="none", reprob=0, mixup=0, cutmix=0, repeats=1,
@@ -37,6 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("output/demo-video"), help="videos, runs, pictures")
     numbers = dict(type=positive_int, metavar="N")
     add("--epochs", default=30, help="of pretraining", **numbers)
+    # Few: a long run learns the motion from any weights.
     add("--finetune_epochs", default=5, help="of each fine-tuning", **numbers)
     return parser.parse_args(argv)
 
