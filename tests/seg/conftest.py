@@ -2,12 +2,10 @@ import itertools
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from models_convmae import convmae_convvit_tiny_patch16
 from tests.runs import Launcher, Result
-from tests.seg.small import Programs
+from tests.seg.small import Programs, save_pretrained
 from util.demo_scenes import annotation, scenes
 
 
@@ -34,12 +32,7 @@ def data(tmp_path_factory) -> Path:
 def pretrained(tmp_path_factory) -> Path:
     """A checkpoint of pretraining on gray pictures of 16 pixels, for the small model."""
     sizes = dict(embed_dim=(16, 24, 32), depth=(1, 1, 2), num_heads=2, patch_size=(2, 2, 1))
-    torch.manual_seed(0)
-    model = convmae_convvit_tiny_patch16(img_size=16, in_chans=1, **sizes)
-    path = tmp_path_factory.mktemp("pretrained") / "checkpoint.pth"
-    args = {"model": "convmae_convvit_tiny_patch16", "input_size": [16, 16], "in_chans": 1}
-    torch.save({"model": model.state_dict(), "args": args, "epoch": 1}, path)
-    return path
+    return save_pretrained(tmp_path_factory.mktemp("pretrained") / "checkpoint.pth", 16, **sizes)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,11 @@
 """The segmentation programs on a model and data small enough for tests."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from models_convmae import MODELS
 from tests.runs import Launcher, Process, Result
 
 CONFIG = "SEG/configs/upernet_convmae_tiny_scenes.py"
@@ -16,6 +20,22 @@ OPTIONS = (
     "default_hooks.checkpoint.interval=2", "default_hooks.logger.interval=1",
     "param_scheduler.0.end=2", "param_scheduler.1.begin=2", "param_scheduler.1.end=6",
 )  # fmt: skip
+
+
+def save_pretrained(path: Path, side: int, **sizes: object) -> Path:
+    """Save a checkpoint as pretraining on gray pictures leaves it, always the same weights.
+
+    Args:
+        path: the file, returned.
+        side: of the pictures, in pixels.
+        **sizes: of the tiny model, where they are others.
+    """
+    name = "convmae_convvit_tiny_patch16"
+    torch.manual_seed(0)
+    model = MODELS[name](img_size=side, in_chans=1, **sizes)
+    args = {"model": name, "input_size": [side, side], "in_chans": 1}
+    torch.save({"model": model.state_dict(), "args": args, "epoch": 1}, path)
+    return path
 
 
 @dataclass(frozen=True)

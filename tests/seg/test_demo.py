@@ -2,12 +2,10 @@
 
 import re
 
-import torch
-
 from main_pretrain import DEMO
-from models_convmae import MODELS
 from tests.checks import assert_ok
 from tests.runs import code_of
+from tests.seg.small import save_pretrained
 
 
 def shortened(folder, pretrained):
@@ -17,17 +15,14 @@ def shortened(folder, pretrained):
     demo_scenes.COUNT.update(training=8, validation=2)
     demo.LABELLED = 6
     demo.main(
-        demo.parse_args(["--pretrained", pretrained, "--output_dir", folder, "--iterations", "2"])
+        demo.parse_args(["--pretrained", pretrained, "--output_dir", folder, "--iterations", "30"])
     )
     raise SystemExit
 
 
 def test_the_demo_shortened_prints_what_it_compares(programs, tmp_path):
-    pretrained = tmp_path / "pretrained.pth"
-    sizes = dict(patch_size=DEMO["patch_size"], img_size=DEMO["input_size"][0], in_chans=1)
-    model = MODELS[DEMO["model"]](**sizes)
-    args = {name: DEMO[name] for name in ("model", "input_size", "in_chans")}
-    torch.save({"model": model.state_dict(), "args": args}, pretrained)
+    (side,), patch_size = DEMO["input_size"], DEMO["patch_size"]
+    pretrained = save_pretrained(tmp_path / "pretrained.pth", side, patch_size=patch_size)
     before = code_of(shortened, folder=str(tmp_path), pretrained=str(pretrained))
     result = programs.launcher.run(program="SEG.demo", before=before, timeout=240)
     assert_ok(result)
