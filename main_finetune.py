@@ -15,6 +15,7 @@ from models_convvit import MODELS
 from util import args as arguments
 from util.distributed import init_processes
 from util.errors import UsageError
+from util.parser import Parser
 from util.run import complete_run, run_main
 from util.transforms import finetune_transform
 
@@ -23,7 +24,7 @@ PROGRAM = "fine-tuning"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(description="Fine-tune a ConvViT as a classifier, or evaluate one.")
+    parser = Parser(description="Fine-tune a ConvViT as a classifier, or evaluate one.")
     layout = (
         "folder with train/ and val/, in each a folder a class or shards; or shards to train on"
     )

@@ -24,6 +24,7 @@ from util import args as arguments
 from util.distributed import SyncedBatchNorm1d, init_processes, print_once
 from util.lars import LARS
 from util.logger import count_parameters
+from util.parser import Parser
 from util.run import Run, complete_run, run_main, seed_everything
 from util.transforms import pretrain_transform
 
@@ -32,7 +33,7 @@ PROGRAM = "probing"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(
+    parser = Parser(
         description="Train a linear classifier on the features of a frozen ConvViT, or evaluate it."
     )
     layout = (

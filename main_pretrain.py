@@ -12,6 +12,7 @@ from util.datasets import ImageFiles, find_train_folder
 from util.demo_data import write_digits
 from util.distributed import init_processes, is_main_process
 from util.loader import Loader
+from util.parser import Parser
 from util.run import complete_run, run_main, train_loader
 from util.transforms import pretrain_transform
 from util.visualize import load_samples, reconstruction_grid
@@ -36,7 +37,7 @@ DEMO = dict(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(description="Pretrain a ConvMAE on a folder of images.")
+    parser = Parser(description="Pretrain a ConvMAE on a folder of images.")
     arguments.add_data_args(
         parser,
         data="folder of images, nested or flat, its train/ if it has one; or its shards, as "

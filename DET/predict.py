@@ -15,12 +15,13 @@ from util import args as arguments
 from util.datasets import list_images
 from util.distributed import init_processes
 from util.errors import UsageError
+from util.parser import Parser, share
 from util.run import run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(
+    parser = Parser(
         prog="python -m DET.predict",
         description="Draw the boxes and masks that a trained detector finds.",
     )
@@ -31,7 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures to write")
     add(
         "--threshold",
-        type=arguments.share,
+        type=share,
         default=0.5,
         metavar="SCORE",
         help="lowest score of what is drawn",

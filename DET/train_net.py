@@ -11,8 +11,8 @@ from types import FrameType
 
 import torch
 
-from util import args as arguments
 from util.errors import UsageError
+from util.parser import Parser, non_negative_int, positive_int
 from util.run import run_main
 
 INSTALL = (
@@ -22,7 +22,7 @@ INSTALL = (
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(
+    parser = Parser(
         prog="python -m DET.train_net",
         description="Train Mask R-CNN with a ConvViT backbone, or evaluate it.",
     )
@@ -37,14 +37,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the last checkpoint in train.output_dir")
     add(
         "--num-gpus",
-        type=arguments.non_negative_int,
+        type=non_negative_int,
         metavar="N",
         help="of this machine; 0: the CPU (default: 1 if there is one)",
     )
-    add("--num-machines", type=arguments.positive_int, default=1, metavar="N", help="of the run")
+    add("--num-machines", type=positive_int, default=1, metavar="N", help="of the run")
     add(
         "--machine-rank",
-        type=arguments.non_negative_int,
+        type=non_negative_int,
         default=0,
         metavar="N",
         help="number of this machine, from 0",

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from SEG import options, test, train
-from util.args import Parser, positive_int
 from util.demo_scenes import write_ade_scenes
+from util.parser import Parser, positive_int
 from util.run import run_main
 
 CONFIG = "SEG/configs/upernet_convmae_tiny_scenes.py"

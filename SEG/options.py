@@ -11,11 +11,11 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import CheckpointLoader
 
 from SEG.data import class_names
-from util.args import Parser, positive_int
 from util.checkpoint import load_file
 from util.distributed import init_processes, world_size
 from util.errors import UsageError
 from util.optim_step import amp_dtype
+from util.parser import Parser, positive_int
 from util.weights import KINDS, Weights, read_weights
 
 SPLITS = ("train", "val", "test")

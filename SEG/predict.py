@@ -18,9 +18,10 @@ from PIL import Image
 from SEG import options
 from SEG.data import class_colours, class_names
 from SEG.hooks import overlay
-from util.args import Parser, check_writable
+from util.args import check_writable
 from util.datasets import list_images, load_image
 from util.errors import UsageError
+from util.parser import Parser
 from util.run import run_main
 from util.weights import Weights, load_weights
 

@@ -10,9 +10,10 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from SEG import options
-from util.args import Parser, check_writable
+from util.args import check_writable
 from util.distributed import print_once
 from util.errors import UsageError
+from util.parser import Parser
 from util.run import run_main
 from util.weights import Weights, load_weights
 

@@ -9,9 +9,10 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from SEG import options
-from util.args import Parser, check_writable
+from util.args import check_writable
 from util.distributed import print_once, world_size
 from util.errors import UsageError
+from util.parser import Parser
 from util.run import run_main
 
 

@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from util.args import DEFAULT_CLIP, Parser, positive_int
+from util.args import DEFAULT_CLIP
 from util.errors import UsageError
+from util.parser import Parser, positive_int
 from VideoConvMAE.sampling import SAMPLINGS
 
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from util.args import Parser, positive_int
 from util.logger import markdown_table
+from util.parser import Parser, positive_int
 from util.run import run_main
 from VideoConvMAE import main_finetune, main_pretrain
 from VideoConvMAE.demo_data import DIRECTIONS, write_moving_digits

@@ -2,11 +2,14 @@
 
 import os
 import random
+from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
 
+from util.demo_data import write_once
 from VideoConvMAE.decode import write_mp4
 
 # Pixels a frame, by row and column.
@@ -15,7 +18,7 @@ SIDE, FRAMES, FPS = 32, 16, 8
 
 
 def write_moving_digits(root: str | os.PathLike, counts: dict[str, int]) -> Path:
-    """Write `root/{split}/{direction}/{number}.mp4`; complete splits are left as they are.
+    """Write `root/{split}/{direction}/{number}.mp4`.
 
     A clip shows one of scikit-learn's digits, which moves at 2 pixels a frame and comes back on
     the other side. It begins anywhere, so that a single frame does not tell the direction. The
@@ -26,23 +29,29 @@ def write_moving_digits(root: str | os.PathLike, counts: dict[str, int]) -> Path
         counts: split to number of clips; they are shared evenly by the directions.
 
     Returns:
-        `root`.
+        `root`, see `write_once`.
     """
-    root, images = Path(root), load_digits().images
+    names = {
+        split: [f"{direction}/{i:04d}.mp4" for i, direction in zip(range(count), cycle(DIRECTIONS))]
+        for split, count in counts.items()
+    }
+
+    def write(folder: Path) -> None:
+        for split, paths in names.items():
+            for path, frames in zip(paths, _clips(split), strict=False):
+                (folder / split / path).parent.mkdir(parents=True, exist_ok=True)
+                write_mp4(folder / split / path, frames, FPS, crf="18")
+
+    return write_once(root, (f"{split}/{path}" for split in names for path in names[split]), write)
+
+
+def _clips(split: str) -> Iterator[np.ndarray]:
+    """Clips without end, the directions in turn; a split has the same ones each time."""
+    images, draw = load_digits().images, random.Random(split)
     held_out = len(images) * 4 // 5
-    for split, count in counts.items():
-        digits = images[held_out:] if split == "val" else images[:held_out]
-        draw = random.Random(split)
-        for i in range(count):
-            direction = list(DIRECTIONS)[i % len(DIRECTIONS)]
-            path = root / split / direction / f"{i:04d}.mp4"
-            frames = moving(draw.choice(digits), DIRECTIONS[direction], draw)
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = path.with_suffix(".part")
-                write_mp4(unfinished, frames, FPS, crf="18")
-                unfinished.replace(path)
-    return root
+    digits = images[held_out:] if split == "val" else images[:held_out]
+    for step in cycle(DIRECTIONS.values()):
+        yield moving(draw.choice(digits), step, draw)
 
 
 def moving(digit: np.ndarray, step: tuple[int, int], draw: random.Random) -> np.ndarray:

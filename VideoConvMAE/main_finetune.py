@@ -20,6 +20,7 @@ from util import args as arguments
 from util.distributed import init_processes, print_once, wait_for_all
 from util.errors import UsageError
 from util.loader import Loader
+from util.parser import Parser, positive_int
 from util.run import complete_run, eval_loader, run_main, train_loader
 from VideoConvMAE.args import add_clip_args, check_channels
 from VideoConvMAE.datasets import LabeledClips, Views
@@ -33,7 +34,7 @@ TEST_SPLIT = ("val", "validation", "test")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(
+    parser = Parser(
         prog="python -m VideoConvMAE.main_finetune",
         description="Fine-tune a VideoConvViT for action recognition, or test one.",
     )
@@ -41,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser,
         data="folder with train and val: folders with a folder of videos for each class, or lists "
         "(train.csv, train.txt, train.json …) of `path label` or `path,label`, Kinetics' csv, "
-        "Something-Something's json",
+        "Something-Something's json; with --val_path also the list to train on",
         follow_checkpoint=True,
     )
     add_clip_args(parser, follow_checkpoint=True)
@@ -50,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--repeats",
-        type=arguments.positive_int,
+        type=positive_int,
         default=2,
         metavar="N",
         help="repeated augmentation: how often a decoded clip is augmented in a batch",
@@ -66,21 +67,40 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     recipe = dict(batch_size=8, epochs=100, warmup_epochs=5, blr=1e-3, weight_decay=0.05)
     group = arguments.add_optim_args(parser, min_lr=1e-6, **recipe)
     arguments.add_layer_args(group, layer_decay=0.75)
-    arguments.add_eval_args(parser)
+    arguments.add_eval_args(parser, "videos to validate and test on, a folder a class or a list")
     group = parser.add_argument_group("test")
-    views = dict(type=arguments.positive_int, metavar="N")
+    views = dict(type=positive_int, metavar="N")
     group.add_argument("--test_clips", default=5, help="clips of each video", **views)
     group.add_argument("--test_crops", default=3, help="crops of each clip", **views)
     arguments.add_run_args(parser)
     return parser.parse_args(argv)
 
 
+def videos_to_train_on(args: argparse.Namespace) -> VideoList:
+    """`train` of `--data_path`; or all of that list, if the others are in `--val_path`."""
+    if args.data_path is not None and args.data_path.is_dir():
+        return find_split(args.data_path, ("train",), args.video_root)
+    if args.data_path is None or args.val_path is None:
+        raise UsageError(
+            "--data_path takes a folder with train and val, as folders or as lists (train.csv …); "
+            "or the list to train on, with another one in --val_path"
+        )
+    return find_videos(args.data_path, args.video_root)
+
+
+def videos_to_validate_on(args: argparse.Namespace) -> VideoList:
+    """`--val_path`, or `val` of `--data_path`."""
+    if args.val_path is not None:
+        return find_videos(args.val_path, args.video_root)
+    return find_split(args.data_path, TEST_SPLIT, args.video_root)
+
+
 def videos_to_test(args: argparse.Namespace) -> VideoList:
-    """The videos to test on: `val` of `--data_path`, or all of that folder or list."""
-    if args.data_path is None:
+    """`--val_path`, `val` of `--data_path`, or all of that folder or list."""
+    if args.val_path is None and args.data_path is None:
         raise UsageError("--data_path is missing: a folder with train and val, or a list to test")
-    if args.data_path.is_dir() and any(args.data_path.glob("val*")):
-        return find_split(args.data_path, TEST_SPLIT, args.video_root)
+    if args.val_path is not None or (args.data_path.is_dir() and any(args.data_path.glob("val*"))):
+        return videos_to_validate_on(args)
     return find_videos(args.data_path, args.video_root)
 
 
@@ -115,12 +135,7 @@ def note_missing(videos: VideoList) -> None:
 
 def build_data(args: argparse.Namespace) -> tuple[Loader, Loader]:
     """Clips to train on; one view of each video to validate on."""
-    if args.data_path is None or not args.data_path.is_dir():
-        raise UsageError(
-            "--data_path takes a folder with train and val, as folders or as lists (train.csv …)"
-        )
-    train = find_split(args.data_path, ("train",), args.video_root)
-    val = find_split(args.data_path, TEST_SPLIT, args.video_root)
+    train, val = videos_to_train_on(args), videos_to_validate_on(args)
     for videos in (train, val):
         note_missing(videos)
     transform = finetune_transform(

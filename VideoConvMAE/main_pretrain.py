@@ -11,6 +11,7 @@ from engine_pretrain import build_run, check_sizes, pretrain
 from util import args as arguments
 from util.distributed import init_processes, is_main_process, print_once
 from util.errors import UsageError
+from util.parser import Parser, add_switch, share
 from util.run import Run, complete_run, run_main, train_loader
 from VideoConvMAE.args import add_clip_args, check_channels
 from VideoConvMAE.datasets import Clips
@@ -24,7 +25,7 @@ PROGRAM = "video pretraining"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(
+    parser = Parser(
         prog="python -m VideoConvMAE.main_pretrain", description="Pretrain a VideoConvMAE."
     )
     arguments.add_data_args(
@@ -37,13 +38,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("augmentation")
     group.add_argument(
         "--crop_scales",
-        type=arguments.share,
+        type=share,
         nargs="+",
         default=list(CROP_SCALES),
         metavar="SHARE",
         help="sides of the multi-scale crop, as shares of the frame's shorter side",
     )
-    arguments.add_switch(group, "hflip", False, "flip half of the clips", "never flip")
+    add_switch(group, "hflip", False, "flip half of the clips", "never flip")
     group = arguments.add_autoencoder_args(
         parser, MODELS, model="videoconvmae_base_patch16", ratio=0.9
     )

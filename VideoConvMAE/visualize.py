@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from util import args as arguments
 from util.errors import UsageError
+from util.parser import Parser, mask_ratio, positive_int, seed
 from util.transforms import denormalize
 from util.visualize import reconstruct
 from VideoConvMAE.args import add_sampling_args
@@ -119,7 +119,7 @@ def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) ->
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(
+    parser = Parser(
         prog="python -m VideoConvMAE.visualize",
         description="Draw original, masked and reconstructed clips: frames as columns of a "
         "picture, and beside it an mp4.",
@@ -128,10 +128,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, help="of a pretraining on videos")
     add("--videos", type=Path, nargs="+", required=True, metavar="FILE", help="files or folders")
     add("--output", type=Path, required=True, metavar="PNG", help="picture; the mp4 lies beside")
-    add("--max_videos", type=arguments.positive_int, default=4, metavar="N", help="videos to show")
-    add("--mask_ratio", type=arguments.mask_ratio, default=0.9, help="share of patches to remove")
-    add("--columns", type=arguments.positive_int, default=8, metavar="N", help="frames to show")
-    add("--seed", type=arguments.seed, default=0, help="of the masks")
+    add("--max_videos", type=positive_int, default=4, metavar="N", help="videos to show")
+    add("--mask_ratio", type=mask_ratio, default=0.9, help="share of patches to remove")
+    add("--columns", type=positive_int, default=8, metavar="N", help="frames to show")
+    add("--seed", type=seed, default=0, help="of the masks")
     add_sampling_args(parser, ("dense", "uniform"))
     return parser.parse_args(argv)
 

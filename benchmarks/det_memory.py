@@ -23,10 +23,10 @@ from omegaconf import DictConfig
 
 from benchmarks.measuring import environment, print_environment
 from DET.config import load_config
-from util.args import Parser, positive_float, positive_int
 from util.errors import UsageError
 from util.logger import markdown_table, peak_memory_mb
 from util.optim_step import OptimStep, amp_dtype
+from util.parser import Parser, positive_float, positive_int
 
 OUT_OF_MEMORY = "out of memory"
 OBJECTS = 8  # in an image: COCO's has about seven

@@ -38,11 +38,11 @@ from benchmarks.measuring import (
     spread,
     time_rounds,
 )
-from util.args import Parser, positive_int
 from util.datasets import ImageFiles
 from util.errors import UsageError
 from util.loader import collate
 from util.logger import markdown_table
+from util.parser import Parser, positive_int
 from util.transforms import normalize, pretrain_transform
 
 FORMS = ("norm", "ours", "normalized")

@@ -20,11 +20,11 @@ import torch
 from benchmarks.measuring import environment, print_environment, spread, wall_clock
 from benchmarks.pretrain_step import MAE_SIZES
 from models_convmae import MODELS
-from util.args import Parser, positive_int
 from util.distributed import cores_per_process, init_processes, print_once, world_size, wrap_model
 from util.errors import UsageError
 from util.logger import markdown_table
 from util.optim_step import OptimStep, amp_dtype
+from util.parser import Parser, positive_int
 
 WARMUP_STEPS = 3
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,10 +24,10 @@ from benchmarks.measuring import (
     time_rounds,
     wall_clock,
 )
-from util.args import Parser, positive_int
 from util.errors import UsageError
 from util.logger import markdown_table
 from util.optim_step import amp_dtype
+from util.parser import Parser, positive_int
 
 WARMUP_STEPS = 2
 AMP = ("auto", "none", "bf16", "fp16")

@@ -77,7 +77,7 @@ def test_util_imports_no_model_engine_or_main(trees):
 def test_a_model_file_knows_no_command_line_data_set_or_process(trees):
     torch_parts = ("torch.distributed", "torch.utils.data", "torchvision.datasets")
     util_parts = (
-        f"util.{name}" for name in ("args", "datasets", "demo_data", "distributed", "run")
+        f"util.{name}" for name in ("args", "datasets", "demo_data", "distributed", "parser", "run")
     )
     foreign = ("argparse", *torch_parts, *util_parts, *DOWNSTREAM, "benchmarks", "tests")
     for path, tree in files(trees, "models_*.py"):

@@ -1,4 +1,3 @@
-import argparse
 import json
 import os
 import re
@@ -7,16 +6,9 @@ from pathlib import Path
 import pytest
 
 from util import args as arguments
-from util.args import (
-    MAY_CHANGE,
-    ChoiceOf,
-    Parser,
-    check_same_run,
-    check_writable,
-    complete,
-    plain,
-)
+from util.args import MAY_CHANGE, check_same_run, check_writable, complete, plain
 from util.errors import UsageError
+from util.parser import ChoiceOf, Parser
 
 
 def parser():
@@ -86,25 +78,6 @@ def test_bad_use_is_one_line_and_exit_code_2(line, message, capsys):
 
 def test_an_empty_argument_is_refused(capsys):
     error_of(["--epochs", "100", ""], capsys)  # of an unset variable in quotes, say
-
-
-@pytest.mark.parametrize(
-    ("type_of", "good", "bad"),
-    [
-        (arguments.positive_int, {"1": 1, "64": 64}, "0 -1 1.0 1e3 nan x"),
-        (arguments.non_negative_int, {"0": 0, "7": 7}, "-1 0.0 x"),
-        (arguments.positive_float, {"1": 1.0, "1e-4": 1e-4}, "0 -1 nan inf x"),
-        (arguments.non_negative_float, {"0": 0.0, "2.5": 2.5}, "-1e-9 nan inf -inf x"),
-        (arguments.share, {"0": 0.0, "0.25": 0.25, "1": 1.0}, "-0.1 1.1 nan inf x"),
-        (arguments.mask_ratio, {"0.75": 0.75}, "0 1 -0.1 1.1 nan x"),
-    ],
-)
-def test_number_types_take_their_range_alone(type_of, good, bad):
-    for text, value in good.items():
-        assert type_of(text) == value and type(type_of(text)) is type(value)
-    for text in bad.split():
-        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(text)):
-            type_of(text)
 
 
 @pytest.mark.parametrize("name", ["hflip", "pin_mem", "compile"])

@@ -1,14 +1,24 @@
-"""Command lines: the argument groups that the mains share, their checks, one-line errors."""
+"""Command lines: the argument groups that the mains share, and their checks."""
 
 import argparse
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from util.architecture import describe_architecture, flags_of, size_name
 from util.distributed import cores_per_process
 from util.errors import UsageError
+from util.parser import (
+    ChoiceOf,
+    Parser,
+    add_switch,
+    mask_ratio,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    seed,
+    share,
+)
 
 # Flags that a resumed run may change; any other difference is another run. The batch is compared
 # as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
@@ -22,121 +32,6 @@ DEFAULT_INPUT_SIZE, DEFAULT_IN_CHANS, DEFAULT_PATCH_SIZE = 224, 3, (4, 2, 2)
 DEFAULT_CLIP = {"num_frames": 16, "tubelet": 2, "temporal_kernel": 3}
 # What `complete` derives from other flags.
 _DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text that does not state one itself."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        unstated = action.default is None or isinstance(action.default, bool)
-        return action.help if unstated else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose help shows defaults and whose errors are one line."""
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with 2; an unknown flag gets the nearest known one."""
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            flag = unknown.partition(" ")[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            message = f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else "")
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all)\n")
-
-
-def positive_int(text: str) -> int:
-    """1, 2, 3, …"""
-    value = _number(int, text, "a whole number")
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    """0, 1, 2, …"""
-    value = _number(int, text, "a whole number")
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} must not be negative")
-    return value
-
-
-def seed(text: str) -> int:
-    """0 … 2**32 - 1."""
-    value = non_negative_int(text)
-    if value >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text} must be below 2**32")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """A finite number from 0."""
-    value = _number(float, text, "a number")
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be a finite number, not negative")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    value = non_negative_float(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = non_negative_float(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} must lie between 0 and 1")
-    return value
-
-
-def mask_ratio(text: str) -> float:
-    """A number between 0 and 1, neither of them."""
-    value = share(text)
-    if value in (0, 1):
-        raise argparse.ArgumentTypeError(
-            f"{text} must lie above 0 and below 1: some patches must stay and some must go"
-        )
-    return value
-
-
-def _number(kind: type, text: str, name: str) -> int | float:
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
-
-
-class ChoiceOf:
-    """An argument type: one of the names, with the nearest one named in the error."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = sorted(names)
-
-    def __call__(self, text: str) -> str:
-        """The name itself."""
-        if text not in self.names:
-            near = difflib.get_close_matches(text, self.names, n=1, cutoff=0.0)
-            raise argparse.ArgumentTypeError(
-                f"unknown name {text!r}, did you mean {near[0]}? Known: {', '.join(self.names)}"
-            )
-        return text
-
-
-def add_switch(
-    group: argparse._ArgumentGroup, name: str, default: bool | None, help: str, no_help: str
-) -> None:
-    """Add `--name` and `--no_name`."""
-    group.add_argument(f"--{name}", action="store_true", default=default, help=help)
-    group.add_argument(
-        f"--no_{name}", dest=name, action="store_false", default=default, help=no_help
-    )
 
 
 def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False) -> None:
@@ -306,8 +201,10 @@ def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._Argu
     return group
 
 
-def add_eval_args(parser: Parser) -> None:
-    """How a classifier is evaluated."""
+def add_eval_args(
+    parser: Parser, val: str = "images to evaluate on, a folder a class or shards"
+) -> None:
+    """How a classifier is evaluated, `val` being what `--val_path` takes."""
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--eval",
@@ -324,8 +221,8 @@ def add_eval_args(parser: Parser) -> None:
     group.add_argument(
         "--val_path",
         type=Path,
-        metavar="DIR",
-        help="images to evaluate on, a folder a class or shards (default: val/ of --data_path)",
+        metavar="PATH",
+        help=f"{val} (default: val of --data_path)",
     )
     group.add_argument(
         "--predictions",

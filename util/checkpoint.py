@@ -16,8 +16,8 @@ from typing import BinaryIO
 
 import torch
 
-from util import args as arguments
 from util.errors import TrainingError, UsageError
+from util.parser import Parser
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -89,7 +89,7 @@ def load_file(path: str | Path) -> dict:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(
+    parser = Parser(
         prog="python -m util.checkpoint", description="Look into checkpoints, and convert them."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from util import args as arguments
 from util.errors import UsageError
 from util.logger import markdown_table
+from util.parser import Parser
 
 COLUMNS = ("run", "epochs", "train loss", "test loss", "acc@1", "best acc@1")
 
@@ -38,7 +38,7 @@ def row_of(folder: Path) -> list[str]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(
+    parser = Parser(
         prog="python -m util.compare", description="Print a table of finished runs side by side."
     )
     parser.add_argument(

@@ -9,9 +9,9 @@ import numpy as np
 from contourpy import FillType, contour_generator
 from PIL import Image
 
-from util.args import Parser
 from util.demo_data import write_once
 from util.demo_scenes import CLASSES, COUNT, Scene, scenes
+from util.parser import Parser
 
 # Names here to those of `util.demo_scenes`.
 SPLITS = {"train": "training", "val": "validation"}

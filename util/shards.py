@@ -22,10 +22,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from util.args import Parser, positive_int
 from util.checkpoint import write_atomically
 from util.datasets import IMAGE_EXTENSIONS, ImageFolder, find_train_folder
 from util.errors import UsageError
+from util.parser import Parser, positive_int
 
 INDEX = "index.npz"
 LABEL = "cls"

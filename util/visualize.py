@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from util import args as arguments
 from util.datasets import find_train_folder, list_images, open_images
 from util.errors import UsageError
+from util.parser import Parser, mask_ratio, positive_int, seed
 from util.transforms import denormalize, eval_transform
 
 GRAY = 0.5  # what a removed patch looks like
@@ -148,7 +148,7 @@ def save_loss_curve(log: Path, output: Path) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = arguments.Parser(
+    parser = Parser(
         prog="python -m util.visualize",
         description="Draw original, masked and reconstructed images side by side.",
     )
@@ -156,10 +156,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", type=Path, required=True, help="of a masked autoencoder")
     add("--images", type=Path, nargs="+", required=True, help="files, or folders of them")
     add("--output", type=Path, default=Path("reconstruction.png"), help="picture to write")
-    add("--mask_ratio", type=arguments.mask_ratio, default=0.75, help="share of patches to remove")
-    add("--max_images", type=arguments.positive_int, default=16, help="take no more than so many")
-    add("--columns", type=arguments.positive_int, default=2, help="images next to each other")
-    add("--seed", type=arguments.seed, default=0, help="of the masks")
+    add("--mask_ratio", type=mask_ratio, default=0.75, help="share of patches to remove")
+    add("--max_images", type=positive_int, default=16, help="take no more than so many")
+    add("--columns", type=positive_int, default=2, help="images next to each other")
+    add("--seed", type=seed, default=0, help="of the masks")
     return parser.parse_args(argv)
 
 

@@ -243,6 +243,21 @@ def test_lists_and_random_weights(data, launcher, tmp_path):
     assert weights(tmp_path / "o")["blocks1.0.attn.weight"].shape == (32, 1, 5, 5, 5)
 
 
+def test_two_lists_of_any_name_by_data_path_and_val_path(data, pretrained, launcher, tmp_path):
+    for name, split in (("mine.csv", "train"), ("theirs.csv", "val")):
+        paths = find_videos(data / split).paths
+        (tmp_path / name).write_text("".join(f"{path},{i % 2}\n" for i, path in enumerate(paths)))
+    lists = {"val_path": tmp_path / "theirs.csv", "finetune": pretrained / "checkpoint.pth"}
+    flags = finetune_flags(tmp_path / "mine.csv", tmp_path / "o", **lists, **BARELY)
+    result = launcher.run(*flags, program=FINETUNE)
+    assert_ok(result)
+    assert "12 videos of" in result.out
+    assert result.out.count("Accuracy of the network on the 5 test videos") == 1 + 1
+    alone = {"val_path": data / "val" / "run", "output_dir": tmp_path / "o"}
+    line = command_line(DEFAULTS | alone, "--eval")
+    assert_one_line(launcher.run(*line, program=FINETUNE), 2, "has no labels")
+
+
 @pytest.mark.parametrize("how", ["center", "average"])
 def test_an_image_checkpoint_starts_a_video_model(data, launcher, tmp_path, how):
     torch.manual_seed(0)
@@ -286,6 +301,9 @@ def test_bad_use_is_one_line_and_exit_code_2(data, pretrained, launcher, tmp_pat
     refused(FINETUNE, finetune_flags(data, tmp_path / "o"), "what to start from?")
     start = {"finetune": pretrained / "checkpoint.pth"}
     refused(FINETUNE, finetune_flags(data / "val", tmp_path / "o", **start), "has none of train/")
+    (tmp_path / "train.csv").touch()
+    alone = finetune_flags(tmp_path / "train.csv", tmp_path / "o", **start)
+    refused(FINETUNE, alone, "the list to train on, with another one in --val_path")
     refused(FINETUNE, finetune_flags(data, tmp_path / "o", aa="x", **start), "no RandAugment")
     refused(FINETUNE, finetune_flags(data, tmp_path / "o", tubelet=4, **start), "--tubelet 4")
     resume = {"resume": pretrained / "checkpoint.pth"}
