@@ -42,8 +42,11 @@ class GridAttention(Attention):
         super().__init__(dim, num_heads)
         self.window_size = window_size
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, norm: nn.Module | None = None
+    ) -> Tensor:
         """`[N, H, W, C]` to the same shape; `bias` `[heads, L, L]` of a window's tokens."""
+        x = x if norm is None else norm(x)  # before windows pad it with zeros
         if not self.window_size:
             return self.attend(x, bias)
         windows, padded = window_partition(x, self.window_size)  # [N * windows, side, side, C]

@@ -57,8 +57,8 @@ class RelativeBlock(Block):
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Tokens `[N, L, C]` of a grid `(h, w)` to the same shape."""
         bias = self.attn.relative_position_bias(grid)
-        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), bias))
-        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.gamma_1 * self.attn(x, bias, self.norm1))
+        return x + self.drop_path(self.gamma_2 * self.mlp(x, self.norm2))
 
 
 @MODELS.register_module()

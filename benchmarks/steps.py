@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,9 @@ from util.optim_step import amp_dtype
 from util.parser import Parser, positive_int
 
 WARMUP_STEPS = 2
+# glibc then gives all larger blocks back as soon as they are free, so that resident memory is what
+# was needed at once, not what fragments added to it.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
 AMP = ("auto", "none", "bf16", "fp16")
 # Dense matrix products in bfloat16 or float16 (vendor's data sheets), in TFLOP/s.
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "V100": 125}
@@ -228,8 +232,7 @@ def resident_bytes(field: str) -> int:
 def measure_memory(benchmark: Benchmark, form: Form, args: argparse.Namespace) -> int | None:
     """Peak memory in bytes of two steps, over what is there before. For a fresh process only.
 
-    On a CPU that is resident memory, in which a process keeps what it has freed; with `--compile`
-    the compiler's own is in it.
+    On a CPU that is resident memory; with `--compile` the compiler's own is in it.
     """
     step = ready_step(benchmark, form, args)
     cuda = args.device == "cuda"
@@ -247,7 +250,8 @@ def measure_memory(benchmark: Benchmark, form: Form, args: argparse.Namespace) -
 def measure_memory_afresh(program: str, form: Form, argv: Sequence[str]) -> int | None:
     """`measure_memory` in a process of its own."""
     command = [sys.executable, "-m", f"benchmarks.{program}", *argv, "--measure_memory", form.name]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    process = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | MALLOC, check=True)
+    return json.loads(process.stdout)
 
 
 def measure(

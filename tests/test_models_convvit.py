@@ -1,3 +1,4 @@
+import copy
 import math
 from itertools import product
 from types import SimpleNamespace
@@ -18,8 +19,10 @@ from models_convvit import (
     Geometry,
     PatchEmbed,
     VisibleGrid,
+    channel_norm,
     conv_as_linear,
     gelu_linear,
+    norm_linear,
     to_nested_blocks,
 )
 
@@ -157,12 +160,88 @@ def test_gelu_linear_of_half_precision_gives_its_parameters_their_own():
     assert {t.grad.dtype for t in (x, weight, bias)} == {torch.float32}
 
 
+def norm_linear_case(norm, dtype=torch.float64):
+    """x, and a norm and a linear map with random numbers."""
+    norm, linear = (randomize(module).to(dtype) for module in (norm, torch.nn.Linear(4, 5)))
+    return torch.randn(2, 3, 4, dtype=dtype, requires_grad=True), norm, linear
+
+
+NORMS = [
+    lambda: torch.nn.LayerNorm(4, eps=1e-3),
+    lambda: torch.nn.LayerNorm(4, bias=False),
+    lambda: torch.nn.LayerNorm(4, elementwise_affine=False),
+    lambda: torch.nn.RMSNorm(4),
+]
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=["plain", "no bias", "no scale", "another norm"])
+def test_norm_linear_and_its_gradient_equal_the_two_modules(norm):
+    x, norm, linear = norm_linear_case(norm())
+    out, expected = norm_linear(x, norm, linear.weight, linear.bias), linear(norm(x))
+    assert torch.equal(out, expected)
+    inputs, weight = [x, *norm.parameters(), *linear.parameters()], torch.randn_like(out)
+    grads, expected_grads = (
+        torch.autograd.grad((value * weight).sum(), inputs) for value in (out, expected)
+    )
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_norm_linear_under_autocast_is_the_two_modules():
+    x, norm, linear = norm_linear_case(torch.nn.LayerNorm(4), torch.float32)
+    inputs, results = [x, *norm.parameters(), *linear.parameters()], []
+    for fused in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = norm_linear(x, norm, linear.weight, linear.bias) if fused else linear(norm(x))
+        assert y.dtype == torch.bfloat16
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+    assert {t.dtype for t in results[0][1:]} == {torch.float32}
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize("frozen", ["x", "norm", "linear"])
+def test_norm_linear_leaves_out_the_gradients_that_nobody_wants(frozen):
+    x, norm, linear = norm_linear_case(torch.nn.LayerNorm(4))
+    parts = {"x": [x], "norm": [*norm.parameters()], "linear": [*linear.parameters()]}
+    for tensor in parts[frozen]:
+        tensor.requires_grad_(False)
+    wanted = [t for name, tensors in parts.items() if name != frozen for t in tensors]
+    weight = torch.randn(2, 3, 5, dtype=torch.float64)
+    grads, expected = (
+        torch.autograd.grad((out * weight).sum(), wanted)
+        for out in (norm_linear(x, norm, linear.weight, linear.bias), linear(norm(x)))
+    )
+    torch.testing.assert_close(grads, expected)
+
+
+class Adapted(torch.nn.Module):
+    """A layer with something added to it, such as LoRA's product of two small matrices."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, x):
+        return self.layer(x) + 1
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "mlp.fc1", "mlp.fc2"])
+def test_an_adapter_in_a_blocks_place_for_a_linear_map_is_called(name):
+    block = randomize(Block(8, num_heads=2, mlp_ratio=3))
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    shifted = copy.deepcopy(block)
+    with torch.no_grad():
+        shifted.get_submodule(name).bias += 1
+    block.set_submodule(name, Adapted(block.get_submodule(name)))
+    torch.testing.assert_close(block(x), shifted(x))
+
+
 def test_mlp_of_tokens_equals_that_of_the_grid():
-    mlp = randomize(ConvMlp(4, 10, ndim=2))
+    mlp, norm = randomize(ConvMlp(4, 10, ndim=2)), randomize(torch.nn.LayerNorm(4))
     grid = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     tokens = grid.flatten(2).transpose(1, 2).unsqueeze(2)
-    expected = mlp(grid).flatten(2).transpose(1, 2).unsqueeze(2)
-    torch.testing.assert_close(mlp.forward_tokens(tokens), expected)
+    expected = mlp(channel_norm(grid, norm)).flatten(2).transpose(1, 2).unsqueeze(2)
+    torch.testing.assert_close(mlp.forward_tokens(tokens, norm), expected)
 
 
 DEPTHWISE = [((9,), (5,)), ((5, 6), (5, 5)), ((4, 7), (3, 5)), ((3, 4, 4), (3, 3, 5))]
