@@ -24,7 +24,10 @@ PROGRAM = "fine-tuning"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = Parser(description="Fine-tune a ConvViT as a classifier, or evaluate one.")
+    parser = Parser(
+        prog="main_finetune.py",
+        description="Fine-tune a ConvViT as a classifier, or evaluate one.",
+    )
     layout = (
         "folder with train/ and val/, in each a folder a class or shards; or shards to train on"
     )

@@ -37,7 +37,9 @@ DEMO = dict(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    parser = Parser(description="Pretrain a ConvMAE on a folder of images.")
+    parser = Parser(
+        prog="main_pretrain.py", description="Pretrain a ConvMAE on a folder of images."
+    )
     arguments.add_data_args(
         parser,
         data="folder of images, nested or flat, its train/ if it has one; or its shards, as "

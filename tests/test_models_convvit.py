@@ -199,17 +199,27 @@ def test_norm_linear_under_autocast_is_the_two_modules():
     assert torch.equal(results[0][0], results[1][0])
 
 
-@pytest.mark.parametrize("frozen", ["x", "norm", "linear"])
-def test_norm_linear_leaves_out_the_gradients_that_nobody_wants(frozen):
+@pytest.mark.parametrize("frozen", range(5))
+def test_norm_linear_leaves_out_the_gradient_that_nobody_wants(frozen):
     x, norm, linear = norm_linear_case(torch.nn.LayerNorm(4))
-    parts = {"x": [x], "norm": [*norm.parameters()], "linear": [*linear.parameters()]}
-    for tensor in parts[frozen]:
-        tensor.requires_grad_(False)
-    wanted = [t for name, tensors in parts.items() if name != frozen for t in tensors]
+    inputs = [x, norm.weight, norm.bias, linear.weight, linear.bias]
+    inputs.pop(frozen).requires_grad_(False)
     weight = torch.randn(2, 3, 5, dtype=torch.float64)
     grads, expected = (
-        torch.autograd.grad((out * weight).sum(), wanted)
+        torch.autograd.grad((out * weight).sum(), inputs)
         for out in (norm_linear(x, norm, linear.weight, linear.bias), linear(norm(x)))
+    )
+    torch.testing.assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("frozen", range(3))
+def test_gelu_linear_leaves_out_the_gradient_that_nobody_wants(frozen):
+    inputs = x, weight, bias = gelu_linear_case()
+    wanted = [tensor for i, tensor in enumerate(inputs) if i != frozen]
+    inputs[frozen].requires_grad_(False)
+    grads, expected = (
+        torch.autograd.grad(out.square().sum(), wanted)
+        for out in (gelu_linear(x, weight, bias), F.linear(F.gelu(x), weight, bias))
     )
     torch.testing.assert_close(grads, expected)
 
@@ -234,6 +244,28 @@ def test_an_adapter_in_a_blocks_place_for_a_linear_map_is_called(name):
         shifted.get_submodule(name).bias += 1
     block.set_submodule(name, Adapted(block.get_submodule(name)))
     torch.testing.assert_close(block(x), shifted(x))
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "mlp.fc1", "mlp.fc2"])
+def test_a_linear_map_without_bias_may_take_the_place_of_one_with(name):
+    block = randomize(Block(8, num_heads=2, mlp_ratio=3))
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    layer = block.get_submodule(name)
+    torch.nn.init.zeros_(layer.bias)
+    expected = block(x)
+    layer.bias = None
+    torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("name", ["norm1", "attn.qkv", "norm2", "mlp.fc1", "mlp.fc2"])
+def test_hooks_in_a_block_are_called(name):
+    block, seen = randomize(Block(8, num_heads=2, mlp_ratio=3)), []
+    hook = block.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    hooked = block(x)
+    hook.remove()
+    torch.testing.assert_close(hooked, block(x))
+    assert seen == [1]
 
 
 def test_mlp_of_tokens_equals_that_of_the_grid():

@@ -1,5 +1,6 @@
-"""Jobs of submitit, run by its executor for this machine; SLURM's differs in how they start."""
+"""Jobs of submitit, run by its executor for this machine; and what is given to SLURM."""
 
+import contextlib
 import os
 import re
 import signal
@@ -24,9 +25,22 @@ RUN = {
 JOB = {"cluster": "local", "ngpus": 0, "ntasks": 2, "timeout": 5}
 
 
+needs_proc = pytest.mark.skipif(
+    not Path("/proc").is_dir(), reason="finds the job's processes in Linux's /proc"
+)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"), 12)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder for jobs; those that still run in the end are killed."""
+    yield tmp_path
+    for log in (tmp_path / "jobs").glob("*/*_0_log.out"):
+        send(signal.SIGKILL, log)
 
 
 def submit(launcher, folder: Path, images: Path, epochs: int) -> Path:
@@ -46,55 +60,74 @@ def submit(launcher, folder: Path, images: Path, epochs: int) -> Path:
 def wait_for(log: Path, text: str) -> None:
     end = time.monotonic() + 90
     while not log.exists() or text not in log.read_text():
-        assert time.monotonic() < end, f"no {text!r} in {log.read_text()}"
+        there = log.read_text() if log.exists() else "no log"
+        assert time.monotonic() < end, f"no {text!r} in {there}"
         time.sleep(0.02)
 
 
-def processes_of(log: Path) -> list[int]:
-    """All processes of a job's tasks: submitit's, the mains, their workers."""
+def send(number: int, log: Path) -> None:
+    """Signal all processes of a job's tasks, as SLURM may: submitit's, the mains, their workers."""
     mark = f"SUBMITIT_LOCAL_JOB_ID={log.parent.name}".encode()
-    found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
+        with contextlib.suppress(OSError):  # ended meanwhile, or somebody else's
             if mark in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:  # ended meanwhile, or somebody else's
-            continue
-    return found
+                os.kill(int(path.parent.name), number)
 
 
-def test_a_job_trains_with_its_processes_and_ends(launcher, images, tmp_path):
-    log = submit(launcher, tmp_path, images, epochs=2)
+def test_a_job_trains_with_its_processes_and_ends(launcher, images, folder):
+    log = submit(launcher, folder, images, epochs=2)
     wait_for(log, "completed successfully")
     assert "2 x 1 x 2 = 4 an epoch" in log.read_text()
-    assert [line["epoch"] for line in log_lines(tmp_path / "out")] == [0, 1]
+    assert [line["epoch"] for line in log_lines(folder / "out")] == [0, 1]
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the job's processes in Linux's /proc")
-def test_a_warned_job_saves_is_requeued_and_ends_as_if_never_stopped(launcher, images, tmp_path):
+@needs_proc
+def test_a_warned_job_saves_is_requeued_and_ends_as_if_never_stopped(launcher, images, folder):
     epochs = 30
     never_stopped = command_line(
-        RUN | {"data_path": images, "output_dir": tmp_path / "whole", "epochs": epochs}
+        RUN | {"data_path": images, "output_dir": folder / "whole", "epochs": epochs}
     )
     assert_ok(*launcher.run_ranks(*never_stopped))
-    log = submit(launcher, tmp_path, images, epochs)
+    log = submit(launcher, folder, images, epochs)
     wait_for(log, "Epoch 3/30  [1/3]")
-    for pid in processes_of(log):  # SLURM signals them all
-        os.kill(pid, signal.SIGUSR2)
+    send(signal.SIGUSR2, log)
     wait_for(log, "completed successfully")
     text = log.read_text()
     assert text.count("stopped by a signal at") == 1
     assert text.count("Requeued job") == 1
     assert "epochs from epoch " in text
-    assert_same_end(tmp_path / "out", tmp_path / "whole")
+    assert_same_end(folder / "out", folder / "whole")
 
 
-def test_a_main_that_fails_fails_its_job(launcher, images, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoint.pth").write_bytes(b"broken")
-    log = submit(launcher, tmp_path, images, epochs=2)
+@needs_proc
+def test_a_job_warned_before_it_trains_is_requeued_too(launcher, images, folder):
+    log = submit(launcher, folder, images, epochs=2)
+    wait_for(log, "Loading pickle")
+    time.sleep(1)  # the main imports its libraries
+    assert "an epoch" not in log.read_text()
+    send(signal.SIGUSR2, log)
+    wait_for(log, "completed successfully")
+    assert log.read_text().count("Requeued job") == 1
+    assert [line["epoch"] for line in log_lines(folder / "out")] == [0, 1]
+
+
+@needs_proc
+def test_a_terminated_job_saves_and_is_not_requeued(launcher, images, folder):
+    log = submit(launcher, folder, images, epochs=200)
+    wait_for(log, "Epoch 3/200  [1/3]")
+    send(signal.SIGTERM, log)
+    wait_for(log, "stopped by a signal at")
+    wait_for(log, "completed successfully")
+    assert "Requeued job" not in log.read_text()
+    assert (folder / "out" / "checkpoint.pth").exists()
+
+
+def test_a_main_that_fails_fails_its_job(launcher, images, folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "checkpoint.pth").write_bytes(b"broken")
+    log = submit(launcher, folder, images, epochs=2)
     wait_for(log, "Submitted job triggered an exception")
-    wait_for(log, "failed with exit code 2")
+    wait_for(log, "failed with exit code")
     assert "completed successfully" not in log.read_text()
 
 
@@ -107,19 +140,60 @@ def test_the_programs_own_flags_are_checked_before_it_waits_in_a_queue(launcher,
     refused(["main_pretrian.py"], "did you mean main_pretrain.py?")
     refused([MAIN], "--data_path is missing")
     refused([MAIN, "--data_path", "x", "--epoch", 3], "did you mean --epochs?")
-    refused([MAIN, "--data_path", "x", "--resume", "none"], "begin anew after each requeue")
-    refused(["--nodes", 2, MAIN, "--data_path", "x"], "this machine alone")
-    refused(["--sbatch", "x", MAIN, "--data_path", "x"], "'x' is not NAME=VALUE")
+    ready = [MAIN, "--data_path", "x"]
+    refused([*ready, "--resume", "none"], "begin there again after each requeue")
+    refused([*ready, "--resume", "output/checkpoint-3.pth"], "begin there again")
+    refused(["--nodes", 2, *ready], "this machine alone")
+    refused(["--sbatch", "x=", *ready], "'x=' is not NAME=VALUE or NAME")
+    refused(["--ngpus", 1, *ready], "--ntasks 2: a process takes a GPU")
+    refused(["--signal_delay", 300, *ready], "must lie between 20 and the 300 seconds")
     assert not (tmp_path / "jobs").exists()
 
 
 def test_without_slurm_a_job_is_refused(launcher, tmp_path):
     line = ["--job_dir", tmp_path, MAIN, "--data_path", "x"]
     result = launcher.run(*line, program=PROGRAM, env={"PATH": str(tmp_path)})
-    assert_one_line(result, 2, "there is no srun here")
+    assert_one_line(result, 2, "there is no srun and sbatch here")
 
 
-def test_what_follows_the_program_is_its_own(launcher):
+def slurm(folder: Path, sbatch: str) -> dict[str, str]:
+    """The environment with an `srun`, and an `sbatch` of these lines of shell."""
+    folder.mkdir()
+    for name, lines in (("srun", ""), ("sbatch", sbatch)):
+        (folder / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_what_slurm_gets(launcher, tmp_path):
+    env = slurm(tmp_path / "bin", f'cp "$1" {tmp_path}/script; echo "Submitted batch job 42"')
+    job = {"nodes": 4, "ngpus": 8, "cpus": 12, "timeout": 60, "partition": "gpu"}
+    line = command_line(job | {"job_dir": tmp_path / "jobs"}, "--sbatch", "account=vision")
+    line += ["--sbatch", "gpus-per-node=a100:8", "--sbatch", "exclusive"]
+    video = ["VideoConvMAE.main_pretrain", "--data_path", "x"]
+    result = launcher.run(*line, *video, program=PROGRAM, env=env)
+    assert_ok(result)
+    assert result.out.startswith("job 42: 4 x 8 processes of VideoConvMAE.main_pretrain; its log: ")
+    script = (tmp_path / "script").read_text()
+    options = re.findall(r"#SBATCH --(.+)", script)
+    for option in (
+        "nodes=4", "ntasks-per-node=8", "cpus-per-task=12", "time=60", "partition=gpu", "requeue",
+        "signal=USR2@120", "account=vision", "gpus-per-node=a100:8", "exclusive",
+        "job-name=VideoConvMAE.main_pretrain",
+    ):  # fmt: skip
+        assert option in options
+    assert sum(option.startswith("gpus") for option in options) == 1
+    assert re.search(r"^srun .*--kill-on-bad-exit=1 --cpus-per-task=12 .*_submit", script, re.M)
+
+
+def test_what_slurm_refuses_is_told_in_one_line(launcher, tmp_path):
+    env = slurm(tmp_path / "bin", "echo 'error: no such account' >&2; echo 'bye' >&2; exit 1")
+    line = ["--job_dir", tmp_path / "jobs", MAIN, "--data_path", "x"]
+    result = launcher.run(*line, program=PROGRAM, env=env)
+    assert_one_line(result, 2, "SLURM refuses the job:", "error: no such account bye")
+
+
+def test_what_follows_the_program_is_its_own():
     args = parse_args(["--nodes", "4", MAIN, "--nodes", "--data_path", "x", "-h"])
     assert (args.nodes, args.program) == (4, MAIN)
     assert args.arguments == ["--nodes", "--data_path", "x", "-h"]

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,8 @@ from util.resume import BEST, LAST, Checkpoints, Stateful
 # A larger share of waiting for data is said in a line, once so many steps of an epoch are done.
 MAX_DATA_WAIT = 0.1
 STEPS_TO_JUDGE = 100
+# Environment variable by which a launcher can tell a run that stopped from one that is done.
+STOPPED_EXIT_CODE = "STOPPED_EXIT_CODE"
 
 
 class Stopped(Exception):
@@ -43,12 +46,16 @@ class Stopped(Exception):
 
 
 def run_main(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> int:
-    """Run a main to its exit code: 0 done or saved on a signal, 2 bad use, 1 failed."""
-    code = 0
+    """Run a main to its exit code: 0 done or saved on a signal, 2 bad use, 1 failed.
+
+    The environment variable `STOPPED_EXIT_CODE` is that of a run saved on a signal.
+    """
+    code = together = 0
     try:
         main(args)
     except Stopped as stop:
         print_once(stop)
+        code = together = int(os.environ.get(STOPPED_EXIT_CODE, 0))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
@@ -64,7 +71,7 @@ def run_main(main: Callable[[argparse.Namespace], object], args: argparse.Namesp
         print("interrupted: the last checkpoint counts", file=sys.stderr, flush=True)
         code = 130
     # Only where all processes get here: after a failure the others may wait in a collective.
-    if dist.is_initialized() and code == 0:
+    if dist.is_initialized() and code == together:
         dist.destroy_process_group()
     return code
 
