@@ -83,13 +83,13 @@ def test_a_job_trains_with_its_processes_and_ends(launcher, images, folder):
 
 @needs_proc
 def test_a_warned_job_saves_is_requeued_and_ends_as_if_never_stopped(launcher, images, folder):
-    epochs = 30
+    epochs = 12
     never_stopped = command_line(
         RUN | {"data_path": images, "output_dir": folder / "whole", "epochs": epochs}
     )
     assert_ok(*launcher.run_ranks(*never_stopped))
     log = submit(launcher, folder, images, epochs)
-    wait_for(log, "Epoch 3/30  [1/3]")
+    wait_for(log, "Epoch 3/12  [1/3]")
     send(signal.SIGUSR2, log)
     wait_for(log, "completed successfully")
     text = log.read_text()

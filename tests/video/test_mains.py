@@ -253,6 +253,10 @@ def test_two_lists_of_any_name_by_data_path_and_val_path(data, pretrained, launc
     assert_ok(result)
     assert "12 videos of" in result.out
     assert result.out.count("Accuracy of the network on the 5 test videos") == 1 + 1
+    alone = {"val_path": tmp_path / "theirs.csv", "output_dir": tmp_path / "o"}
+    result = launcher.run(*command_line(DEFAULTS | alone, "--eval"), program=FINETUNE)
+    assert_ok(result)
+    assert "on the 5 test videos" in result.out
     alone = {"val_path": data / "val" / "run", "output_dir": tmp_path / "o"}
     line = command_line(DEFAULTS | alone, "--eval")
     assert_one_line(launcher.run(*line, program=FINETUNE), 2, "has no labels")
