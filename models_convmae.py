@@ -9,17 +9,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models_convvit import (
-    CONV,
-    LAYER_NORM,
-    Block,
-    ConvViTEncoder,
-    Geometry,
-    conv_as_linear,
-    to_nested_blocks,
-)
+from models_convvit import LAYER_NORM, Block, ConvViTEncoder, conv_as_linear
 from util.architecture import SIZES, constructor_args
 from util.errors import UsageError
+from util.geometry import CONV, Geometry, to_nested_blocks
 from util.pos_embed import get_sincos_pos_embed
 from util.weights import KINDS, load_weights, read_weights
 

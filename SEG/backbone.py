@@ -10,7 +10,8 @@ from mmengine.logging import print_log
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
-from models_convvit import LAYER_NORM, Attention, Block, ConvViT, Geometry
+from models_convvit import LAYER_NORM, Attention, Block, ConvViT
+from util.geometry import Geometry
 from util.rel_pos import RelativePositions
 from util.weights import Report, load_weights, read_weights
 

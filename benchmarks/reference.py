@@ -9,7 +9,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from models_convmae import MaskedAutoencoderConvViT, gather_tokens
-from models_convvit import CONV, LAYER_NORM, ConvViT, Geometry
+from models_convvit import LAYER_NORM, ConvViT
+from util.geometry import CONV, Geometry
 from util.pos_embed import get_sincos_pos_embed
 
 

@@ -1,97 +1,31 @@
 import copy
 import math
 from itertools import product
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models_convvit import (
-    CONV,
     Attention,
     Block,
     ConvBlock,
     ConvMlp,
     ConvViTEncoder,
-    DenseGrid,
-    Geometry,
     PatchEmbed,
-    VisibleGrid,
     channel_norm,
     conv_as_linear,
-    gelu_linear,
-    norm_linear,
-    to_nested_blocks,
 )
+from tests.modules import randomize, visible_grid, visible_positions
+from util.depthwise import DenseGrid
+from util.geometry import CONV, to_nested_blocks
 
-CONV_FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TINY = dict(img_size=64, embed_dim=(4, 6, 8), depth=(1, 2, 2), num_heads=2)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def randomize(module):
-    """Give every parameter a value of its own: unit scales and zero biases hide mistakes."""
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return module.double()
-
-
-def visible_positions(number, kept, grid):
-    """For each of `number` images the sorted grid positions of `kept` visible tokens."""
-    length = math.prod(grid)
-    return torch.stack([torch.randperm(length)[:kept].sort().values for _ in range(number)])
-
-
-def visible_grid(positions, grid):
-    first = torch.arange(len(positions)).unsqueeze(1) * math.prod(grid)
-    return VisibleGrid((positions + first).flatten(), (len(positions), *grid))
-
-
-# ---- Nested blocks -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("size", "units"),
-    [
-        ((6,), [(3,)]),
-        ((12,), [(3,), (2,)]),
-        ((4, 6), []),
-        ((4, 6), [(2, 3)]),
-        ((8, 12), [(2, 3), (2, 1)]),
-        ((8, 6), [(2, 1), (1, 3), (2, 2)]),
-        ((4, 4, 6), [(2, 1, 3)]),
-        ((4, 4, 6), [(1, 2, 3), (2, 1, 1)]),
-    ],
-)
-def test_nested_blocks_equal_a_plain_loop(size, units):
-    ndim = len(size)
-    x = torch.arange(2 * 3 * math.prod(size)).view(2, 3, *size)
-    blocks = to_nested_blocks(x, units)
-
-    counts = [s // math.prod(unit[d] for unit in units) for d, s in enumerate(size)]
-    assert blocks.shape == (2, *counts, *(u for unit in units for u in unit), 3)
-    for image, channel in product(range(2), range(3)):
-        for inner in np.ndindex(*blocks.shape[1:-1]):
-            place = list(inner[:ndim])
-            for level, unit in enumerate(units, start=1):
-                for d in range(ndim):
-                    place[d] = place[d] * unit[d] + inner[level * ndim + d]
-            assert blocks[(image, *inner, channel)] == x[(image, channel, *place)]
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_nested_blocks_are_a_view(memory_format):
-    x = torch.zeros(2, 3, 8, 12).contiguous(memory_format=memory_format)
-    blocks = to_nested_blocks(x, [(2, 3), (2, 1)])
-    x.fill_(1)
-    assert blocks.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    assert blocks.eq(1).all()
 
 
 # ---- Convolutions on tokens ----------------------------------------------------------------------
@@ -133,95 +67,6 @@ def test_patch_embedding_with_channels_last_equals_that_of_the_grid():
     grid = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     actual = embed.forward_channels_last(grid.movedim(1, -1))
     torch.testing.assert_close(actual, embed(grid).movedim(1, -1))
-
-
-def gelu_linear_case(dtype=torch.float64):
-    shapes = ((2, 3, 4), (5, 4), (5,))  # x, weight, bias
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-
-
-def test_gelu_linear_and_its_gradient_equal_the_two_functions():
-    inputs = gelu_linear_case()
-    out, expected = gelu_linear(*inputs), F.linear(F.gelu(inputs[0]), *inputs[1:])
-    torch.testing.assert_close(out, expected)
-    weight = torch.randn_like(out)
-    grads, expected_grads = (
-        torch.autograd.grad((value * weight).sum(), inputs) for value in (out, expected)
-    )
-    torch.testing.assert_close(grads, expected_grads)
-
-
-def test_gelu_linear_of_half_precision_gives_its_parameters_their_own():
-    x, weight, bias = gelu_linear_case(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = gelu_linear(x.bfloat16(), weight, bias)
-    out.sum().backward()
-    assert out.dtype == torch.bfloat16
-    assert {t.grad.dtype for t in (x, weight, bias)} == {torch.float32}
-
-
-def norm_linear_case(norm, dtype=torch.float64):
-    """x, and a norm and a linear map with random numbers."""
-    norm, linear = (randomize(module).to(dtype) for module in (norm, torch.nn.Linear(4, 5)))
-    return torch.randn(2, 3, 4, dtype=dtype, requires_grad=True), norm, linear
-
-
-NORMS = [
-    lambda: torch.nn.LayerNorm(4, eps=1e-3),
-    lambda: torch.nn.LayerNorm(4, bias=False),
-    lambda: torch.nn.LayerNorm(4, elementwise_affine=False),
-    lambda: torch.nn.RMSNorm(4),
-]
-
-
-@pytest.mark.parametrize("norm", NORMS, ids=["plain", "no bias", "no scale", "another norm"])
-def test_norm_linear_and_its_gradient_equal_the_two_modules(norm):
-    x, norm, linear = norm_linear_case(norm())
-    out, expected = norm_linear(x, norm, linear.weight, linear.bias), linear(norm(x))
-    assert torch.equal(out, expected)
-    inputs, weight = [x, *norm.parameters(), *linear.parameters()], torch.randn_like(out)
-    grads, expected_grads = (
-        torch.autograd.grad((value * weight).sum(), inputs) for value in (out, expected)
-    )
-    torch.testing.assert_close(grads, expected_grads)
-
-
-def test_norm_linear_under_autocast_is_the_two_modules():
-    x, norm, linear = norm_linear_case(torch.nn.LayerNorm(4), torch.float32)
-    inputs, results = [x, *norm.parameters(), *linear.parameters()], []
-    for fused in (True, False):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = norm_linear(x, norm, linear.weight, linear.bias) if fused else linear(norm(x))
-        assert y.dtype == torch.bfloat16
-        results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
-    assert {t.dtype for t in results[0][1:]} == {torch.float32}
-    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
-    assert torch.equal(results[0][0], results[1][0])
-
-
-@pytest.mark.parametrize("frozen", range(5))
-def test_norm_linear_leaves_out_the_gradient_that_nobody_wants(frozen):
-    x, norm, linear = norm_linear_case(torch.nn.LayerNorm(4))
-    inputs = [x, norm.weight, norm.bias, linear.weight, linear.bias]
-    inputs.pop(frozen).requires_grad_(False)
-    weight = torch.randn(2, 3, 5, dtype=torch.float64)
-    grads, expected = (
-        torch.autograd.grad((out * weight).sum(), inputs)
-        for out in (norm_linear(x, norm, linear.weight, linear.bias), linear(norm(x)))
-    )
-    torch.testing.assert_close(grads, expected)
-
-
-@pytest.mark.parametrize("frozen", range(3))
-def test_gelu_linear_leaves_out_the_gradient_that_nobody_wants(frozen):
-    inputs = x, weight, bias = gelu_linear_case()
-    wanted = [tensor for i, tensor in enumerate(inputs) if i != frozen]
-    inputs[frozen].requires_grad_(False)
-    grads, expected = (
-        torch.autograd.grad(out.square().sum(), wanted)
-        for out in (gelu_linear(x, weight, bias), F.linear(F.gelu(x), weight, bias))
-    )
-    torch.testing.assert_close(grads, expected)
 
 
 class Adapted(torch.nn.Module):
@@ -274,50 +119,6 @@ def test_mlp_of_tokens_equals_that_of_the_grid():
     tokens = grid.flatten(2).transpose(1, 2).unsqueeze(2)
     expected = mlp(channel_norm(grid, norm)).flatten(2).transpose(1, 2).unsqueeze(2)
     torch.testing.assert_close(mlp.forward_tokens(tokens, norm), expected)
-
-
-DEPTHWISE = [((9,), (5,)), ((5, 6), (5, 5)), ((4, 7), (3, 5)), ((3, 4, 4), (3, 3, 5))]
-
-
-def depthwise_case(grid, kernel, channels=2):
-    positions = visible_positions(2, math.prod(grid) // 3, grid)
-    x = torch.randn(2, positions.shape[1], 1, channels, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(channels, 1, *kernel, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(channels, dtype=torch.float64, requires_grad=True)
-    return positions, x, weight, bias
-
-
-@pytest.mark.parametrize(("grid", "kernel"), DEPTHWISE)
-def test_visible_depthwise_equals_the_convolution_of_a_zero_canvas(grid, kernel):
-    positions, x, weight, bias = depthwise_case(grid, kernel)
-    conv = SimpleNamespace(weight=weight, bias=bias)
-    out = visible_grid(positions, grid).depthwise(x, conv)
-
-    canvas = torch.zeros(2, 2, math.prod(grid), dtype=torch.float64)
-    for image, visible in enumerate(positions):
-        for token, position in enumerate(visible):
-            canvas[image, :, position] = x[image, token, 0]
-    padding = [k // 2 for k in kernel]
-    convolve = CONV_FUNCTIONS[len(grid)]
-    dense = convolve(canvas.view(2, 2, *grid), weight, bias, padding=padding, groups=2).flatten(2)
-    expected = torch.stack([dense[i, :, visible].T for i, visible in enumerate(positions)])
-    torch.testing.assert_close(out, expected.unsqueeze(2))
-
-    target = torch.randn_like(out)
-    grads = torch.autograd.grad((out * target).sum(), (x, weight, bias))
-    dense_grads = torch.autograd.grad((expected.unsqueeze(2) * target).sum(), (x, weight, bias))
-    torch.testing.assert_close(grads, dense_grads)
-
-
-@pytest.mark.parametrize(("grid", "kernel"), DEPTHWISE)
-def test_visible_depthwise_gradient_equals_finite_differences(grid, kernel):
-    positions, *inputs = depthwise_case(grid, kernel)
-    visible = visible_grid(positions, grid)
-
-    def depthwise(x, weight, bias):
-        return visible.depthwise(x, SimpleNamespace(weight=weight, bias=bias))
-
-    assert torch.autograd.gradcheck(depthwise, inputs)
 
 
 @pytest.mark.parametrize(("grid", "kernel"), [((6, 8), (5, 5)), ((3, 4, 6), (5, 5, 5))])
@@ -438,40 +239,3 @@ def test_visible_grid_follows_the_tokens_of_the_visible_blocks(stage):
 def test_list_that_is_not_one_entry_a_stage_is_refused(name):
     with pytest.raises(ValueError, match=rf"{name} \(4, 4\) must have three entries"):
         ConvViTEncoder(**TINY | {name: (4, 4)})
-
-
-# ---- Geometry ------------------------------------------------------------------------------------
-
-
-def test_integer_sizes_are_square():
-    assert Geometry.of(64, (4, 2, 2)) == Geometry.of((64, 64), ((4, 4), (2, 2), [2, 2]))
-
-
-def test_geometry_counts_tokens_and_pixels():
-    geometry = Geometry.of((96, 160), ((4, 2), (2, 2), (1, 5)))
-    assert [geometry.stride(stage) for stage in range(4)] == [(1, 1), (4, 2), (8, 4), (8, 20)]
-    assert [geometry.grid(stage) for stage in range(4)] == [(96, 160), (24, 80), (12, 40), (12, 8)]
-    assert (geometry.ndim, geometry.num_patches, geometry.patch_pixels) == (2, 96, 160)
-
-
-def test_geometry_has_as_many_dimensions_as_the_input():
-    geometry = Geometry.of((16, 64, 64), ((2, 4, 4), (1, 2, 2), (1, 2, 2)))
-    assert (geometry.ndim, geometry.grid(3)) == (3, (8, 4, 4))
-
-
-@pytest.mark.parametrize(
-    ("img_size", "patch_size", "message"),
-    [
-        (100, (4, 2, 2), "100x100 is not divisible by the patch of 16x16 pixels"),
-        ((96, 100), (4, 2, 2), "96x100 is not divisible by the patch of 16x16 pixels"),
-        ((16, 60), ((4, 2), (2, 2), (1, 2)), "16x60 is not divisible by the patch of 8x8 pixels"),
-        (64, (4, 4), r"patch_size \(4, 4\) .* three entries"),
-        (64, (2, 2, 2, 2), r"patch_size \(2, 2, 2, 2\) .* three entries"),
-        (64, (4, 2, (2, 2, 2)), r"does not fit img_size \(64, 64\).* an int or 2 ints"),
-        (0, (4, 2, 2), r"img_size \(0, 0\) .* must be positive"),
-        (64, (4, 0, 2), r"patch_size \(4, 0, 2\) must be positive"),
-    ],
-)
-def test_geometry_that_does_not_fit_is_refused_with_the_numbers(img_size, patch_size, message):
-    with pytest.raises(ValueError, match=message):
-        Geometry.of(img_size, patch_size)

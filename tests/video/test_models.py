@@ -8,10 +8,11 @@ import torch
 
 from benchmarks.reference import DenseMaskedAutoencoder
 from models_convmae import MaskedAutoencoderConvViT
-from models_convvit import ConvViT, Geometry
+from models_convvit import ConvViT
 from tests.test_models_convmae import assert_gradients_close, gradients, pixel_mask
 from util.architecture import read_architecture
 from util.errors import UsageError
+from util.geometry import Geometry
 from util.inflate import inflate_weights
 from util.pos_embed import get_sincos_pos_embed, resize_pos_embed
 from util.weights import Weights, load_weights

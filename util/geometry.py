@@ -1,0 +1,138 @@
+"""Sizes, strides and nested blocks: how the tokens of three stages lie on an input."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+from torch import Tensor, nn
+
+# Convolutions by the number of spatial dimensions.
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The input's size and the stages' strides, checked to fit each other.
+
+    Attributes:
+        img_size: input size in pixels, one entry a spatial dimension; time, if there is one, first.
+        patch_size: for each stage its stride along each dimension.
+        mask_unit: stage-3 tokens along each dimension that stay or go together when masked.
+    """
+
+    img_size: tuple[int, ...]
+    patch_size: tuple[tuple[int, ...], ...]
+    mask_unit: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        img_size: int | Sequence[int],
+        patch_size: Sequence[int | Sequence[int]],
+        mask_unit: Sequence[int] | None = None,
+    ) -> "Geometry":
+        """Expand integers to one entry a dimension; a bare `img_size` is a square image.
+
+        Without a `mask_unit` every token is one.
+
+        Raises:
+            ValueError: not three stages, entries of different lengths, a size that the strides do
+                not divide, or a grid that the mask unit does not.
+        """
+        size = (img_size,) * 2 if isinstance(img_size, Integral) else tuple(img_size)
+        ndim = len(size)
+        entries = patch_size if isinstance(patch_size, Sequence) else ()
+        patch = tuple((p,) * ndim if isinstance(p, Integral) else tuple(p) for p in entries)
+        if ndim not in CONV:
+            raise ValueError(f"img_size {size} must have 1 to {max(CONV)} dimensions")
+        if len(patch) != 3 or any(len(p) != ndim for p in patch):
+            raise ValueError(
+                f"patch_size {patch_size} does not fit img_size {size}: "
+                f"it takes three entries (one a stage), each an int or {ndim} ints"
+            )
+        if min(min(p) for p in (size, *patch)) < 1:
+            raise ValueError(f"img_size {size} and patch_size {patch_size} must be positive")
+        strides = tuple(math.prod(p) for p in zip(*patch, strict=True))
+        if any(s % stride for s, stride in zip(size, strides, strict=True)):
+            raise ValueError(
+                f"img_size {'x'.join(map(str, size))} is not divisible by the patch of "
+                f"{'x'.join(map(str, strides))} pixels that patch_size {patch_size} makes"
+            )
+        unit = tuple(mask_unit or (1,) * ndim)
+        grid = tuple(s // stride for s, stride in zip(size, strides, strict=True))
+        if len(unit) != ndim or any(u < 1 or g % u for g, u in zip(grid, unit, strict=False)):
+            raise ValueError(
+                f"mask_unit {unit} does not divide the grid of {'x'.join(map(str, grid))} tokens"
+            )
+        return cls(size, patch, unit)
+
+    @property
+    def ndim(self) -> int:
+        """Spatial dimensions."""
+        return len(self.img_size)
+
+    def stride(self, stage: int) -> tuple[int, ...]:
+        """Input pixels per token of `stage` (0 is the input, 3 the last) along each dimension."""
+        # Lists, because torch.compile breaks its graph at a generator.
+        return tuple([math.prod([p[d] for p in self.patch_size[:stage]]) for d in range(self.ndim)])
+
+    def grid(self, stage: int) -> tuple[int, ...]:
+        """Tokens of `stage` along each dimension."""
+        return tuple([s // p for s, p in zip(self.img_size, self.stride(stage), strict=True)])
+
+    def nesting(self, stage: int) -> tuple[tuple[int, ...], ...]:
+        """How the tokens of `stage` (0: pixels) nest in a block, from the outside in."""
+        return self.patch_size[stage:][::-1]
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of stage 3 (`L`)."""
+        return math.prod(self.grid(3))
+
+    @property
+    def num_mask_units(self) -> int:
+        """Mask units of the grid; the mask takes one random number for each."""
+        return self.num_patches // math.prod(self.mask_unit)
+
+    def visible_patches(self, mask_ratio: float) -> int:
+        """Stage-3 tokens that stay when a share of the mask units is removed.
+
+        Of `U` units `int(U * (1 - ratio))` stay.
+
+        Raises:
+            ValueError: a ratio that removes nothing or everything.
+        """
+        keep = int(self.num_mask_units * (1 - mask_ratio))
+        if not 0 < keep < self.num_mask_units:
+            unit = "patches" if self.num_mask_units == self.num_patches else "mask units"
+            raise ValueError(
+                f"mask_ratio {mask_ratio} keeps {keep} of {self.num_mask_units} {unit}: "
+                f"at least one must stay and one must go"
+            )
+        return keep * math.prod(self.mask_unit)
+
+    @property
+    def patch_pixels(self) -> int:
+        """Input pixels under one stage-3 token."""
+        return math.prod(self.stride(3))
+
+
+def to_nested_blocks(x: Tensor, units: Sequence[Sequence[int]]) -> Tensor:
+    """View a grid as nested blocks, without a copy.
+
+    Args:
+        x: `[N, C, *size]`.
+        units: the nesting from the outside in: a block is `units[0]` cells along each dimension,
+            a cell is `units[1]` smaller cells, and so on down to single positions.
+
+    Returns:
+        `[N, *blocks, *units[0], *units[1], …, C]`, a view.
+    """
+    ndim, depth = x.ndim - 2, len(units) + 1
+    shape = []
+    for d, size in enumerate(x.shape[2:]):
+        inner = [unit[d] for unit in units]
+        shape += [size // math.prod(inner), *inner]
+    order = [2 + d * depth + level for level in range(depth) for d in range(ndim)]
+    return x.reshape(*x.shape[:2], *shape).permute(0, *order, 1)
