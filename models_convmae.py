@@ -329,14 +329,14 @@ def convmae_from_checkpoint(
     """
     weights = read_weights(path)
     name, args = weights.args.get("model"), weights.args
+    if weights.kind != "autoencoder":
+        raise UsageError(
+            f"checkpoint {path} is {KINDS[weights.kind]}: only a whole autoencoder can reconstruct"
+        )
     if name not in models:
         raise UsageError(
             f"checkpoint {path}: it is no pretraining checkpoint: its model is {name!r}, not one "
             f"of {', '.join(models)}"
-        )
-    if weights.kind != "autoencoder":
-        raise UsageError(
-            f"checkpoint {path} is {KINDS[weights.kind]}: only a whole autoencoder can reconstruct"
         )
     known = {k: args[k] for k in ("norm_pix_loss", "masking") if args.get(k) is not None}
     try:

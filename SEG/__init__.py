@@ -3,6 +3,10 @@
 import contextlib
 import warnings
 
+from util.errors import require_for_programs
+
+require_for_programs("mmseg", "requirements-seg.txt")
+
 # mmcv and mmseg complain, as they are imported, about compiled operators and a data service that
 # nothing here uses; later, about a setting of the loss that is the recipe's.
 warnings.filterwarnings("ignore", "Fail to import ``MultiScaleDeformableAttention``")

@@ -338,7 +338,9 @@ def test_a_run_with_other_classes_is_not_resumed(finished, flags, launcher, data
     for split in ("train", "val"):
         (other / split / "cat").rename(other / split / "cow")
     result = launcher.run(*flags(output, data_path=other), program=FINETUNE)
-    assert_one_line(result, 2, "the run to resume", "it lacks cat", "it has cow, unknown there")
+    assert_one_line(
+        result, 2, "the run to resume", "it lacks cat", "it has cow, which are not there"
+    )
 
 
 def test_a_pretraining_run_is_not_resumed_as_fine_tuning(
@@ -457,7 +459,7 @@ def changed_classes(data: Path, folder: Path, *names: str) -> Path:
 
 CLASS_MISTAKES = {
     "fewer": (("ant", "bee"), ["2 here, 3 there", "it lacks cat", "an empty folder stands for"]),
-    "other names": (("ant", "bee", "cow"), ["it lacks cat", "it has cow, unknown there"]),
+    "other names": (("ant", "bee", "cow"), ["it lacks cat", "it has cow, which are not there"]),
 }
 
 

@@ -996,6 +996,17 @@ def test_visualize_refuses_a_bad_checkpoint_in_one_line(whole, images, launcher,
     assert not output.exists() and not (tmp_path / "marker").exists()
 
 
+def test_an_output_folder_within_the_images_is_refused(images, launcher):
+    result = launcher.run(*flags(images, images / "a" / "out"))
+    assert_one_line(result, 2, "lies within the data", "would be taken for images")
+
+
+@pytest.mark.parametrize("program", ["VideoConvMAE.main_pretrain", "SEG.train"])
+def test_a_program_without_its_optional_packages_says_in_one_line_what_installs_them(program):
+    result = call("-S", "-m", program, "--help")  # without site-packages
+    assert_one_line(result, 2, "is not installed: pip install -r requirements-")
+
+
 @pytest.mark.parametrize("kind", ["text", "missing", "folder without images"])
 def test_visualize_refuses_images_that_are_none_in_one_line(whole, launcher, tmp_path, kind):
     path = tmp_path / "a.png"

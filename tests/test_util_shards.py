@@ -1,4 +1,5 @@
 import os
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -135,10 +136,20 @@ def test_foreign_shards_can_be_indexed(tmp_path, capsys):
     folder = write_foreign(tmp_path / "foreign", [2, 0, 1])
     (tmp_path / "names").write_text("ant\nbee\ncat\n")
     main(parse_args(["index", str(folder / "*.tar"), "--classes", str(tmp_path / "names")]))
-    assert capsys.readouterr().out == f"3 images in 2 shards: {folder / 'index.npz'}\n"
+    names = f"3 classes from {tmp_path / 'names'}"
+    assert capsys.readouterr().out == f"3 images in 2 shards, {names}: {folder / 'index.npz'}\n"
     data = LabeledImages(folder / "s-{000..001}.tar", decode)
     assert (data.classes, data.labels.tolist()) == (["ant", "bee", "cat"], [2, 0, 1])
     assert torch.equal(data[1, 0][0], torch.from_numpy(np.array(picture(1))).movedim(-1, 0))
+
+
+def test_an_index_that_is_written_again_keeps_the_names_of_the_classes(tmp_path, capsys):
+    folder = write_foreign(tmp_path / "foreign", [2, 0, 1])
+    (tmp_path / "names").write_text("ant\nbee\ncat\n")
+    for options in (["--classes", str(tmp_path / "names")], []):
+        main(parse_args(["index", str(folder / "*.tar"), *options]))
+        assert LabeledImages(folder, decode).classes == ["ant", "bee", "cat"]
+    assert "3 classes from the last index" in capsys.readouterr().out
 
 
 def test_classes_without_names_are_numbers(tmp_path):
@@ -178,6 +189,10 @@ def remove_index(shards: Path) -> None:
     (shards / "index.npz").unlink()
 
 
+def add_one(shards: Path) -> None:
+    shutil.copy(shards / "000000.tar", shards / "000005.tar")
+
+
 def spoil_index(shards: Path) -> None:
     (shards / "index.npz").write_bytes(b"no index")
 
@@ -189,9 +204,10 @@ def spoil_index(shards: Path) -> None:
         (remove_one, 4, r"000002\.tar cannot be read: No such file"),
         (remove_index, 4, r"no .*index\.npz.*python -m util.datasets index"),
         (spoil_index, 4, r"index\.npz cannot be read .*write it again"),
-        (lambda shards: None, 7, r"000005\.tar is not in .*index\.npz"),
+        (lambda shards: None, 7, r"000005\.tar cannot be read: No such file"),
+        (add_one, 5, r"000005\.tar is not in .*index\.npz"),
     ],
-    ids=["cut short", "missing", "no index", "damaged index", "beyond the index"],
+    ids=["cut short", "missing", "no index", "damaged index", "beyond all", "not in the index"],
 )
 def test_shards_that_are_not_those_of_the_index_are_refused(shards, change, last, complaint):
     change(shards)

@@ -446,7 +446,7 @@ def check_classes(
         )
     else:
         parts = [f"it lacks {some(lacking)}"] * bool(lacking)
-        parts += [f"it has {some(foreign)}, unknown there"] * bool(foreign)
+        parts += [f"it has {some(foreign)}, which are not there"] * bool(foreign)
         difference = "; ".join(parts)
         if lacking and not foreign:
             difference += " (an empty folder stands for a class without images)"

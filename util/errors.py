@@ -1,4 +1,7 @@
-"""The two errors that a main turns into one line and an exit code."""
+"""What ends a program with one line: two errors, and a package that is not installed."""
+
+import sys
+from importlib.util import find_spec
 
 
 class UsageError(ValueError):
@@ -10,3 +13,16 @@ class UsageError(ValueError):
 
 class TrainingError(RuntimeError):
     """The run cannot go on: one clear message; mains print it and exit with 1."""
+
+
+def require_for_programs(module: str, requirements: str) -> None:
+    """End a program of a package, in whose `__init__` this stands, if it lacks an optional module.
+
+    Args:
+        module: what the programs need.
+        requirements: the file that installs it.
+    """
+    looking = sys.argv[0] == "-m"  # so it is while `python -m` imports the program's package
+    if looking and not find_spec(module):
+        print(f"error: {module} is not installed: pip install -r {requirements}", file=sys.stderr)
+        raise SystemExit(2)

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             flag = unknown.partition(" ")[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
             message = f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else "")
         self.exit(2, f"{self.prog}: error: {message} (--help lists all)\n")
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from util.logger import Meters, Progress, RunLog, peak_memory_mb
 from util.lr_sched import adjust_learning_rate
 from util.optim_step import OptimStep, amp_dtype
 from util.resume import BEST, LAST, Checkpoints, Stateful
+from util.shards import is_shards
 
 # A larger share of waiting for data is said in a line, once so many steps of an epoch are done.
 MAX_DATA_WAIT = 0.1
@@ -96,7 +98,17 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
-    """A data set in the order in which steps take it."""
+    """A data set in the order in which steps take it.
+
+    Raises:
+        UsageError: the run would write its pictures among the images.
+    """
+    root = Path(dataset.root).resolve()
+    if root.is_dir() and not is_shards(root) and args.output_dir.resolve().is_relative_to(root):
+        raise UsageError(
+            f"--output_dir {args.output_dir} lies within the data, {dataset.root}: its pictures "
+            f"would be taken for {dataset.what}; choose a folder outside"
+        )
     sampler = StepSampler(
         *(len(dataset), args.batch_size, args.accum_iter, rank(), world_size(), args.seed),
         group_sizes=dataset.group_sizes,

@@ -146,12 +146,12 @@ def _check_shards(
     folder: Path, names: Sequence[str], places: dict[str, int], sizes: np.ndarray
 ) -> None:
     for name in names:
-        if name not in places:
-            raise UsageError(f"shard {folder / name} is not in {folder / INDEX}")
         try:
             size = os.stat(folder / name).st_size
         except OSError as error:
             raise UsageError(f"shard {folder / name} cannot be read: {error.strerror}") from error
+        if name not in places:
+            raise UsageError(f"shard {folder / name} is not in {folder / INDEX}")
         if size != sizes[places[name]]:
             raise UsageError(
                 f"shard {folder / name} is not the one of {folder / INDEX}: it has {size} bytes, "
@@ -291,7 +291,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("--shard_size", type=positive_int, default=1000, metavar="N", help="images of a shard")
     add = commands.add_parser("index", help="index shards that came without one").add_argument
     add("shards", nargs="+", type=Path, help="tar files of one folder, or a quoted pattern")
-    add("--classes", type=Path, metavar="FILE", help="names of the classes, a line each")
+    add(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes, a line each (default: those of the index that is there, else "
+        "their numbers)",
+    )
     return parser.parse_args(argv)
 
 
@@ -315,9 +321,19 @@ def index(args: Namespace) -> None:
     folder = paths[0].parent
     if any(path.parent != folder for path in paths):
         raise UsageError("the shards must lie in one folder, beside their index")
-    classes = args.classes and args.classes.read_text().splitlines()
+    classes = args.classes.read_text().splitlines() if args.classes else _known_classes(folder)
     count = write_index(folder, [path.name for path in paths], classes)
-    print(f"{count} images in {len(paths)} shards: {folder / INDEX}")
+    named = f", {len(classes)} classes from {args.classes or 'the last index'}" if classes else ""
+    print(f"{count} images in {len(paths)} shards{named}: {folder / INDEX}")
+
+
+def _known_classes(folder: Path) -> list[str] | None:
+    """The names in an index that is about to be written again; None without one that has names."""
+    try:
+        index = _read_index(folder)
+    except UsageError:
+        return None
+    return index["classes"].tolist() if "classes" in index else None
 
 
 def _existing(pattern: Path) -> list[Path]:

@@ -177,6 +177,9 @@ def main(args: argparse.Namespace) -> None:
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--mask_ratio: {error}") from error
+    missing = [str(path) for path in args.images if not path.exists()]
+    if missing:
+        raise UsageError(f"--images: {', '.join(missing)} does not exist")
     files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
     imgs = load_images(files[: args.max_images], model.geometry.img_size, model.in_chans)
     save_image(

@@ -1,0 +1,5 @@
+"""VideoConvMAE: pretraining and fine-tuning on videos, by the classes of the image models."""
+
+from util.errors import require_for_programs
+
+require_for_programs("av", "requirements-video.txt")
