@@ -34,7 +34,9 @@ PROGRAM = "probing"
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
     parser = Parser(
-        description="Train a linear classifier on the features of a frozen ConvViT, or evaluate it."
+        prog="main_linprobe.py",
+        description="Train a linear classifier on the features of a frozen ConvViT, or evaluate "
+        "it.",
     )
     layout = (
         "folder with train/ and val/, in each a folder a class or shards; or shards to train on"

@@ -205,11 +205,13 @@ class Windows(NamedTuple):
         """The units' own part of boxes."""
         return boxes[self._inner(self.halo)].contiguous()
 
+    def padding(self, weight: Tensor) -> list[int]:
+        """Of height and width: where a unit is as long as the grid, what is beyond are zeros."""
+        return [0 if h else p for h, p in zip(self.halo[1:], _same(weight), strict=True)]
+
     def convolve(self, boxes: Tensor, weight: Tensor) -> Tensor:
         """Boxes to the tokens `[V, C]` of their units, convolved."""
-        # Where a unit is as long as the grid, what is beyond are zeros.
-        padding = [0 if h else k // 2 for h, k in zip(self.halo[1:], weight.shape[3:], strict=True)]
-        out = _conv_frames(boxes, weight, padding, self.halo[0])
+        out = _conv_frames(boxes, weight, self.padding(weight), self.halo[0])
         return out.view(-1, out.shape[-1]).index_select(0, self.order)
 
 
@@ -230,10 +232,9 @@ class _WindowsDepthwise(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, rows, order = ctx.saved_tensors
         windows = Windows(rows, ctx.halo, order)
-        padding = [0 if h else k // 2 for h, k in zip(ctx.halo[1:], weight.shape[3:], strict=True)]
         boxes = windows.gather(grad)
         grad_weight = _conv_frames_weight_grad(
-            windows.own(boxes), windows.gather(x), weight, padding, ctx.halo[0]
+            windows.own(boxes), windows.gather(x), weight, windows.padding(weight), windows.halo[0]
         )
         grad_x = windows.convolve(boxes, weight.flip(2, 3, 4))
         return grad_x, grad_weight, grad.sum(0), None, None, None
