@@ -48,7 +48,7 @@ demo: demo-pretrain
 	$(VENV)/bin/python main_linprobe.py $(PROBE) $(RANDOM) --output_dir $(OUTPUT)/probe_random
 	$(VENV)/bin/python main_finetune.py $(FINETUNE) --finetune $(PRETRAINED) \
 		--output_dir $(OUTPUT)/finetune
-	@echo && $(VENV)/bin/python -m util.compare $(addprefix $(OUTPUT)/,probe_random probe finetune)
+	@echo && $(VENV)/bin/python -m tools.compare $(addprefix $(OUTPUT)/,probe_random probe finetune)
 	@echo && echo "pictures: $(OUTPUT)/pretrain/reconstruction.png and loss.png"
 
 # UperNet on scenes of several digits, from the pretrained encoder and from random weights.
@@ -62,7 +62,7 @@ SCENES := $(OUTPUT)/scenes_coco
 DET_DATA := $(foreach s,train val,data.$(s).json=$(SCENES)/$(s).json data.$(s).images=$(SCENES)/$(s))
 
 demo-det: $(VENV)/.det demo-pretrain
-	$(VENV)/bin/python -m util.demo_coco $(SCENES)
+	$(VENV)/bin/python -m tools.demo_coco $(SCENES)
 	$(VENV)/bin/python -m DET.train_net $(DET) --resume $(DET_DATA) \
 		train.init_checkpoint=$(PRETRAINED) train.output_dir=$(OUTPUT)/det
 	$(VENV)/bin/python -m DET.predict $(DET) --checkpoint $(OUTPUT)/det/model_final.pth \

@@ -22,34 +22,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models_convvit import MODELS, NEW_IN_CLASSIFIER, ConvViT, convvit_from_weights
-from util.architecture import constructor_args
-from util.args import complete, complete_architecture
-from util.datasets import LabeledImages, check_classes
-from util.distributed import gather_objects, is_main_process, print_once, rank, world_size
+from util.data.classes import check_classes
+from util.data.datasets import LabeledImages
+from util.data.loader import BadImages, Loader
+from util.data.shards import is_shards
+from util.data.transforms import center_crop_transform
 from util.errors import UsageError
-from util.inflate import inflate_weights
-from util.loader import BadImages, Loader
-from util.logger import count_parameters
-from util.optim_step import amp_dtype
-from util.resume import BEST, LAST, find_resumable
-from util.run import (
-    Run,
-    check_program,
-    check_state,
-    eval_loader,
-    seed_everything,
-    train_loader,
-)
-from util.shards import is_shards
-from util.transforms import center_crop_transform
-from util.weights import (
-    KINDS,
-    Report,
-    Weights,
-    load_weights,
-    read_weights,
-    weights_of,
-)
+from util.layers.architecture import constructor_args
+from util.run.args import complete, complete_architecture
+from util.run.distributed import gather_objects, is_main_process, print_once, rank, world_size
+from util.run.logger import count_parameters
+from util.run.optim_step import amp_dtype
+from util.run.resume import BEST, LAST, find_resumable
+from util.run.run import Run, check_program, check_state, eval_loader, seed_everything, train_loader
+from util.weights.inflate import inflate_weights
+from util.weights.load import Report, load_weights
+from util.weights.read import KINDS, Weights, read_weights, weights_of
 
 # From a model and a batch to logits.
 Predict = Callable[[nn.Module, Tensor], Tensor]

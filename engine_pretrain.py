@@ -10,14 +10,14 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from models_convmae import MaskedAutoencoderConvViT
-from util.architecture import constructor_args
-from util.distributed import is_main_process, rank, world_size
+from util.data.loader import Loader
 from util.errors import UsageError
-from util.loader import Loader
-from util.logger import count_parameters
-from util.resume import find_resumable
-from util.run import Run, check_program, check_state, seed_everything
-from util.visualize import save_loss_curve
+from util.layers.architecture import constructor_args
+from util.run.distributed import is_main_process, rank, world_size
+from util.run.logger import count_parameters
+from util.run.pictures import save_loss_curve
+from util.run.resume import find_resumable
+from util.run.run import Run, check_program, check_state, seed_everything
 
 Factory = Callable[..., MaskedAutoencoderConvViT]
 

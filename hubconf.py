@@ -9,9 +9,9 @@ from torch import nn
 
 import models_convmae
 import models_convvit
-from util.architecture import SIZES, size_name
 from util.errors import UsageError
-from util.weights import read_weights
+from util.layers.architecture import SIZES, size_name
+from util.weights.read import read_weights
 
 dependencies = ["torch", "timm", "safetensors"]
 

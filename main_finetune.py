@@ -12,12 +12,12 @@ from torch import Tensor
 
 from engine_finetune import build_data, evaluate_checkpoint, find_start, finetune, mixes
 from models_convvit import MODELS
-from util import args as arguments
-from util.distributed import init_processes
+from util.data.transforms import finetune_transform
 from util.errors import UsageError
-from util.parser import Parser
-from util.run import complete_run, run_main
-from util.transforms import finetune_transform
+from util.run import args as arguments
+from util.run.distributed import init_processes
+from util.run.parser import Parser
+from util.run.run import complete_run, run_main
 
 PROGRAM = "fine-tuning"
 

@@ -20,13 +20,13 @@ from engine_finetune import (
     train_one_epoch,
 )
 from models_convvit import MODELS
-from util import args as arguments
-from util.distributed import SyncedBatchNorm1d, init_processes, print_once
-from util.lars import LARS
-from util.logger import count_parameters
-from util.parser import Parser
-from util.run import Run, complete_run, run_main, seed_everything
-from util.transforms import pretrain_transform
+from util.data.transforms import pretrain_transform
+from util.run import args as arguments
+from util.run.distributed import SyncedBatchNorm1d, init_processes, print_once
+from util.run.lars import LARS
+from util.run.logger import count_parameters
+from util.run.parser import Parser
+from util.run.run import Run, complete_run, run_main, seed_everything
 
 PROGRAM = "probing"
 

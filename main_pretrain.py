@@ -7,15 +7,16 @@ from functools import partial
 
 from engine_pretrain import build_run, check_sizes, pretrain
 from models_convmae import MODELS
-from util import args as arguments
-from util.datasets import ImageFiles, find_train_folder
-from util.demo_data import write_digits
-from util.distributed import init_processes, is_main_process
-from util.loader import Loader
-from util.parser import Parser
-from util.run import complete_run, run_main, train_loader
-from util.transforms import pretrain_transform
-from util.visualize import load_samples, reconstruction_grid
+from util.data.datasets import ImageFiles
+from util.data.folders import find_train_folder
+from util.data.loader import Loader
+from util.data.transforms import pretrain_transform
+from util.demo.digits import write_digits
+from util.run import args as arguments
+from util.run.distributed import init_processes, is_main_process
+from util.run.parser import Parser
+from util.run.pictures import load_samples, reconstruction_grid
+from util.run.run import complete_run, run_main, train_loader
 
 PROGRAM = "pretraining"
 # Settings of --demo: a tiny model on 32x32 digits with 4-pixel patches, minutes on two cores.

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models_convvit import LAYER_NORM, Block, ConvViTEncoder, conv_as_linear
-from util.architecture import SIZES, constructor_args
 from util.errors import UsageError
-from util.geometry import CONV, Geometry, to_nested_blocks
-from util.pos_embed import get_sincos_pos_embed
-from util.weights import KINDS, load_weights, read_weights
+from util.layers.architecture import SIZES, constructor_args
+from util.layers.geometry import CONV, Geometry, to_nested_blocks
+from util.layers.pos_embed import get_sincos_pos_embed
+from util.weights.load import load_weights
+from util.weights.read import KINDS, read_weights
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -32,12 +32,13 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from util.architecture import SIZES
-from util.depthwise import DenseGrid, VisibleGrid, Windows
-from util.fused import apply_normed, gelu_linear, is_bare, norm_linear
-from util.geometry import CONV, Geometry, to_nested_blocks
-from util.pos_embed import resize_pos_embed
-from util.weights import Report, Weights, load_weights, read_weights
+from util.layers.architecture import SIZES
+from util.layers.depthwise import DenseGrid, VisibleGrid, Windows
+from util.layers.fused import apply_normed, gelu_linear, is_bare, norm_linear
+from util.layers.geometry import CONV, Geometry, to_nested_blocks
+from util.layers.pos_embed import resize_pos_embed
+from util.weights.load import Report, load_weights
+from util.weights.read import Weights, read_weights
 
 # Of the transformer blocks, the final norms and the decoder; the stages before keep eps 1e-5.
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)

@@ -17,8 +17,8 @@ from timm.models.vision_transformer_sam import (
 from torch import Tensor, nn
 
 from models_convvit import Attention, ConvViT
-from util.pos_embed import get_sincos_pos_embed
-from util.rel_pos import RelativePositionBias
+from util.layers.pos_embed import get_sincos_pos_embed
+from util.layers.rel_pos import RelativePositionBias
 
 if find_spec("detectron2"):
     from detectron2.modeling import Backbone

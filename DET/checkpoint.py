@@ -8,10 +8,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from models_convvit import ConvViT
-from util.checkpoint import load_file, save_atomically, write_atomically
+from util.atomic import write_atomically
 from util.errors import UsageError
-from util.resume import random_state, set_random_state
-from util.weights import KINDS, Report, Weights, load_weights, read_weights
+from util.run.resume import random_state, set_random_state
+from util.weights.checkpoint import load_file, save_atomically
+from util.weights.load import Report, load_weights
+from util.weights.read import KINDS, Weights, read_weights
 
 # What a checkpoint of pretraining or classification does not have.
 NEW = ("*_rel_pos_bias", "blocks3.*.attn.rel_pos_[hw]")

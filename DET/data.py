@@ -17,10 +17,10 @@ from omegaconf import DictConfig
 
 from DET.checkpoint import boxes_only
 from DET.coco import read_coco
-from util.checkpoint import write_atomically
-from util.datasets import load_image
-from util.distributed import gather_objects, is_main_process
+from util.atomic import write_atomically
+from util.data.images import load_image
 from util.errors import TrainingError, UsageError
+from util.run.distributed import gather_objects, is_main_process
 
 logger = logging.getLogger("DET")
 

@@ -25,12 +25,13 @@ from DET.config import load_config
 from DET.data import prepare_data
 from DET.schedule import Schedule
 from DET.trainer import SaveOnSignal, ShuffledStream, Trainer
-from util.args import check_writable
-from util.distributed import is_main_process, rank, world_size
 from util.errors import UsageError
-from util.optim_step import OptimStep, amp_dtype
-from util.run import seed_everything
-from util.weights import load_weights, read_weights
+from util.run.args import check_writable
+from util.run.distributed import is_main_process, rank, world_size
+from util.run.optim_step import OptimStep, amp_dtype
+from util.run.run import seed_everything
+from util.weights.load import load_weights
+from util.weights.read import read_weights
 
 logger = logging.getLogger("DET")
 

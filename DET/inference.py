@@ -13,7 +13,8 @@ from detectron2.utils.visualizer import Visualizer
 from omegaconf import DictConfig
 
 from DET.checkpoint import fit_heads
-from util.weights import Weights, load_weights
+from util.weights.load import load_weights
+from util.weights.read import Weights
 
 # Smaller pictures are enlarged to so many pixels, so that a person can read the labels.
 SHORT_SIDE = 480

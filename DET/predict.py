@@ -11,12 +11,12 @@ from pathlib import Path
 from PIL import Image
 
 from DET.train_net import check_installed
-from util import args as arguments
-from util.datasets import list_images
-from util.distributed import init_processes
+from util.data.folders import list_images
 from util.errors import UsageError
-from util.parser import Parser, share
-from util.run import run_main
+from util.run import args as arguments
+from util.run.distributed import init_processes
+from util.run.parser import Parser, share
+from util.run.run import run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -12,8 +12,8 @@ from types import FrameType
 import torch
 
 from util.errors import UsageError
-from util.parser import Parser, non_negative_int, positive_int
-from util.run import run_main
+from util.run.parser import Parser, non_negative_int, positive_int
+from util.run.run import run_main
 
 INSTALL = (
     "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from DET.checkpoint import Checkpointer
-from util.distributed import StopSignal, print_once, rank, world_size
 from util.errors import TrainingError
-from util.logger import Meters
-from util.optim_step import MAX_SKIPPED_IN_A_ROW, OptimStep
+from util.run.distributed import StopSignal, print_once, rank, world_size
+from util.run.logger import Meters
+from util.run.optim_step import MAX_SKIPPED_IN_A_ROW, OptimStep
 
 DIVERGED = (
     "the last checkpoint is intact. Go on from it with train.clip_grad=1 or train.amp=bf16; or "

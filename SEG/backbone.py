@@ -11,9 +11,10 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from models_convvit import LAYER_NORM, Attention, Block, ConvViT
-from util.geometry import Geometry
-from util.rel_pos import RelativePositions
-from util.weights import Report, load_weights, read_weights
+from util.layers.geometry import Geometry
+from util.layers.rel_pos import RelativePositions
+from util.weights.load import Report, load_weights
+from util.weights.read import read_weights
 
 # What a checkpoint of pretraining or classification does not have.
 NEW = ("fpn", "blocks3.*.gamma_[12]", "blocks3.*.attn.relative_position_bias_table")

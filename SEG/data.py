@@ -13,7 +13,8 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from mmseg.utils import get_classes, get_palette
 from PIL import Image
 
-from util.datasets import list_images, load_image
+from util.data.folders import list_images
+from util.data.images import load_image
 from util.errors import UsageError
 
 IGNORED = 255

@@ -12,10 +12,10 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 from torch import Tensor
 
-from util.checkpoint import write_atomically
-from util.datasets import load_image
+from util.atomic import write_atomically
+from util.data.images import load_image
 from util.errors import TrainingError
-from util.optim_step import MAX_SKIPPED_IN_A_ROW
+from util.run.optim_step import MAX_SKIPPED_IN_A_ROW
 
 
 @register_backend("atomic")

@@ -11,12 +11,12 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import CheckpointLoader
 
 from SEG.data import class_names
-from util.checkpoint import load_file
-from util.distributed import init_processes, world_size
 from util.errors import UsageError
-from util.optim_step import amp_dtype
-from util.parser import Parser, positive_int
-from util.weights import KINDS, Weights, read_weights
+from util.run.distributed import init_processes, world_size
+from util.run.optim_step import amp_dtype
+from util.run.parser import Parser, positive_int
+from util.weights.checkpoint import load_file
+from util.weights.read import KINDS, Weights, read_weights
 
 SPLITS = ("train", "val", "test")
 

@@ -18,12 +18,14 @@ from PIL import Image
 from SEG import options
 from SEG.data import class_colours, class_names
 from SEG.hooks import overlay
-from util.args import check_writable
-from util.datasets import list_images, load_image
+from util.data.folders import list_images
+from util.data.images import load_image
 from util.errors import UsageError
-from util.parser import Parser
-from util.run import run_main
-from util.weights import Weights, load_weights
+from util.run.args import check_writable
+from util.run.parser import Parser
+from util.run.run import run_main
+from util.weights.load import load_weights
+from util.weights.read import Weights
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -10,12 +10,13 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from SEG import options
-from util.args import check_writable
-from util.distributed import print_once
 from util.errors import UsageError
-from util.parser import Parser
-from util.run import run_main
-from util.weights import Weights, load_weights
+from util.run.args import check_writable
+from util.run.distributed import print_once
+from util.run.parser import Parser
+from util.run.run import run_main
+from util.weights.load import load_weights
+from util.weights.read import Weights
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -9,11 +9,11 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from SEG import options
-from util.args import check_writable
-from util.distributed import print_once, world_size
 from util.errors import UsageError
-from util.parser import Parser
-from util.run import run_main
+from util.run.args import check_writable
+from util.run.distributed import print_once, world_size
+from util.run.parser import Parser
+from util.run.run import run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,12 +1,12 @@
-"""Command lines: the arguments that the video mains share, beside those of util/args.py."""
+"""Command lines: the arguments that the video mains share, beside those of util/run/args.py."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from util.args import DEFAULT_CLIP
 from util.errors import UsageError
-from util.parser import Parser, positive_int
+from util.run.args import DEFAULT_CLIP
+from util.run.parser import Parser, positive_int
 from VideoConvMAE.sampling import SAMPLINGS
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.datasets import FileDataset
+from util.data.datasets import FileDataset
 from VideoConvMAE.decode import open_video
 from VideoConvMAE.lists import VideoList, class_numbers
 from VideoConvMAE.sampling import eval_clips, training_clip

@@ -13,7 +13,7 @@ from typing import Protocol
 import av
 import numpy as np
 
-from util.datasets import IMAGE_EXTENSIONS, load_image
+from util.data.images import IMAGE_EXTENSIONS, load_image
 
 VIDEO_EXTENSIONS = (
     *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg"),

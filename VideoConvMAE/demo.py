@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from util.logger import markdown_table
-from util.parser import Parser, positive_int
-from util.run import run_main
+from util.run.logger import markdown_table
+from util.run.parser import Parser, positive_int
+from util.run.run import run_main
 from VideoConvMAE import main_finetune, main_pretrain
 from VideoConvMAE.demo_data import DIRECTIONS, write_moving_digits
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from util.demo_data import write_once
+from util.demo.digits import write_once
 from VideoConvMAE.decode import write_mp4
 
 # Pixels a frame, by row and column.

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.datasets import IMAGE_EXTENSIONS, find_train_folder, some, walk
+from util.data.classes import some
+from util.data.folders import find_train_folder, walk
+from util.data.images import IMAGE_EXTENSIONS
 from util.errors import UsageError
 from VideoConvMAE.decode import VIDEO_EXTENSIONS
 

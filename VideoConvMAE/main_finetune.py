@@ -16,12 +16,12 @@ from engine_finetune import (
     finetune,
     mean_over_views,
 )
-from util import args as arguments
-from util.distributed import init_processes, print_once, wait_for_all
+from util.data.loader import Loader
 from util.errors import UsageError
-from util.loader import Loader
-from util.parser import Parser, positive_int
-from util.run import complete_run, eval_loader, run_main, train_loader
+from util.run import args as arguments
+from util.run.distributed import init_processes, print_once, wait_for_all
+from util.run.parser import Parser, positive_int
+from util.run.run import complete_run, eval_loader, run_main, train_loader
 from VideoConvMAE.args import add_clip_args, check_channels
 from VideoConvMAE.datasets import LabeledClips, Views
 from VideoConvMAE.lists import VideoList, find_split, find_videos

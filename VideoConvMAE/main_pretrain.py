@@ -8,11 +8,11 @@ from functools import partial
 from torch import Tensor
 
 from engine_pretrain import build_run, check_sizes, pretrain
-from util import args as arguments
-from util.distributed import init_processes, is_main_process, print_once
 from util.errors import UsageError
-from util.parser import Parser, add_switch, share
-from util.run import Run, complete_run, run_main, train_loader
+from util.run import args as arguments
+from util.run.distributed import init_processes, is_main_process, print_once
+from util.run.parser import Parser, add_switch, share
+from util.run.run import Run, complete_run, run_main, train_loader
 from VideoConvMAE.args import add_clip_args, check_channels
 from VideoConvMAE.datasets import Clips
 from VideoConvMAE.lists import VideoList, find_unlabeled

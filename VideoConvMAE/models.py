@@ -9,8 +9,8 @@ from pathlib import Path
 
 from models_convmae import MaskedAutoencoderConvViT, convmae_from_checkpoint
 from models_convvit import ConvViT
-from util.architecture import SIZES
-from util.geometry import Geometry
+from util.layers.architecture import SIZES
+from util.layers.geometry import Geometry
 
 VIDEO = dict(img_size=(16, 224, 224), patch_size=((2, 4, 4), (1, 2, 2), (1, 2, 2)))
 DECODER = dict(decoder_embed_dim=384, decoder_depth=4, decoder_num_heads=6)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from util.datasets import seeded
+from util.data.datasets import seeded
+from util.data.transforms import channel_stats, normalize
 from util.errors import UsageError
-from util.transforms import channel_stats, normalize
 
 # Sides of the crops of VideoMAE's pretraining, as shares of the shorter side of the video.
 CROP_SCALES = (1.0, 0.875, 0.75, 0.66)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
+from util.data.transforms import denormalize
 from util.errors import UsageError
-from util.parser import Parser, mask_ratio, positive_int, seed
-from util.transforms import denormalize
-from util.visualize import reconstruct
+from util.run.parser import Parser, mask_ratio, positive_int, seed
+from util.run.pictures import reconstruct
 from VideoConvMAE.args import add_sampling_args
 from VideoConvMAE.datasets import spread
 from VideoConvMAE.decode import open_video, write_mp4
@@ -167,6 +167,6 @@ def _files(paths: Sequence[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    from util.run import run_main
+    from util.run.run import run_main
 
     sys.exit(run_main(main, parse_args()))

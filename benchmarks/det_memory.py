@@ -24,9 +24,9 @@ from omegaconf import DictConfig
 from benchmarks.measuring import environment, print_environment
 from DET.config import load_config
 from util.errors import UsageError
-from util.logger import markdown_table, peak_memory_mb
-from util.optim_step import OptimStep, amp_dtype
-from util.parser import Parser, positive_float, positive_int
+from util.run.logger import markdown_table, peak_memory_mb
+from util.run.optim_step import OptimStep, amp_dtype
+from util.run.parser import Parser, positive_float, positive_int
 
 OUT_OF_MEMORY = "out of memory"
 OBJECTS = 8  # in an image: COCO's has about seven

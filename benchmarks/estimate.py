@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.logger import markdown_table
-from util.parser import Parser, positive_float, positive_int, share
+from util.run.logger import markdown_table
+from util.run.parser import Parser, positive_float, positive_int, share
 
 GPUS = Path(__file__).with_name("gpus.json")
 IMAGENET_1K = 1_281_167

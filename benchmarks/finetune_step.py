@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.reference import GridConvViT
 from benchmarks.steps import Benchmark, add_step_args, run
 from models_convvit import MODELS
-from util.parser import Parser
+from util.run.parser import Parser
 
 SIZES = ("tiny", "small", "base", "large")
 NUM_CLASSES = 1000

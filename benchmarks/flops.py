@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models_convmae import MODELS as AUTOENCODERS
 from models_convvit import ConvViT
-from util.architecture import SIZES
-from util.logger import markdown_table
-from util.parser import Parser
+from util.layers.architecture import SIZES
+from util.run.logger import markdown_table
+from util.run.parser import Parser
 
 SEGMENTATION_CONFIG = "SEG/configs/upernet_convmae_{}_512_slide_160k_ade20k.py"
 

@@ -38,12 +38,12 @@ from benchmarks.measuring import (
     spread,
     time_rounds,
 )
-from util.datasets import ImageFiles
+from util.data.datasets import ImageFiles
+from util.data.loader import collate
+from util.data.transforms import normalize, pretrain_transform
 from util.errors import UsageError
-from util.loader import collate
-from util.logger import markdown_table
-from util.parser import Parser, positive_int
-from util.transforms import normalize, pretrain_transform
+from util.run.logger import markdown_table
+from util.run.parser import Parser, positive_int
 
 FORMS = ("norm", "ours", "normalized")
 BATCH_SIZE = 64

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.reference import DenseMaskedAutoencoder, PlainMaskedAutoencoder
 from benchmarks.steps import Benchmark, add_step_args, run
 from models_convmae import MODELS
-from util.parser import Parser, mask_ratio
+from util.run.parser import Parser, mask_ratio
 from VideoConvMAE.models import DECODER, VIDEO
 from VideoConvMAE.models import MODELS as VIDEO_MODELS
 

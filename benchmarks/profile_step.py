@@ -21,8 +21,8 @@ from benchmarks import finetune_step, pretrain_step
 from benchmarks.measuring import environment, print_environment
 from benchmarks.steps import Form, complete, ready_step
 from util.errors import UsageError
-from util.logger import markdown_table
-from util.parser import positive_int
+from util.run.logger import markdown_table
+from util.run.parser import positive_int
 
 PROGRAMS = {"pretrain": pretrain_step, "finetune": finetune_step}
 WARMUP_STEPS = 3

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models_convmae import MaskedAutoencoderConvViT, gather_tokens
 from models_convvit import LAYER_NORM, ConvViT
-from util.geometry import CONV, Geometry
-from util.pos_embed import get_sincos_pos_embed
+from util.layers.geometry import CONV, Geometry
+from util.layers.pos_embed import get_sincos_pos_embed
 
 
 class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):

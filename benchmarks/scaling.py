@@ -20,11 +20,17 @@ import torch
 from benchmarks.measuring import environment, print_environment, spread, wall_clock
 from benchmarks.pretrain_step import MAE_SIZES
 from models_convmae import MODELS
-from util.distributed import cores_per_process, init_processes, print_once, world_size, wrap_model
 from util.errors import UsageError
-from util.logger import markdown_table
-from util.optim_step import OptimStep, amp_dtype
-from util.parser import Parser, positive_int
+from util.run.distributed import (
+    cores_per_process,
+    init_processes,
+    print_once,
+    world_size,
+    wrap_model,
+)
+from util.run.logger import markdown_table
+from util.run.optim_step import OptimStep, amp_dtype
+from util.run.parser import Parser, positive_int
 
 WARMUP_STEPS = 3
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,9 +26,9 @@ from benchmarks.measuring import (
     wall_clock,
 )
 from util.errors import UsageError
-from util.logger import markdown_table
-from util.optim_step import amp_dtype
-from util.parser import Parser, positive_int
+from util.run.logger import markdown_table
+from util.run.optim_step import amp_dtype
+from util.run.parser import Parser, positive_int
 
 WARMUP_STEPS = 2
 # glibc then gives all larger blocks back as soon as they are free, so that resident memory is what

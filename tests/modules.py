@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from util.depthwise import VisibleGrid
+from util.layers.depthwise import VisibleGrid
 
 
 def randomize(module):

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import v2
 
-from util.datasets import load_image
+from util.data.images import load_image
 
 
 def picture(seed: int = 0, height: int = 24, width: int = 40) -> Image.Image:

@@ -16,10 +16,11 @@ import main_finetune
 from engine_finetune import Best, evaluate, judge, train_one_epoch
 from models_convvit import convvit_tiny_patch16
 from tests.pictures import picture
-from util.datasets import LabeledImages
+from util.data.datasets import LabeledImages
+from util.data.loader import Loader
+from util.data.samplers import EvalSampler
+from util.data.transforms import center_crop_transform
 from util.errors import TrainingError
-from util.loader import EvalSampler, Loader
-from util.transforms import center_crop_transform
 
 CPU = torch.device("cpu")
 

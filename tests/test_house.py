@@ -1,14 +1,16 @@
 """The rules of the house: which file may import which, and one definition of everything."""
 
 import ast
+import os
 import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ("main_", "submitit_launch", "hubconf")
+PROGRAMS = ("main_", "submitit_launch", "hubconf", "tools")
 DOWNSTREAM = ("DET", "SEG", "VideoConvMAE")
 
 
@@ -43,15 +45,6 @@ def imported_modules(nodes):
     return names
 
 
-def when_loaded(tree):
-    """The nodes of a module that run as it is imported: not those within functions."""
-    nodes = list(tree.body)
-    for node in nodes:
-        yield node
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            nodes += ast.iter_child_nodes(node)
-
-
 def starts_with(names, prefixes):
     return sorted(name for name in names if name.startswith(tuple(prefixes)))
 
@@ -68,17 +61,17 @@ def files(trees, pattern):
 
 
 def test_util_imports_no_model_engine_or_main(trees):
-    for path, tree in files(trees, "util/*.py"):
-        names = imported_modules(when_loaded(tree))
+    for path, tree in trees.items():
+        if path.parts[0] != "util":
+            continue
+        names = imported_modules(ast.walk(tree))
         assert not starts_with(names, ("models_", "engine_", *PROGRAMS)), path
         assert not within(names, (*DOWNSTREAM, "benchmarks", "tests")), path
 
 
 def test_a_model_file_knows_no_command_line_data_set_or_process(trees):
     torch_parts = ("torch.distributed", "torch.utils.data", "torchvision.datasets")
-    util_parts = (
-        f"util.{name}" for name in ("args", "datasets", "demo_data", "distributed", "parser", "run")
-    )
+    util_parts = ("util.data", "util.demo", "util.run")
     foreign = ("argparse", *torch_parts, *util_parts, *DOWNSTREAM, "benchmarks", "tests")
     for path, tree in files(trees, "models_*.py"):
         names = imported_modules(ast.walk(tree))
@@ -125,3 +118,37 @@ def test_every_class_has_one_definition(trees):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(str(path))
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def dotted(path):
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def resolved(name, known):
+    """The module that a dotted name of `imported_modules` leads to; None for foreign ones."""
+    parent = name.rpartition(".")[0]
+    return name if name in known else parent if parent in known else None
+
+
+def test_no_imports_in_circles_late_ones_counted(trees):
+    known = {dotted(path) for path in trees}
+    arrows = {}
+    for path, tree in trees.items():
+        targets = {resolved(name, known) for name in imported_modules(ast.walk(tree))}
+        # That a package runs its own __init__ first is no import of the module's.
+        arrows[dotted(path)] = targets - {None, dotted(path), dotted(path.parent / "__init__.py")}
+    while leaves := {name for name, targets in arrows.items() if not targets & arrows.keys()}:
+        arrows = {name: targets for name, targets in arrows.items() if name not in leaves}
+    assert arrows == {}
+
+
+@pytest.mark.parametrize("program", ["main_pretrain.py", "-m tools.checkpoint", "-m SEG.train"])
+def test_a_foreign_util_on_the_path_does_not_shadow_ours(tmp_path, program):
+    (tmp_path / "util").mkdir()
+    (tmp_path / "util/__init__.py").touch()
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/__init__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, *program.split(), "--help"]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

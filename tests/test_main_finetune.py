@@ -26,8 +26,8 @@ from tests.checks import (
 )
 from tests.pictures import picture
 from tests.runs import call
-from util.demo_data import write_digits
-from util.weights import read_weights
+from util.demo.digits import write_digits
+from util.weights.read import read_weights
 
 FINETUNE, PROBE = "main_finetune.py", "main_linprobe.py"
 MAINS = pytest.mark.parametrize("program", [FINETUNE, PROBE], ids=["finetune", "probe"])
@@ -585,7 +585,7 @@ def test_help_is_grouped(program):
 
 def test_an_exported_classifier_has_the_same_accuracy(finished, launcher, data, tmp_path):
     path, exported = finished(FINETUNE) / "checkpoint.pth", tmp_path / "model.safetensors"
-    assert_ok(launcher.run("export", path, "--to", exported, program="util.checkpoint"))
+    assert_ok(launcher.run("export", path, "--to", exported, program="tools.checkpoint"))
     assert read_weights(exported).classes == CLASSES
     outs = [
         launcher.run(*evaluation(data, file), program=FINETUNE).out for file in (path, exported)
@@ -595,7 +595,7 @@ def test_an_exported_classifier_has_the_same_accuracy(finished, launcher, data, 
 
 def test_runs_are_compared_in_a_table(finished, launcher, tmp_path):
     last = log_lines(finished(PROBE))[-1]
-    result = launcher.run(finished(PROBE), finished(FINETUNE), program="util.compare")
+    result = launcher.run(finished(PROBE), finished(FINETUNE), program="tools.compare")
     assert_ok(result)
     head, _, probe, finetune = result.out.splitlines()
     assert "best acc@1" in head
@@ -606,10 +606,10 @@ def test_runs_are_compared_in_a_table(finished, launcher, tmp_path):
 def test_a_folder_without_a_log_cannot_be_compared(content, launcher, tmp_path):
     if content is not None:
         (tmp_path / "log.txt").write_text(content)
-    assert_one_line(launcher.run(tmp_path, program="util.compare"), 2, "log.txt")
+    assert_one_line(launcher.run(tmp_path, program="tools.compare"), 2, "log.txt")
 
 
 def test_the_table_of_a_pretraining_has_no_accuracy(launcher, tmp_path):
     (tmp_path / "log.txt").write_text(json.dumps({"train_loss": 0.5, "epoch": 0}) + "\n")
-    result = launcher.run(tmp_path, program="util.compare")
+    result = launcher.run(tmp_path, program="tools.compare")
     assert "0.5000" in result.out and "–" in result.out

@@ -940,11 +940,11 @@ def test_other_flags_override_the_demos(launcher, tmp_path):
     assert_one_line(result, 2, "--warmup_epochs 3", "--epochs 3")
 
 
-# --- python -m util.visualize --------------------------------------------------------------------
+# --- python -m tools.visualize --------------------------------------------------------------------
 
 
 def visualize(launcher: Launcher, *command: object) -> Result:
-    return launcher.run(*command, program="util.visualize")
+    return launcher.run(*command, program="tools.visualize")
 
 
 def test_visualize_draws_images_of_several_formats(whole, launcher, tmp_path):
@@ -953,7 +953,7 @@ def test_visualize_draws_images_of_several_formats(whole, launcher, tmp_path):
         picture(i).save(tmp_path / name)
     output = tmp_path / "grid.png"
     files = [tmp_path / name for name in names]
-    command = ["-m", "util.visualize", "--checkpoint", whole / "checkpoint.pth"]
+    command = ["-m", "tools.visualize", "--checkpoint", whole / "checkpoint.pth"]
     result = call(*command, "--images", *files, "--output", output)
     assert_ok(result)
     assert result.err == "" and "5 images" in result.out

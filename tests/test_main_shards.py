@@ -14,8 +14,8 @@ from tests.checks import (
     log_lines,
 )
 from tests.runs import code_of, write_images
-from util.datasets import ImageFolder
-from util.shards import write_shards
+from util.data.folders import ImageFolder
+from util.data.shards import write_shards
 
 SIZES = {
     "input_size": 32, "patch_size": (2, 2, 1), "device": "cpu", "batch_size": 4, "epochs": 3,
@@ -72,14 +72,14 @@ def test_a_classifier_learns_from_shards_and_is_evaluated_on_shards(shards, laun
 def test_shards_without_an_index_are_refused_in_one_line(launcher, tmp_path):
     data = {"data_path": tmp_path / "{0..3}.tar", "output_dir": tmp_path / "run"}
     result = launcher.run(*command_line(PRETRAIN | data))
-    assert_one_line(result, 2, "index.npz", "python -m util.datasets index")
+    assert_one_line(result, 2, "index.npz", "python -m tools.shards index")
 
 
 def slow_pictures(seconds: float) -> None:
     """Make each image take a while to read."""
     import time
 
-    from util.datasets import ImageFolder
+    from util.data.folders import ImageFolder
 
     fast = ImageFolder.open
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from benchmarks.reference import DenseMaskedAutoencoder
 from models_convmae import MODELS, MaskedAutoencoderConvViT
-from util.pos_embed import get_sincos_pos_embed
+from util.layers.pos_embed import get_sincos_pos_embed
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(

@@ -17,8 +17,8 @@ from models_convvit import (
     conv_as_linear,
 )
 from tests.modules import randomize, visible_grid, visible_positions
-from util.depthwise import DenseGrid
-from util.geometry import CONV, to_nested_blocks
+from util.layers.depthwise import DenseGrid
+from util.layers.geometry import CONV, to_nested_blocks
 
 TINY = dict(img_size=64, embed_dim=(4, 6, 8), depth=(1, 2, 2), num_heads=2)
 

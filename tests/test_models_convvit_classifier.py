@@ -9,7 +9,7 @@ from safetensors import safe_open
 from timm.optim import param_groups_layer_decay
 
 from models_convvit import ConvViT
-from util.architecture import SIZES, read_architecture, size_name
+from util.layers.architecture import SIZES, read_architecture, size_name
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(embed_dim=(16, 24, 32), depth=(2, 1, 2), num_heads=2)

@@ -1,6 +1,6 @@
 """The large model with the base model's recipe, its global blocks as evenly spread."""
 
-from util.architecture import SIZES
+from util.layers.architecture import SIZES
 
 from .convmae_base_mask_rcnn_FPN_25ep import (
     data,

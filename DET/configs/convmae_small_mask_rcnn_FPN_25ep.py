@@ -1,6 +1,6 @@
 """The small model with the base model's recipe."""
 
-from util.architecture import SIZES
+from util.layers.architecture import SIZES
 
 from .convmae_base_mask_rcnn_FPN_25ep import (
     data,

@@ -1,6 +1,6 @@
 """A tiny Mask R-CNN for the demo's scenes: minutes on a CPU, from the demo's pretrained encoder."""
 
-from util.architecture import SIZES
+from util.layers.architecture import SIZES
 
 from .common.data import data, dataloader
 from .common.mask_rcnn_fpn import model

@@ -1,6 +1,6 @@
 """The large model with the base model's ViTDet-style recipe, its global blocks as evenly spread."""
 
-from util.architecture import SIZES
+from util.layers.architecture import SIZES
 
 from .mask_rcnn_vitdet_convmae_b_25ep import (
     data,

@@ -1,6 +1,6 @@
 """The small model with the base model's ViTDet-style recipe."""
 
-from util.architecture import SIZES
+from util.layers.architecture import SIZES
 
 from .mask_rcnn_vitdet_convmae_b_25ep import (
     data,

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from models_convmae import convmae_convvit_tiny_patch16
-from util.demo_coco import SPLITS, write_coco
-from util.demo_scenes import scenes
+from util.demo.coco import SPLITS, write_coco
+from util.demo.scenes import scenes
 
 CONFIG = "DET/configs/convmae_tiny_mask_rcnn_FPN_demo.py"
 ENCODER = dict(embed_dim=(16, 24, 32), depth=(1, 1, 2))

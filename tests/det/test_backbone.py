@@ -12,8 +12,8 @@ from DET.backbone import (
     GridAttention,
     SingleScaleConvViTDet,
 )
-from util.architecture import SIZES
-from util.pos_embed import get_sincos_pos_embed
+from util.layers.architecture import SIZES
+from util.layers.pos_embed import get_sincos_pos_embed
 
 KEYS = json.loads((Path(__file__).parent.parent / "golden" / "state_dict_keys.json").read_text())
 PUBLISHED = [

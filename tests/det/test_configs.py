@@ -13,7 +13,7 @@ from DET.config import CONFIGS, load_config
 from DET.engine import plan
 from tests.det import small
 from util.errors import UsageError
-from util.weights import Weights
+from util.weights.read import Weights
 
 KEYS = json.loads((Path(__file__).parent.parent / "golden" / "state_dict_keys.json").read_text())
 BASE = "convmae_base_mask_rcnn_FPN_25ep.py"

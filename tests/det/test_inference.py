@@ -13,7 +13,7 @@ from DET.inference import Predictor, class_names, draw
 from tests.det import small
 from tests.pictures import picture
 from util.errors import UsageError
-from util.weights import read_weights
+from util.weights.read import read_weights
 
 
 def config(tmp_path, *more):

@@ -18,8 +18,8 @@ from DET import engine
 from DET.trainer import ShuffledStream, Trainer
 from tests.det import small
 from util.errors import TrainingError, UsageError
-from util.optim_step import OptimStep
-from util.weights import read_weights
+from util.run.optim_step import OptimStep
+from util.weights.read import read_weights
 
 
 @pytest.fixture(scope="module")

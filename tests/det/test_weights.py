@@ -8,7 +8,9 @@ from DET.backbone import ConvViTDet, SingleScaleConvViTDet
 from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
 from util.errors import UsageError
-from util.weights import describe, load_weights, read_weights
+from util.weights.describe import describe
+from util.weights.load import load_weights
+from util.weights.read import read_weights
 
 SMALL = dict(embed_dim=(8, 12, 16), depth=(1, 1, 2), num_heads=2)
 BACKBONES = {

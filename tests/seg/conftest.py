@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.runs import Launcher, Result
 from tests.seg.small import Programs, save_pretrained
-from util.demo_scenes import annotation, scenes
+from util.demo.scenes import annotation, scenes
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
 from SEG.backbone import ConvMAE
 from util.errors import UsageError
-from util.rel_pos import resize_relative_table
+from util.layers.rel_pos import resize_relative_table
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "state_dict_keys.json"
 SIZES = dict(embed_dim=(16, 24, 32), depth=(1, 1, 2), num_heads=2)

@@ -8,7 +8,8 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
 from SEG.options import without_sync_bn
-from util.weights import load_weights, read_weights
+from util.weights.load import load_weights
+from util.weights.read import read_weights
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "state_dict_keys.json"

@@ -10,7 +10,7 @@ from tests.seg.small import save_pretrained
 
 def shortened(folder, pretrained):
     from SEG import demo
-    from util import demo_scenes
+    from util.demo import scenes as demo_scenes
 
     demo_scenes.COUNT.update(training=8, validation=2)
     demo.LABELLED = 6

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tests.video.movies import numbers, write_movie
+from util.data.loader import Loader
+from util.data.samplers import EvalSampler, StepSampler
 from util.errors import TrainingError
-from util.loader import EvalSampler, Loader, StepSampler
 from VideoConvMAE.datasets import Clips, LabeledClips, Views, spread
 from VideoConvMAE.lists import VideoList, find_videos
 

@@ -10,12 +10,13 @@ from benchmarks.reference import DenseMaskedAutoencoder
 from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
 from tests.test_models_convmae import assert_gradients_close, gradients, pixel_mask
-from util.architecture import read_architecture
 from util.errors import UsageError
-from util.geometry import Geometry
-from util.inflate import inflate_weights
-from util.pos_embed import get_sincos_pos_embed, resize_pos_embed
-from util.weights import Weights, load_weights
+from util.layers.architecture import read_architecture
+from util.layers.geometry import Geometry
+from util.layers.pos_embed import get_sincos_pos_embed, resize_pos_embed
+from util.weights.inflate import inflate_weights
+from util.weights.load import load_weights
+from util.weights.read import Weights
 from VideoConvMAE.models import CLASSIFIERS, MODELS, mask_unit
 
 PATCH = ((2, 4, 4), (1, 2, 2), (1, 2, 2))

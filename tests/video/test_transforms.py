@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from util.datasets import seeded
+from util.data.datasets import seeded
+from util.data.transforms import channel_stats, normalize
 from util.errors import UsageError
-from util.transforms import channel_stats, normalize
 from VideoConvMAE.transforms import (
     CROP_SCALES,
     alike,

@@ -4,7 +4,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
 from DET.backbone import SingleScaleConvViTDet
-from util.architecture import SIZES
+from util.layers.architecture import SIZES
 
 model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
 model.backbone.net = L(SingleScaleConvViTDet)(

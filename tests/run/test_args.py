@@ -1,0 +1,224 @@
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from util.errors import UsageError
+from util.run import args as arguments
+from util.run.args import MAY_CHANGE, check_same_run, check_writable, complete, plain
+from util.run.parser import ChoiceOf, Parser
+
+
+def parser():
+    """All groups that the mains share, a switch and a list of names."""
+    result = Parser(prog="main.py")
+    arguments.add_data_args(result, data="folder of images")
+    arguments.add_augmentation_args(result, (0.2, 1.0))
+    recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
+    arguments.add_optim_args(result, **recipe)
+    arguments.add_run_args(result)
+    arguments.add_eval_args(result)
+    names = ["convmae_base", "convmae_large", "convmae_tiny"]
+    result.add_argument("--model", type=ChoiceOf(names), default=names[0], help="which one")
+    return result
+
+
+def parse(line=""):
+    return parser().parse_args(line.split())
+
+
+def completed(line="", device="cpu", processes=1):
+    args = parse(line)
+    complete(args, device, processes)
+    return args
+
+
+def error_of(arguments_given, capsys):
+    """The one line of a command line that is refused with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(arguments_given)
+    output, error = capsys.readouterr()
+    assert stop.value.code == 2 and output == ""
+    assert error.startswith("main.py: error: ") and error.endswith("\n") and error.count("\n") == 1
+    return error
+
+
+# ---- Errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--blrr 1", "unknown argument --blrr: did you mean --blr?"),
+        ("--batchsize=8", "unknown argument --batchsize: did you mean --batch_size?"),
+        ("--weight-decay 0.1", "unknown argument --weight-decay: did you mean --weight_decay?"),
+        ("--no_flip", "unknown argument --no_flip: did you mean --no_hflip?"),
+        ("--epoch 3", "unknown argument --epoch: did you mean --epochs?"),
+        ("--xyzzy", "unknown argument --xyzzy (--help"),
+        ("stray", "unknown argument stray (--help"),
+        ("--model convmae_bas", "'convmae_bas', did you mean convmae_base? Known: convmae_base, "),
+        ("--model ?", "unknown name '?', did you mean convmae_"),
+        ("--batch_size 0", "--batch_size: 0 must be at least 1"),
+        ("--batch_size 1.5", "--batch_size: '1.5' is not a whole number"),
+        ("--num_workers -1", "--num_workers: -1 must not be negative"),
+        ("--blr 0", "--blr: 0 must be above 0"),
+        ("--blr nan", "--blr: nan must be a finite number, not negative"),
+        ("--lr ten", "--lr: 'ten' is not a number"),
+        ("--max_bad_images 2", "--max_bad_images: 2 must lie between 0 and 1"),
+        ("--device tpu", "--device: invalid choice: 'tpu'"),
+        ("--in_chans 2", "--in_chans: invalid choice: 2"),
+        ("--epochs", "--epochs: expected one argument"),
+    ],
+)
+def test_bad_use_is_one_line_and_exit_code_2(line, message, capsys):
+    assert message in error_of(line.split(), capsys)
+
+
+def test_an_empty_argument_is_refused(capsys):
+    error_of(["--epochs", "100", ""], capsys)  # of an unset variable in quotes, say
+
+
+@pytest.mark.parametrize("name", ["hflip", "pin_mem", "compile"])
+def test_a_switch_has_a_flag_for_on_and_one_for_off_and_the_last_counts(name):
+    assert getattr(parse(f"--{name}"), name) is True
+    assert getattr(parse(f"--no_{name}"), name) is False
+    assert getattr(parse(f"--no_{name} --{name}"), name) is True
+    assert getattr(parse(), name) is {"hflip": True}.get(name)
+
+
+def test_help_states_each_default_once():
+    help_text = " ".join(parser().format_help().split())
+    assert "(default: 0.00015)" in help_text
+    assert not re.findall(r"\(default: None\)|\(default[^)]*\) \(default[^)]*\)", help_text)
+
+
+# ---- Completion ----------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_is_the_base_rate_times_the_effective_batch_over_256():
+    args = completed("--batch_size 32 --accum_iter 2 --blr 1e-3", processes=8)
+    assert args.effective_batch_size == 512
+    assert args.lr == pytest.approx(2e-3, rel=1e-12)
+
+
+def test_an_absolute_learning_rate_wins():
+    assert completed("--lr 0.3 --blr 1e-3", processes=8).lr == 0.3
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [("", (224, 224)), ("--input_size 96", (96, 96)), ("--input_size 96 160", (96, 160))],
+)
+def test_one_input_size_is_a_square(line, size):
+    assert completed(line).input_size == size
+
+
+def test_three_input_sizes_are_refused():
+    with pytest.raises(UsageError, match="--input_size takes one or two numbers, not 3"):
+        completed("--input_size 1 2 3")
+
+
+@pytest.mark.parametrize("warmup", ["10", "10.5", "40"])
+def test_warmup_that_fills_the_run_is_refused_with_both_numbers(warmup):
+    with pytest.raises(UsageError, match=f"--warmup_epochs {warmup} .* less than --epochs 10"):
+        completed(f"--epochs 10 --warmup_epochs {warmup}")
+
+
+def test_warmup_may_be_zero_or_a_fraction():
+    completed("--epochs 1 --warmup_epochs 0")
+    completed("--epochs 1 --warmup_epochs 0.9")
+
+
+@pytest.mark.parametrize("name", ["compile", "pin_mem"])
+def test_switches_that_were_not_given_are_on_with_cuda_alone(name):
+    assert [getattr(completed(device=d), name) for d in ("cuda", "cpu", "mps")] == [True] + 2 * [
+        False
+    ]
+    assert getattr(completed(f"--no_{name}", device="cuda"), name) is False
+    assert getattr(completed(f"--{name}", device="cpu"), name) is True
+
+
+@pytest.mark.parametrize(("local", "cores", "workers"), [(1, 64, 10), (8, 64, 8), (8, 4, 1)])
+def test_processes_of_a_node_share_its_cores(local, cores, workers, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert completed().num_workers == workers
+    assert completed("--num_workers 0").num_workers == 0
+
+
+def test_a_task_of_slurm_has_the_cores_that_it_was_given(monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert completed().num_workers == 6
+
+
+def test_tensorboard_events_go_to_the_output_unless_told_otherwise():
+    assert completed("--output_dir a").log_dir == Path("a")
+    assert completed("--output_dir a --log_dir b").log_dir == Path("b")
+
+
+# ---- The same run --------------------------------------------------------------------------------
+
+
+def test_plain_arguments_are_values_that_json_keeps():
+    values = plain(completed("--output_dir a/b --input_size 96 160"))
+    assert json.loads(json.dumps(values)) == values
+    assert values["output_dir"] == "a/b" and values["input_size"] == [96, 160]
+    assert values["data_path"] is None and values["hflip"] is True
+
+
+def test_the_same_flags_are_the_same_run():
+    line = "--input_size 96 160 --blr 1e-3 --data_path a"
+    check_same_run(completed(line), plain(completed(line)))
+
+
+def test_other_flags_are_another_run_and_each_is_named_with_both_values():
+    saved = plain(completed("--input_size 96 160 --epochs 300 --lr 0.1"))
+    with pytest.raises(UsageError) as error:
+        check_same_run(completed("--no_hflip --lr 0.1 --seed 1"), saved)
+    for difference in (
+        "--input_size 96 160 there, 224 224 here",
+        "--epochs 300 there, 400 here",
+        "--hflip True there, False here",
+        "--seed 0 there, 1 here",
+    ):
+        assert difference in str(error.value)
+    assert str(error.value).count(" there, ") == 4
+
+
+def test_a_run_may_go_on_on_another_machine():
+    saved = plain(completed("--data_path a --batch_size 64 --amp bf16 --save_freq 3", "cuda", 8))
+    moved = (
+        "--clip_grad 1 --data_path b --batch_size 128 --accum_iter 4 --num_workers 0 --print_freq 1"
+    )
+    check_same_run(completed(moved + " --output_dir c --device cpu", "cpu", 1), saved)
+
+
+def test_another_effective_batch_is_another_run():
+    saved = plain(completed("--batch_size 64", processes=8))
+    with pytest.raises(
+        UsageError, match=r"\(batch_size x accum_iter x processes 512 there, 256 here\)"
+    ):
+        check_same_run(completed("--batch_size 64", processes=4), saved)
+
+
+def test_only_existing_flags_may_change():
+    assert MAY_CHANGE - {"demo"} <= vars(parse()).keys()
+
+
+# ---- The output folder ---------------------------------------------------------------------------
+
+
+def test_the_output_folder_is_made_and_left_empty(tmp_path):
+    for _ in range(2):
+        check_writable(tmp_path / "a" / "b", "--output_dir")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match=f"--output_dir {folder} cannot be written"):
+            check_writable(folder, "--output_dir")

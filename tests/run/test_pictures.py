@@ -1,0 +1,200 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models_convmae import MaskedAutoencoderConvViT
+from util.data.transforms import channel_stats, denormalize
+from util.errors import UsageError
+from util.run.pictures import (
+    GRAY,
+    load_images,
+    load_samples,
+    reconstruct,
+    reconstruction_grid,
+    save_loss_curve,
+)
+from util.run.resume import random_state
+
+SIZE = (16, 24)  # 4 x 6 patches of 4 x 4 pixels
+
+
+def model_of(kind=MaskedAutoencoderConvViT, **kwargs):
+    torch.manual_seed(0)
+    sizes = dict(embed_dim=(4, 4, 8), depth=(1, 1, 1), num_heads=2)
+    decoder = dict(decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2)
+    return kind(**{"img_size": SIZE, "patch_size": (2, 2, 1), **sizes, **decoder, **kwargs})
+
+
+class Oracle(MaskedAutoencoderConvViT):
+    """Predicts its target without an error where patches are removed, and nonsense elsewhere."""
+
+    def forward(self, imgs, mask_ratio, noise):
+        _, mask, _ = self.random_masking(imgs, mask_ratio, noise)
+        target = self.patchify(imgs)
+        if self.norm_pix_loss:
+            target = torch.stack(
+                [(p - p.mean()) / (p.var() + 1e-6).sqrt() for p in target.flatten(0, 1)]
+            ).view_as(target)
+        pred = torch.where(mask.unsqueeze(-1) > 0, target, 1e3)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+def pictures(number=2, in_chans=3, size=SIZE):
+    """Normalised images whose pixels fill [0, 1]."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in channel_stats(in_chans))
+    generator = torch.Generator().manual_seed(0)
+    return (torch.rand(number, in_chans, *size, generator=generator) - mean) / std
+
+
+def removed_pixels(model, imgs, seed=0):
+    """`[N, 1, H, W]`, of the mask that `reconstruct` draws."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(len(imgs), model.geometry.num_patches, generator=generator)
+    _, mask, _ = model.random_masking(imgs, 0.75, noise)
+    mask = mask.view(-1, 1, *model.geometry.grid(3)).bool()
+    return mask.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+
+
+# ---- Reconstruction ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_visible_pixels_stay_and_removed_ones_turn_gray(in_chans):
+    model, imgs = model_of(in_chans=in_chans), pictures(in_chans=in_chans)
+    masked, filled = reconstruct(model, imgs, 0.75)
+    removed = removed_pixels(model, imgs).expand_as(imgs)
+    original = denormalize(imgs)
+
+    assert removed.float().mean() == 0.75
+    assert torch.equal(masked[~removed], original[~removed])
+    assert torch.equal(filled[~removed], original[~removed])
+    assert masked[removed].eq(GRAY).all()
+    assert not torch.isclose(filled[removed], original[removed]).all()
+    assert filled.min() >= 0 and filled.max() <= 1
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_a_perfect_prediction_fills_in_the_original(norm_pix_loss):
+    model, imgs = model_of(Oracle, norm_pix_loss=norm_pix_loss), pictures()
+    assert model(imgs, 0.75, torch.rand(2, 24))[0] < 1e-9
+    _, filled = reconstruct(model, imgs, 0.75)
+    torch.testing.assert_close(filled, denormalize(imgs), rtol=0, atol=1e-5)
+
+
+def test_the_seed_decides_the_mask():
+    model, imgs = model_of(), pictures()
+    first, again, other = (reconstruct(model, imgs, 0.75, seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_stays(training):
+    model = model_of().train(training)
+    reconstruct(model, pictures(), 0.75)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_the_model_predicts_in_evaluation_mode():
+    modes = []
+    model = model_of().train()
+    model.decoder_pred.register_forward_hook(lambda module, *_: modes.append(module.training))
+    reconstruct(model, pictures(), 0.75)
+    assert modes == [False]
+
+
+def test_the_global_random_state_stays():
+    model, imgs = model_of(), pictures()
+    before = random_state()
+    reconstruction_grid(model, imgs, 0.75)
+    after = random_state()
+    assert torch.equal(after["torch"], before["torch"])
+    assert torch.equal(after["numpy"][1], before["numpy"][1])
+    assert after["numpy"][2:] == before["numpy"][2:] and after["python"] == before["python"]
+
+
+# ---- The grid ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+def test_the_grid_shows_original_masked_and_filled_next_to_each_other(in_chans):
+    model, imgs = model_of(in_chans=in_chans), pictures(3, in_chans)
+    grid = reconstruction_grid(model, imgs, 0.75, columns=2)
+    # Four times as large, with frames of 4 pixels around pictures and of 8 around triples.
+    height, width = 4 * 16 + 4, 4 * 24 + 4
+    tall, wide = height + 4 + 8, 3 * width + 4 + 8
+    assert grid.shape == (3, 2 * tall + 8, 2 * wide + 8)
+    assert grid.dtype == torch.float32 and grid.min() >= 0 and grid.max() <= 1
+
+    for number, (row, column) in enumerate([(0, 0), (0, 1), (1, 0)]):
+        shown = [denormalize(imgs), *reconstruct(model, imgs, 0.75)]
+        for place, image in enumerate(shown):
+            top, left = row * tall + 12, column * wide + 12 + place * width
+            picture = grid[:, top : top + 64 : 4, left : left + 96 : 4]
+            assert torch.equal(picture, image[number, :3].expand(3, -1, -1))
+
+
+def test_one_image_makes_one_triple():
+    grid = reconstruction_grid(model_of(), pictures(1), 0.75)
+    assert grid.shape[0] == 3 and grid.shape[1] < 100 and grid.shape[2] < 350
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def write_images(folder, *grays):
+    folder.mkdir(parents=True)
+    for number, gray in enumerate(grays):
+        Image.new("L", (24, 16), gray).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def grays(imgs):
+    """The one value of each image, from 0 to 255."""
+    values = denormalize(imgs).flatten(1) * 255
+    assert torch.allclose(values, values[:, :1], atol=1e-3)
+    return values[:, 0].round().int().tolist()
+
+
+def test_images_are_resized_and_normalised(tmp_path):
+    files = sorted(write_images(tmp_path / "data", 0, 100, 255).iterdir())
+    imgs = load_images(files, (8, 12), 3)
+    assert imgs.shape == (3, 3, 8, 12)
+    assert grays(imgs) == [0, 100, 255]
+
+
+def test_a_damaged_image_is_refused_by_name(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    with pytest.raises(UsageError, match=r"bad\.png"):
+        load_images([tmp_path / "bad.png"], SIZE, 3)
+
+
+def test_samples_are_held_out_images_where_there_are_some(tmp_path):
+    write_images(tmp_path / "train", 1, 2)
+    assert grays(load_samples(tmp_path, SIZE, 1)) == [1, 2]
+    write_images(tmp_path / "val", 3)
+    assert grays(load_samples(tmp_path, SIZE, 1)) == [3]
+
+
+def test_samples_of_a_flat_folder_are_spread_over_it(tmp_path):
+    write_images(tmp_path / "data", *range(10))
+    assert grays(load_samples(tmp_path / "data", SIZE, 1, count=5)) == [0, 2, 4, 6, 8]
+    assert grays(load_samples(tmp_path / "data", SIZE, 1, count=99)) == list(range(10))
+
+
+def test_damaged_samples_are_left_out(tmp_path):
+    write_images(tmp_path / "data", 1, 2, 3)
+    (tmp_path / "data" / "01.png").write_bytes(b"nothing")
+    assert grays(load_samples(tmp_path / "data", SIZE, 1)) == [1, 3]
+
+
+@pytest.mark.parametrize("losses", [[1.0], [1.0, 0.5, float("nan"), 0.25]])
+def test_the_loss_curve_is_a_picture(losses, tmp_path):
+    log, output = tmp_path / "log.txt", tmp_path / "loss.png"
+    rows = [{"epoch": i, "train_loss": loss, "train_lr": 0.1} for i, loss in enumerate(losses)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_loss_curve(log, output)
+    picture = np.asarray(Image.open(output).convert("RGB")).reshape(-1, 3)
+    assert len(picture) > 100_000 and len(np.unique(picture, axis=0)) > 10

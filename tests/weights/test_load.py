@@ -1,0 +1,498 @@
+"""The one loader of weights: what it reads, what it refuses and why, what it reports."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import models_convmae
+from models_convvit import ConvViT, convvit_from_checkpoint, convvit_from_weights
+from tests.runs import call
+from util.errors import TrainingError, UsageError
+from util.layers.architecture import SIZES, read_architecture
+from util.layers.rel_pos import RelativePositionBias, resize_relative_table
+from util.weights.checkpoint import save_atomically
+from util.weights.describe import describe
+from util.weights.export import export_weights
+from util.weights.load import load_weights
+from util.weights.read import read_weights, weights_of
+
+TINY = dict(embed_dim=(8, 16, 24), depth=(1, 2, 2), num_heads=2, img_size=64)
+ARGS = argparse.Namespace(model="convmae_convvit_base_patch16", input_size=64, blr=1.5e-4)
+
+
+def classifier(**kwargs):
+    return ConvViT(**{**TINY, "num_classes": 5, **kwargs}).eval()
+
+
+def autoencoder(**kwargs):
+    decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    return models_convmae.MaskedAutoencoderConvViT(**{**TINY, **decoder, **kwargs})
+
+
+def probe():
+    model = classifier()
+    model.add_probe_norm()
+    return model.eval()
+
+
+def saved(path, model, **content):
+    save_atomically({"model": model.state_dict(), **content}, path)
+    return path
+
+
+def logits(model, size=64):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model.eval()(torch.randn(2, 3, size, size))
+
+
+def encoder_only(model):
+    """What the published v1 pretraining checkpoint holds."""
+    kept = ("pos_embed", "patch_embed", "blocks")
+    return {k: v for k, v in model.state_dict().items() if k.startswith(kept)}
+
+
+# --- what is read --------------------------------------------------------------------------------
+
+
+def ours(model, path):
+    args = {"model": "convvit_tiny_patch16", "input_size": [64, 64]}
+    torch.save(
+        {"model": model.state_dict(), "args": args, "epoch": 3, "classes": list("abcde")}, path
+    )
+
+
+def the_originals(model, path):
+    scaler = {"scale": 65536.0}
+    content = {"model": model.state_dict(), "optimizer": {"state": {}}, "epoch": 99}
+    torch.save(content | {"scaler": scaler, "args": ARGS}, path)
+
+
+def bare(model, path):
+    torch.save(model.state_dict(), path)
+
+
+def from_ddp(model, path):
+    torch.save({"model": {f"module.{k}": v for k, v in model.state_dict().items()}}, path)
+
+
+def compiled(model, path):
+    state = torch.compile(nn.ModuleDict({"inner": model})).state_dict()
+    names = {k.replace("inner.", ""): v for k, v in state.items()}
+    assert all(name.startswith("_orig_mod.") for name in names)
+    torch.save({"state_dict": names}, path)
+
+
+def compiled_in_ddp(model, path):
+    state = {f"module._orig_mod.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"model": state, "epoch": 1}, path)
+
+
+@pytest.mark.parametrize("save", [ours, the_originals, bare, from_ddp, compiled, compiled_in_ddp])
+@pytest.mark.parametrize("make", [classifier, probe], ids=["classifier", "probe"])
+def test_a_file_of_any_origin_gives_the_model_that_was_saved(save, make, tmp_path):
+    model = make()
+    save(model, tmp_path / "x.pth")
+    loaded = convvit_from_checkpoint(tmp_path / "x.pth", num_heads=2)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_safetensors_are_read(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = classifier()
+    safetensors.save_file(model.state_dict(), tmp_path / "x.safetensors")
+    loaded = convvit_from_checkpoint(tmp_path / "x.safetensors", num_heads=2)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_averaged_weights_are_taken_where_a_file_has_them(tmp_path):
+    last, average = classifier(), classifier()
+    content = {"model": last.state_dict(), "model_ema": average.state_dict()}
+    torch.save(content, tmp_path / "x.pth")
+    loaded = convvit_from_checkpoint(tmp_path / "x.pth", num_heads=2)
+    torch.testing.assert_close(logits(loaded), logits(average), rtol=0, atol=0)
+
+
+def test_half_precision_weights_become_the_models_type(tmp_path):
+    torch.save({"model": classifier().half().state_dict()}, tmp_path / "x.pth")
+    model = convvit_from_checkpoint(tmp_path / "x.pth", num_heads=2)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_an_encoder_alone_starts_a_classifier(tmp_path):
+    source = autoencoder()
+    torch.save({"model": encoder_only(source), "args": ARGS}, tmp_path / "x.pth")
+    weights = read_weights(tmp_path / "x.pth")
+    assert weights.kind == "encoder"
+    model, report = convvit_from_weights(weights, num_classes=7, num_heads=2)
+    assert report.missing == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
+    assert report.unexpected == []
+    torch.testing.assert_close(model.blocks3[1].mlp.fc1.weight, source.blocks3[1].mlp.fc1.weight)
+
+
+def test_the_norm_of_an_autoencoder_serves_a_classifier_of_the_first_token(tmp_path):
+    source = autoencoder()
+    nn.init.normal_(source.norm.weight)
+    weights = read_weights(saved(tmp_path / "x.pth", source))
+    model, report = convvit_from_weights(weights, num_classes=7, num_heads=2, global_pool="token")
+    assert torch.equal(model.norm.weight, source.norm.weight)
+    assert report.missing == ["head.bias", "head.weight"]
+
+
+def test_without_a_number_of_classes_an_autoencoder_gives_features(tmp_path):
+    model = convvit_from_checkpoint(saved(tmp_path / "x.pth", autoencoder()), num_heads=2)
+    assert logits(model).shape == (2, 24)
+
+
+# --- classes, pooling, class token ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_pooling_is_read_off_the_norms_name(pool, tmp_path):
+    source = classifier(global_pool=pool)
+    model = convvit_from_checkpoint(saved(tmp_path / "x.pth", source), num_heads=2)
+    assert model.global_pool == pool
+    torch.testing.assert_close(logits(model), logits(source), rtol=0, atol=0)
+
+
+def test_a_class_token_comes_with_the_weights(tmp_path):
+    source = classifier(class_token=True, global_pool="token")
+    model = convvit_from_checkpoint(saved(tmp_path / "x.pth", source), num_heads=2)
+    assert model.num_prefix_tokens == 1
+    torch.testing.assert_close(logits(model), logits(source), rtol=0, atol=0)
+
+
+def test_a_class_token_without_a_row_in_the_table_gets_one_of_zeros(tmp_path):
+    source = classifier(class_token=True)
+    with torch.no_grad():
+        source.pos_embed[:, 0] = 0
+    state = source.state_dict()
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    torch.save({"model": state}, tmp_path / "x.pth")
+    model = convvit_from_checkpoint(tmp_path / "x.pth", num_heads=2)
+    torch.testing.assert_close(logits(model), logits(source), rtol=0, atol=0)
+
+
+def test_a_head_of_the_right_width_is_kept_by_a_model_that_goes_on(tmp_path):
+    source = classifier()
+    weights = read_weights(saved(tmp_path / "x.pth", source))
+    same, _ = convvit_from_weights(weights, num_classes=5, num_heads=2)
+    assert torch.equal(same.head.weight, source.head.weight)
+    other, report = convvit_from_weights(weights, num_classes=6, num_heads=2)
+    assert other.head.weight.shape == (6, 24)
+    assert report.missing == ["head.bias", "head.weight"]
+
+
+# --- position tables -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_a_position_table_is_resized_to_the_input(class_token, tmp_path):
+    source = classifier(class_token=class_token)
+    path = saved(tmp_path / "x.pth", source)
+    model = convvit_from_checkpoint(path, num_heads=2, img_size=(96, 64))
+    assert model.pos_embed.shape == (1, class_token + 6 * 4, 24)
+    # As a model of the old size does it for an input of the new one.
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), source(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_table_that_is_not_square_is_known_by_the_arguments_of_its_run(tmp_path):
+    source = classifier(img_size=(32, 128))  # 2 x 8 tokens, as many as 4 x 4
+    path = saved(tmp_path / "x.pth", source, args={"input_size": [32, 128]})
+    assert read_weights(path).architecture["img_size"] == (32, 128)
+    assert convvit_from_checkpoint(path, num_heads=2).geometry.img_size == (32, 128)
+
+
+def test_a_resized_table_is_reported_with_both_sizes(tmp_path):
+    weights = read_weights(saved(tmp_path / "x.pth", classifier()))
+    _, report = convvit_from_weights(weights, img_size=96, num_heads=2)
+    assert report.resized == ["pos_embed (4x4 to 6x6)"]
+    assert "resized: pos_embed (4x4 to 6x6)" in str(report)
+
+
+def test_both_tables_of_an_autoencoder_are_resized(tmp_path):
+    weights = read_weights(saved(tmp_path / "x.pth", autoencoder()))
+    report = load_weights(autoencoder(img_size=32), weights)
+    assert report.resized == ["decoder_pos_embed (4x4 to 2x2)", "pos_embed (4x4 to 2x2)"]
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("there", "here"), [(1, 3), (3, 1), (4, 1), (1, 4)])
+def test_gray_pictures_give_the_same_in_colour_and_the_other_way_round(there, here, tmp_path):
+    source = classifier(in_chans=there)
+    weights = read_weights(saved(tmp_path / "a.pth", source))
+    model = classifier(in_chans=here)
+    report = load_weights(model, weights)
+    assert report.resized == [f"patch_embed1.proj.weight ({there} to {here} channels)"]
+    gray = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        expected = source(gray.expand(-1, there, -1, -1))
+        torch.testing.assert_close(model(gray.expand(-1, here, -1, -1)), expected)
+
+
+def test_colours_do_not_become_other_colours(tmp_path):
+    weights = read_weights(saved(tmp_path / "a.pth", classifier(in_chans=3)))
+    with pytest.raises(UsageError, match="8x3x4x4 there, 8x4x4x4 in the model"):
+        load_weights(classifier(in_chans=4), weights)
+
+
+def test_a_relative_table_is_resized_and_its_index_is_the_models_own(tmp_path):
+    def model(grid):
+        positions = RelativePositionBias(grid, 2)
+        return nn.ModuleDict({"encoder": classifier(), "positions": positions})
+
+    source, target = model((4, 4)), model((3, 6))
+    nn.init.normal_(source["positions"].relative_position_bias_table)
+    state = source["encoder"].state_dict()
+    state |= {name: t for name, t in source.state_dict().items() if name.startswith("positions")}
+    weights = weights_of(state, tmp_path / "a.pth")
+    report = load_weights(target["positions"], weights, prefix="positions.")
+    assert report.resized == ["relative_position_bias_table (4x4 to 3x6)"]
+    assert report.missing == report.unexpected == []
+    table = source["positions"].relative_position_bias_table
+    expected = resize_relative_table(table, (4, 4), (3, 6))
+    torch.testing.assert_close(target["positions"].relative_position_bias_table, expected)
+    assert target["positions"].relative_position_index.shape == (18, 18)
+
+
+def test_names_of_classes_are_read_off_mmsegmentations_checkpoints(tmp_path):
+    state = {f"backbone.{name}": t for name, t in classifier(num_classes=0).state_dict().items()}
+    for meta in ({"dataset_meta": {"classes": ("a", "b")}}, {"CLASSES": ("a", "b")}):
+        weights = weights_of({"state_dict": state, "meta": meta}, tmp_path / "a.pth")
+        assert weights.kind == "segmentor" and weights.classes == ["a", "b"]
+
+
+def test_the_report_says_in_a_few_lines_what_became_of_the_weights(tmp_path):
+    weights = read_weights(saved(tmp_path / "x.pth", autoencoder()))
+    _, report = convvit_from_weights(weights, num_classes=3, num_heads=2)
+    loaded, missing, unexpected = str(report).splitlines()
+    assert f"x.pth: {report.loaded} tensors loaded" in loaded
+    assert missing == "  missing there, begin anew: fc_norm (2), head (2)"
+    assert "decoder_blocks (12)" in unexpected and "mask_token" in unexpected
+    assert report.loaded == len(encoder_only(autoencoder()))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_another_size_of_model_is_refused_with_both_named(tmp_path):
+    with torch.device("meta"):
+        state = ConvViT(**SIZES["base"], num_classes=5).state_dict()
+        small = ConvViT(**SIZES["small"], num_classes=5)
+    weights = weights_of({"model": state}, tmp_path / "base.pth")
+    with pytest.raises(UsageError, match=r"another size.*base \(widths 256-384.*small \(widths 1"):
+        load_weights(small, weights)
+
+
+def test_another_number_of_classes_is_refused(tmp_path):
+    weights = read_weights(saved(tmp_path / "x.pth", classifier()))
+    with pytest.raises(UsageError, match="head of 5 classes, the model has 9"):
+        load_weights(classifier(num_classes=9), weights)
+
+
+def test_a_pretraining_checkpoint_is_no_classifier(tmp_path):
+    weights = read_weights(saved(tmp_path / "x.pth", autoencoder()))
+    with pytest.raises(UsageError, match=r"has no head: it is a whole masked autoencoder"):
+        load_weights(classifier(), weights)
+
+
+def test_weights_that_lack_a_block_are_refused(tmp_path):
+    state = classifier().state_dict()
+    del state["blocks2.0.attn.weight"]
+    weights = weights_of({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"lacks 1 weights of the model \(blocks2\)"):
+        load_weights(classifier(), weights)
+
+
+def test_another_patch_size_is_refused_with_the_shapes(tmp_path):
+    weights = read_weights(saved(tmp_path / "x.pth", classifier()))
+    with pytest.raises(UsageError, match=r"patch_embed1.proj.weight: 8x3x4x4 there, 8x3x2x2 in"):
+        load_weights(classifier(patch_size=(2, 2, 2), img_size=32), weights)
+
+
+def test_weights_of_something_else_are_refused(tmp_path):
+    torch.save({"model": nn.Linear(2, 3).state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"no weights of a ConvViT: .*\(it has bias, weight, …\)"):
+        convvit_from_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 3, "args": {"lr": 1.0}}])
+def test_a_file_without_weights_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match="holds no weights"):
+        read_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors", b"\xff" * 64])
+def test_a_damaged_safetensors_file_is_refused(content, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UsageError, match=r"x\.safetensors cannot be read"):
+        read_weights(tmp_path / "x.safetensors")
+
+
+def test_a_missing_safetensors_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        read_weights(tmp_path / "x.safetensors")
+
+
+def test_nothing_is_loaded_if_something_does_not_fit(tmp_path):
+    weights = read_weights(saved(tmp_path / "x.pth", classifier()))
+    model = classifier(num_classes=9)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(UsageError):
+        load_weights(model, weights)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+# --- the architecture ----------------------------------------------------------------------------
+
+# As the v2 checkpoints are said to be: other MLP ratios and patches than the paper's, class token.
+V2_LIKE = dict(
+    embed_dim=(384, 768, 1024), depth=(2, 2, 20), num_heads=16, mlp_ratio=(4, 4, 4),
+    patch_size=(4, 2, 2), class_token=True,
+)  # fmt: skip
+ODD = dict(
+    embed_dim=(48, 80, 192), depth=(1, 3, 5), num_heads=3, mlp_ratio=(2, 3, 6),
+    patch_size=((2, 4), (2, 1), (4, 4)), in_chans=4, img_size=(48, 96),
+)  # fmt: skip
+ARCHITECTURES = {name: SIZES[name] for name in ("small", "base", "large")}
+ARCHITECTURES |= {"v2-like": V2_LIKE, "odd": ODD}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_architecture_is_read_off_the_shapes(name):
+    wanted = ARCHITECTURES[name]
+    with torch.device("meta"):
+        model = ConvViT(**wanted)
+        state = model.state_dict()
+        size = {"input_size": wanted.get("img_size", 224)}
+        weights = weights_of({"model": state, "args": size}, f"{name}.pth")
+        again = ConvViT(**weights.architecture)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {
+        k: v.shape for k, v in state.items()
+    }
+    assert again.blocks3[0].attn.num_heads == wanted["num_heads"]
+    assert again.geometry == model.geometry
+
+
+def test_weights_of_something_else_have_no_architecture():
+    with pytest.raises(ValueError, match=r"no weights of a ConvViT: 'patch_embed1.*is missing"):
+        read_architecture({"weight": (3, 2)})
+
+
+# --- the published files, by their names and shapes ----------------------------------------------
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "state_dict_keys.json").read_text())
+
+
+def published(name, **content):
+    """Weights with the names and shapes of a published checkpoint, without numbers in them."""
+    state = {k: torch.empty(shape, device="meta") for k, shape in GOLDEN[name].items()}
+    return weights_of({"model": state, **content}, f"{name}.pth")
+
+
+@pytest.mark.parametrize(("mode", "pool"), [("global_pool", "avg"), ("first_token", "token")])
+def test_a_published_classifier_fills_the_model_whole(mode, pool):
+    with torch.device("meta"):
+        model, report = convvit_from_weights(published(f"convvit_base_patch16[{mode}]"))
+    assert (model.global_pool, model.num_classes) == (pool, 1000)
+    assert (report.missing, report.unexpected, report.loaded) == ([], [], 207)
+
+
+def test_a_published_encoder_starts_a_classifier_whole():
+    weights = published("convmae_convvit_base_patch16").without(
+        "mask_token", "decoder_*", "stage1_output_decode", "stage2_output_decode"
+    )
+    assert weights.kind == "encoder"
+    with torch.device("meta"):
+        model, report = convvit_from_weights(weights, num_classes=10)
+    assert {name.split(".")[0] for name in report.missing} == {"fc_norm", "head"}
+    assert model.blocks3[0].attn.num_heads == 12
+
+
+# --- inspect and export --------------------------------------------------------------------------
+
+
+def test_a_description_names_kind_geometry_epoch_classes_and_use(tmp_path):
+    path = tmp_path / "x.pth"
+    ours(classifier(), path)
+    text = describe(read_weights(path))
+    for phrase in (
+        "a classifier of 5 classes", "widths 8-16-24, blocks 1-2-2", "64x64 pixels, 3 channels",
+        "4x4 patches of 16x16", "3 epochs done", "a, b, c, d, e", "--eval --resume",
+    ):  # fmt: skip
+        assert phrase in text
+
+
+def test_inspect_and_export_from_the_command_line(tmp_path):
+    path, exported = tmp_path / "x.pth", tmp_path / "model.safetensors"
+    the_originals(probe(), path)
+    result = call("-m", "tools.checkpoint", "inspect", path)
+    assert result.code == 0, result.err
+    assert "a linear probe: an encoder, a batch norm and a linear head of 5 classes" in result.out
+    assert "99 epochs done" in result.out
+    result = call("-m", "tools.checkpoint", "export", path, "--to", exported)
+    assert (result.code, result.err) == (0, "")
+    assert "model.safetensors" in result.out and exported.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_exported_weights_are_read_again_with_their_classes(name, tmp_path):
+    model = classifier()
+    ours(model, tmp_path / "x.pth")
+    export_weights(read_weights(tmp_path / "x.pth"), tmp_path / name)
+    weights = read_weights(tmp_path / name)
+    assert weights.classes == list("abcde")
+    assert weights.args["input_size"] == [64, 64]
+    loaded, _ = convvit_from_weights(weights, num_heads=2)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_an_export_holds_the_weights_alone(tmp_path):
+    the_originals(classifier(), tmp_path / "x.pth")
+    export_weights(read_weights(tmp_path / "x.pth"), tmp_path / "model.pth")
+    assert set(torch.load(tmp_path / "model.pth", weights_only=True)) == {"model", "epoch", "args"}
+
+
+BAD_EXPORTS = {
+    "the file itself": ("x.pth", "exists already"),
+    "another ending": ("model.onnx", "must end in .safetensors, .pth or .pt"),
+    "no folder": ("missing/model.pth", "does not exist"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_EXPORTS)
+def test_an_export_that_cannot_be_written_is_one_line_and_exit_2(kind, launcher, tmp_path):
+    name, phrase = BAD_EXPORTS[kind]
+    path = tmp_path / "x.pth"
+    ours(classifier(), path)
+    before = path.read_bytes()
+    result = launcher.run("export", path, "--to", tmp_path / name, program="tools.checkpoint")
+    assert (result.code, len(result.err.splitlines())) == (2, 1)
+    assert phrase in result.err
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_an_error_of_the_export(tmp_path):
+    ours(classifier(), tmp_path / "x.pth")
+    (tmp_path / "model.safetensors.tmp").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match="No space left"):
+        export_weights(read_weights(tmp_path / "x.pth"), tmp_path / "model.safetensors")
+
+
+def test_arguments_of_the_original_survive_an_export(tmp_path):
+    the_originals(classifier(), tmp_path / "x.pth")
+    export_weights(read_weights(tmp_path / "x.pth"), tmp_path / "m.safetensors")
+    assert read_weights(tmp_path / "m.safetensors").args == json.loads(json.dumps(vars(ARGS)))
+    assert math.isclose(read_weights(tmp_path / "m.safetensors").args["blr"], 1.5e-4)

@@ -1,0 +1,1 @@
+"""Programs beside the mains: `python -m tools.NAME --help`."""

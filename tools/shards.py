@@ -1,0 +1,86 @@
+"""Write WebDataset shards of image folders, and indices of shards.
+
+`python -m tools.shards write DIR OUT`, `python -m tools.shards index SHARDS`
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from util.data.folders import ImageFolder, find_train_folder
+from util.data.shards import INDEX, expand, known_classes, write_index, write_shards
+from util.errors import UsageError
+from util.run.parser import Parser, positive_int
+from util.run.run import run_main
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = Parser(
+        prog="python -m tools.shards",
+        description="Write WebDataset shards of image folders, and indices of shards.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = commands.add_parser("write", help="copy a folder of images into shards").add_argument
+    add("source", type=Path, metavar="DIR", help="of images; its train/ and val/ if it has them")
+    add("target", type=Path, metavar="OUT", help="folder for the shards, or for train/ and val/")
+    add("--shard_size", type=positive_int, default=1000, metavar="N", help="images of a shard")
+    add = commands.add_parser("index", help="index shards that came without one").add_argument
+    add("shards", nargs="+", type=Path, help="tar files of one folder, or a quoted pattern")
+    add(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="names of the classes, a line each (default: those of the index that is there, else "
+        "their numbers)",
+    )
+    return parser.parse_args(argv)
+
+
+def write(args: Namespace) -> None:
+    """`write DIR OUT`."""
+    train = find_train_folder(args.source)
+    parts = [(train, args.target)]
+    if train != args.source:
+        parts = [(args.source / name, args.target / name) for name in ("train", "val")]
+    for source, target in parts:
+        if source.is_dir() or source == train:
+            images = ImageFolder(source)
+            count, classes = write_shards(images, target, args.shard_size)
+            labels = f"{classes} classes" if classes else "no labels"
+            print(f"{len(images)} images, {labels}: {count} shards and their index in {target}")
+
+
+def index(args: Namespace) -> None:
+    """`index SHARDS`."""
+    paths = [path for pattern in args.shards for path in _existing(pattern)]
+    folder = paths[0].parent
+    if any(path.parent != folder for path in paths):
+        raise UsageError("the shards must lie in one folder, beside their index")
+    classes = args.classes.read_text().splitlines() if args.classes else known_classes(folder)
+    count = write_index(folder, [path.name for path in paths], classes)
+    named = f", {len(classes)} classes from {args.classes or 'the last index'}" if classes else ""
+    print(f"{count} images in {len(paths)} shards{named}: {folder / INDEX}")
+
+
+def _existing(pattern: Path) -> list[Path]:
+    """The files of a pattern: with * and ? as a shell has it, or with braces."""
+    if set("*?[") & set(pattern.name):
+        paths = sorted(pattern.parent.glob(pattern.name))
+        if not paths:
+            raise UsageError(f"no file is called {pattern}")
+        return paths
+    folder, names = expand(pattern)
+    if names is None:
+        raise UsageError(f"{pattern} is no tar file: shards end in .tar")
+    return [folder / name for name in names]
+
+
+def main(args: Namespace) -> None:
+    """Run a command."""
+    {"write": write, "index": index}[args.command](args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, parse_args()))

@@ -1,0 +1,62 @@
+"""Draw original, masked and reconstructed images side by side.
+
+`python -m tools.visualize --checkpoint FILE --images FILE… --output grid.png`
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torchvision.utils import save_image
+
+from models_convmae import convmae_from_checkpoint
+from util.data.folders import list_images
+from util.errors import UsageError
+from util.run.parser import Parser, mask_ratio, positive_int, seed
+from util.run.pictures import load_images, reconstruction_grid
+from util.run.run import run_main
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a bad one exits with 2 and one line."""
+    parser = Parser(
+        prog="python -m tools.visualize",
+        description="Draw original, masked and reconstructed images side by side.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="of a masked autoencoder")
+    add("--images", type=Path, nargs="+", required=True, help="files, or folders of them")
+    add("--output", type=Path, default=Path("reconstruction.png"), help="picture to write")
+    add("--mask_ratio", type=mask_ratio, default=0.75, help="share of patches to remove")
+    add("--max_images", type=positive_int, default=16, help="take no more than so many")
+    add("--columns", type=positive_int, default=2, help="images next to each other")
+    add("--seed", type=seed, default=0, help="of the masks")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load, reconstruct, write the picture."""
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"--output {args.output} has no ending of a picture, such as .png")
+    if not args.output.absolute().parent.is_dir():
+        raise UsageError(f"the folder of --output {args.output} does not exist")
+    model = convmae_from_checkpoint(args.checkpoint)
+    try:
+        model.geometry.visible_patches(args.mask_ratio)
+    except ValueError as error:
+        raise UsageError(f"--mask_ratio: {error}") from error
+    missing = [str(path) for path in args.images if not path.exists()]
+    if missing:
+        raise UsageError(f"--images: {', '.join(missing)} does not exist")
+    files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
+    imgs = load_images(files[: args.max_images], model.geometry.img_size, model.in_chans)
+    save_image(
+        reconstruction_grid(model, imgs, args.mask_ratio, args.seed, args.columns), args.output
+    )
+    print(f"{len(imgs)} images: original, masked, reconstruction in {args.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, parse_args()))

@@ -1,0 +1,206 @@
+"""Data sets: files by number to samples, the same for any number of workers and processes.
+
+What a sample looks like depends on the seed that comes with its index and on nothing else: not on
+the number of workers or processes, nor on where a run was resumed.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from util.data.classes import some
+from util.data.folders import ImageFolder
+from util.data.shards import Shards, is_shards
+from util.errors import TrainingError, UsageError
+
+# Files that may fail one after the other before a sample is given up.
+MAX_TRIES = 10
+# What numpy can draw from within `seeded`.
+_spare_generators: list[np.random.MT19937] = []
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block with `torch`, `numpy` and `random` seeded on the CPU, then restore their states.
+
+    `torch.manual_seed` would also seed the generators of the accelerators, which are not ours.
+    """
+    # numpy's generator is exchanged because to copy its state takes ten times as long.
+    generator = _spare_generators.pop() if _spare_generators else np.random.MT19937(0)
+    states = torch.default_generator.get_state(), np.random.get_bit_generator(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.set_bit_generator(generator)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_bit_generator(states[1])
+        _spare_generators.append(generator)
+        random.setstate(states[2])
+
+
+def open_images(root: str | os.PathLike) -> ImageFolder | Shards:
+    """The images of a data path: a folder of them, or shards (see `util.data.shards`).
+
+    Raises:
+        UsageError: there are none.
+    """
+    return Shards(root) if is_shards(root) else ImageFolder(root)
+
+
+class FileDataset(Dataset):
+    """Samples of one kind, some of which may be damaged; a subclass says what they are.
+
+    An item's key is `(index, seed)`, as a sampler gives it. The item is `(sample, bad)`: what
+    `load` made of the file, and the indices of files that could not be decoded. Another file,
+    drawn by the same seed, takes the place of such a one.
+
+    Attributes:
+        root: the folder or list that the files come from, for messages.
+        what: what they are, for messages.
+        group_sizes: of files that need to be read in groups, the number in each.
+    """
+
+    root: Path
+    what = "files"
+    group_sizes: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        """Where a sample is, for people."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> Tensor:
+        """A sample; may draw from `torch`, `numpy` and `random`.
+
+        Raises:
+            OSError: it cannot be decoded.
+        """
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
+        sample, _, bad = self.read(*key)
+        return sample, bad
+
+    def read(self, index: int, seed: int) -> tuple[Tensor, int, tuple[int, ...]]:
+        """Load one file, or another in its place.
+
+        Args:
+            index: the file wanted.
+            seed: what decides the augmentation, and the substitute of a bad file.
+
+        Returns:
+            sample: of `load`.
+            index: the file it came from.
+            bad: the files that failed before.
+
+        Raises:
+            TrainingError: `MAX_TRIES` files failed.
+        """
+        bad = []
+        while len(bad) < MAX_TRIES:
+            try:
+                with seeded(seed):
+                    return self.load(index), index, tuple(bad)
+            except OSError as error:
+                bad.append(index)
+                draw = random.Random(f"{seed} {len(bad)}")
+                index, reason = draw.randrange(len(self)), error
+        raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
+
+
+class ImageFiles(FileDataset):
+    """All images of a data path, without labels.
+
+    An item is `(image, bad)`: what `transform` made of the file, see `FileDataset`.
+
+    Args:
+        root: a folder, nested or flat, or shards.
+        transform: from an open image file to `[C, H, W]`; may draw from `torch`, `numpy` and
+            `random`; raises an OSError for a file that cannot be decoded.
+
+    Attributes:
+        files: see `open_images`.
+
+    Raises:
+        UsageError: there are no images, see `open_images`.
+    """
+
+    what = "images"
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        transform: Callable[[BinaryIO], Tensor],
+    ) -> None:
+        self.root = Path(root)
+        self.transform = transform
+        self.files = open_images(root)
+        self.group_sizes = self.files.group_sizes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def path(self, index: int) -> str:
+        """Where an image is, for people."""
+        return self.files.path(index)
+
+    def load(self, index: int) -> Tensor:
+        """The transformed picture of a file."""
+        with self.files.open(index) as file:
+            return self.transform(file)
+
+
+class LabeledImages(ImageFiles):
+    """Images in one folder a class, as in ImageNet's `train/` and `val/`, or labelled shards.
+
+    An item is `(image, label, index, bad)`: what `ImageFiles` gives, the place of the image's
+    class among `classes`, and the index that was asked for. A bad file's substitute comes with
+    its own label.
+
+    Args:
+        root: the folder of the class folders, or shards.
+        transform: see `ImageFiles`.
+
+    Attributes:
+        classes: their names; of folders, sorted.
+        labels: `[num_images]`, int64.
+
+    Raises:
+        UsageError: images without labels, or see `ImageFiles`.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        transform: Callable[[BinaryIO], Tensor],
+    ) -> None:
+        super().__init__(root, transform)
+        self.classes, self.labels = self.files.read_classes()
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, tuple[int, ...]]:
+        image, index, bad = self.read(*key)
+        return image, int(self.labels[index]), key[0], bad
+
+    def check_complete(self) -> None:
+        """Refuse a class without images, of which nothing can be learned.
+
+        Raises:
+            UsageError: naming the first such folders.
+        """
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
+        if empty:
+            raise UsageError(f"{self.root}: no image in {some(empty)}: fill or remove the folder")

@@ -1,0 +1,180 @@
+"""From a picture to the model's input: augmentation, evaluation views, normalisation."""
+
+import os
+import random
+from collections.abc import Callable
+from functools import cache, partial
+from typing import BinaryIO
+
+import torch
+from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch import Tensor
+from torchvision.transforms import v2
+
+from util.data.crop import load_crop, random_box
+from util.data.images import check_channels, load_image
+
+
+def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, for values in [0, 1]: ImageNet's.
+
+    Raises:
+        UsageError: a number of channels other than 1, 3 or 4.
+    """
+    check_channels(in_chans)
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if in_chans == 1:
+        return (sum(mean) / 3,), (sum(std) / 3,)
+    alpha = (0.5,) * (in_chans - 3)
+    return mean + alpha, std + alpha
+
+
+def pretrain_transform(
+    img_size: tuple[int, int],
+    in_chans: int = 3,
+    *,
+    hflip: bool = True,
+    scale: tuple[float, float] = (0.2, 1.0),
+) -> Callable[[BinaryIO], Tensor]:
+    """The augmentation of pretraining and probing: random resized crop and flip.
+
+    Args:
+        img_size: (H, W).
+        in_chans: channels of the images.
+        hflip: mirror every second image; not for digits, letters or the like.
+        scale: share of the image's area that a crop takes.
+
+    Returns:
+        Image file to `[in_chans, H, W]`, uint8, for `normalize`.
+    """
+    check_channels(in_chans)
+    choose = partial(random_box, scale=scale)
+    crop = partial(load_crop, choose=choose, size=img_size, in_chans=in_chans)
+    return partial(_crop_and_flip, crop=crop) if hflip else crop
+
+
+def _crop_and_flip(file: BinaryIO, crop: Callable[[BinaryIO], Tensor]) -> Tensor:
+    image = crop(file)
+    return image.flip(-1) if random.random() < 0.5 else image
+
+
+def finetune_transform(
+    img_size: tuple[int, int],
+    in_chans: int = 3,
+    *,
+    hflip: bool = True,
+    scale: tuple[float, float] = (0.08, 1.0),
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+    color_jitter: float = 0.0,
+    reprob: float = 0.25,
+) -> Callable[[BinaryIO], Tensor]:
+    """The augmentation of fine-tuning, timm's: random resized crop, flip, RandAugment, erasing.
+
+    Args:
+        img_size: (H, W).
+        in_chans: channels of the images.
+        hflip: mirror every second image.
+        scale: share of the image's area that a crop takes.
+        auto_augment: timm's name of a policy, or None.
+        color_jitter: strength of the colour jitter that takes the policy's place if there is none.
+        reprob: share of the images in which a rectangle is erased with noise.
+
+    Returns:
+        Image file to `[in_chans, H, W]`, float32, normalised.
+    """
+    mean, std = channel_stats(in_chans)
+    _, augment, finish = create_transform(
+        (in_chans, *img_size),
+        is_training=True,
+        separate=True,  # the first part is crop and flip
+        color_jitter=color_jitter,
+        auto_augment=auto_augment,
+        interpolation="bicubic",
+        re_prob=reprob,
+        re_mode="pixel",
+        mean=mean,
+        std=std,
+    )
+    view = pretrain_transform(img_size, in_chans, hflip=hflip, scale=scale)
+    return v2.Compose([view, v2.ToPILImage(), augment, finish])
+
+
+def center_crop_transform(
+    img_size: tuple[int, int], in_chans: int = 3
+) -> Callable[[BinaryIO], Tensor]:
+    """The view by which a classifier is evaluated, as MAE's: 224 of 256 pixels around the centre.
+
+    Above 224 pixels nothing is cut but what the proportions demand.
+
+    Returns:
+        Image file to `[in_chans, H, W]`, float32, normalised.
+    """
+    mean, std = channel_stats(in_chans)
+    transform = create_transform(
+        (in_chans, *img_size),
+        interpolation="bicubic",
+        crop_pct=224 / 256 if max(img_size) <= 224 else 1.0,
+        mean=mean,
+        std=std,
+    )
+    return v2.Compose([partial(load_image, in_chans=in_chans), transform])
+
+
+def eval_transform(
+    img_size: tuple[int, int], in_chans: int = 3
+) -> Callable[[str | os.PathLike | BinaryIO], Tensor]:
+    """The largest centred part of the proportions H : W, resized to (H, W) and normalised.
+
+    Returns:
+        Image file to `[in_chans, H, W]`, float32.
+    """
+    height, width = img_size
+    return v2.Compose(
+        [
+            partial(load_image, in_chans=in_chans),
+            partial(ImageOps.fit, size=(width, height), method=Image.Resampling.BICUBIC),
+            v2.PILToTensor(),
+            normalize,
+        ]
+    )
+
+
+def normalize(images: Tensor, dim: int = -3) -> Tensor:
+    """Pixels, uint8, to the model's input, float32; other types are that already.
+
+    A batch takes a quarter of the memory on its way to the device if it is normalised there.
+
+    Args:
+        images: `[…, C, H, W]`, or with the channels in another dimension.
+        dim: the channels'.
+
+    Returns:
+        The same shape.
+    """
+    if images.dtype != torch.uint8:
+        return images
+    behind = images.ndim - 1 - dim % images.ndim
+    scale, shift = _scale_and_shift(images.shape[dim], behind, images.device)
+    return images.float().mul_(scale).add_(shift)  # twice as fast on a CPU as one operation
+
+
+@cache
+def _scale_and_shift(in_chans: int, behind: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What takes a pixel of 0 … 255 to a normalised value, `[C, 1, …]` with `behind` ones each."""
+    stats = torch.tensor(channel_stats(in_chans), device=device)
+    mean, std = stats.view(2, in_chans, *[1] * behind)
+    return 1 / (255 * std), -mean / std
+
+
+def denormalize(images: Tensor, dim: int = -3) -> Tensor:
+    """Undo the normalisation, for viewing: to the same shape within [0, 1].
+
+    Args:
+        images: `[…, C, H, W]`, or with the channels in another dimension.
+        dim: the channels'.
+    """
+    shape = [1] * images.ndim
+    shape[dim] = -1
+    mean, std = (images.new_tensor(v).view(shape) for v in channel_stats(images.shape[dim]))
+    return (images * std + mean).clamp(0, 1)

@@ -1,0 +1,1 @@
+"""A training run: command line, processes, steps, logs, resuming."""

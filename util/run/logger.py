@@ -1,0 +1,197 @@
+"""What a run tells: meters, console progress, TensorBoard, log.txt."""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from util.run.distributed import all_reduce_sum, is_main_process, world_size
+
+
+class Meters:
+    """Means over steps and processes, summed on the device so that nothing waits for it.
+
+    Two spans at once: since the last `read` (for the console and the curves) and since the epoch
+    began (for log.txt). A step that was skipped does not count.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self.names = names
+        # One row a meter and a last one that counts steps.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.epoch = torch.zeros(len(names) + 1, dtype=dtype, device=device)
+        self.window = torch.zeros_like(self.epoch)
+
+    def update(self, taken: Tensor, **values: Tensor) -> None:
+        """Add a step's values, scalars on the device; `taken` is 0 for a skipped step, else 1."""
+        row = torch.stack([values[name] for name in self.names] + [taken]).to(self.epoch)
+        row = torch.where(taken > 0, row, 0.0)
+        self.window += row
+        self.epoch += row
+
+    def read(self) -> dict[str, float]:
+        """Means since the last call, over all processes; NaN where every step was skipped."""
+        means = self._means(self.window)
+        self.window.zero_()
+        return means
+
+    def read_epoch(self) -> dict[str, float]:
+        """Means since the epoch began, over all processes."""
+        return self._means(self.epoch)
+
+    def start_epoch(self) -> None:
+        """Forget all."""
+        self.epoch.zero_()
+        self.window.zero_()
+
+    def _means(self, sums: Tensor) -> dict[str, float]:
+        *totals, count = all_reduce_sum(sums.clone()).tolist()
+        values = (total / count if count else float("nan") for total in totals)
+        return dict(zip(self.names, values, strict=True))
+
+    def state_dict(self) -> dict:
+        """The epoch's sums, the mean over all processes (a collective)."""
+        return {"epoch": (all_reduce_sum(self.epoch.clone()) / world_size()).tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` returned: the main process holds what all had."""
+        self.window.zero_()
+        self.epoch.zero_()
+        if is_main_process():
+            self.epoch += self.epoch.new_tensor(state["epoch"]) * world_size()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process in MB: allocated on a CUDA device, resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def count_parameters(model: nn.Module) -> str:
+    """How many numbers a model has, for reading."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as an aligned Markdown table, the first row being its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *body = rows
+    lines = [head, ["-" * width for width in widths], *body]
+    padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+class RunLog:
+    """The folder's log: TensorBoard events and log.txt, one JSON line an epoch, MAE's keys.
+
+    Only the main process writes.
+
+    Args:
+        folder: `--output_dir`, for log.txt.
+        log_dir: for TensorBoard's events.
+        epoch: position to go on from; later entries of an interrupted run are dropped.
+    """
+
+    def __init__(self, folder: str | Path, log_dir: str | Path, epoch: float = 0.0) -> None:
+        self.path = Path(folder) / "log.txt"
+        self.writer = None
+        if is_main_process():
+            self.writer = SummaryWriter(str(log_dir), purge_step=round(epoch * 1000) + 1)
+            self._drop_from(epoch)
+
+    def _drop_from(self, epoch: float) -> None:
+        """Remove the lines of epochs that will be run again."""
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            # A kill or a full disk can have left half a line at the end.
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["epoch"] < int(epoch)]
+            temporary = self.path.with_name(self.path.name + ".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(self.path)
+
+    def scalars(self, epoch: float, values: dict[str, float]) -> None:
+        """Add TensorBoard scalars at a fractional epoch; the x axis is epoch * 1000, as in MAE."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, round(epoch * 1000))
+
+    def image(self, epoch: float, name: str, image: Tensor) -> None:
+        """Add a TensorBoard picture `[3, H, W]` with values in [0, 1]."""
+        if self.writer:
+            self.writer.add_image(name, image, round(epoch * 1000))
+
+    def epoch(self, values: dict[str, float]) -> None:
+        """Append an epoch's line to log.txt; what is not a number becomes null."""
+        if self.writer:
+            self.writer.flush()
+            values = {name: v if math.isfinite(v) else None for name, v in values.items()}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        """Flush and close TensorBoard's file."""
+        if self.writer:
+            self.writer.close()
+
+
+class Progress:
+    """One epoch's progress: a bar on a terminal, plain lines elsewhere.
+
+    Args:
+        title: what stands before it, such as "Epoch 3/60".
+        steps: optimizer steps of the epoch.
+        start: steps already done.
+        remaining: steps of the whole run after this epoch, for the time left.
+    """
+
+    def __init__(self, title: str, steps: int, start: int, remaining: int) -> None:
+        self.title, self.steps, self.start, self.remaining = title, steps, start, remaining
+        self.begin = time.perf_counter()
+        self.bar = None
+        if is_main_process() and sys.stderr.isatty():
+            layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
+            self.bar = tqdm(
+                total=steps, initial=start, desc=title, bar_format=layout, leave=False,
+                dynamic_ncols=True,
+            )  # fmt: skip
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, step: int, values: dict[str, float | str]) -> None:
+        """Show the numbers after `step` steps of the epoch."""
+        done = step - self.start
+        left = (time.perf_counter() - self.begin) / done * (self.steps - step + self.remaining)
+        text = "  ".join(
+            f"{name} {value if isinstance(value, str) else format(value, '.4g')}"
+            for name, value in (values | {"left": clock(left)}).items()
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif is_main_process():
+            width = len(str(self.steps))
+            print(f"{self.title}  [{step:{width}d}/{self.steps}]  {text}", flush=True)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,1 @@
+"""Checkpoint files, and weights of any origin into a model."""

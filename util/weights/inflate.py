@@ -1,0 +1,66 @@
+"""An image model's weights for a video model: kernels get an extent in time."""
+
+import math
+
+from torch import Tensor, nn
+
+from util.errors import UsageError
+from util.layers.architecture import grid_size
+from util.layers.pos_embed import resize_pos_embed
+from util.weights.read import Weights
+
+# What only a masked autoencoder has.
+_PRETRAINING_ONLY = ("decoder_", "mask_token", "stage1_output_decode", "stage2_output_decode")
+
+
+def inflate_weights(weights: Weights, model: nn.Module, how: str) -> Weights:
+    """An image encoder's weights for a video model of the same widths and depths.
+
+    A kernel `[C_out, C_in, H, W]` becomes `[C_out, C_in, T, H, W]`. Under "center" a video that
+    stands still gives what its picture gave; "average" differs from that where a kernel reaches
+    beyond the first or last frame. A position table that the model learns is repeated over time;
+    one that is fixed is the model's own already, and left out. The decoder and the fusion of
+    stages, which belong to another target, are left out, too.
+
+    Args:
+        weights: of an image model, with or without a head.
+        model: the video model to fill with `load_weights`.
+        how: "center": the kernel acts on the middle frame (of an even number the later one) and
+            is zero elsewhere; "average": an equal part of it acts on each.
+
+    Raises:
+        UsageError: weights of a video model, or of none.
+    """
+    if len(weights.architecture["img_size"]) != 2:
+        raise UsageError(f"checkpoint {weights.path} is no image model's: it needs no inflation")
+    own, prefix = dict(model.named_parameters()), weights.encoder
+    frames, grid = model.geometry.grid(3)[0], grid_size(weights.architecture)
+    state = {}
+    for name, tensor in weights.state.items():
+        target = own.get(name.removeprefix(prefix))
+        if name.removeprefix(prefix).startswith(_PRETRAINING_ONLY):
+            continue
+        if tensor.ndim == 4:
+            length = target.shape[2] if target is not None and target.ndim == 5 else 1
+            tensor = _inflate_kernel(tensor, length, how)
+        elif name == f"{prefix}pos_embed":
+            if not target.requires_grad:
+                continue
+            tensor = resize_pos_embed(
+                tensor, grid, (frames, *grid), tensor.shape[1] - math.prod(grid)
+            )
+        state[name] = tensor
+    (length, *_), (cube, *_) = model.geometry.img_size, model.geometry.stride(3)
+    args = {"input_size": weights.architecture["img_size"], "num_frames": length, "tubelet": cube}
+    args["patch_size"] = [entry[1:] for entry in model.geometry.patch_size]
+    return Weights(weights.path, state, {**weights.info, "args": args}, weights.entry)
+
+
+def _inflate_kernel(kernel: Tensor, length: int, how: str) -> Tensor:
+    """`[C_out, C_in, H, W]` to `[C_out, C_in, length, H, W]`, see `inflate_weights`."""
+    kernel = kernel.unsqueeze(2)
+    if how == "average":
+        return kernel.expand(-1, -1, length, -1, -1) / length
+    inflated = kernel.new_zeros(*kernel.shape[:2], length, *kernel.shape[3:])
+    inflated[:, :, length // 2] = kernel[:, :, 0]
+    return inflated
