@@ -1,46 +1,41 @@
-"""Supervised training and evaluation: what fine-tuning and linear probing share."""
+"""Supervised training: fine-tuning and linear probing, their epochs and what they are built of."""
 
 import argparse
-import csv
-import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
 from timm.layers import trunc_normal_
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from engine_evaluate import Evaluation, Predict, evaluate
 from models_convvit import MODELS, NEW_IN_CLASSIFIER, ConvViT, convvit_from_weights
 from util.data.classes import check_classes
 from util.data.datasets import LabeledImages
-from util.data.loader import BadImages, Loader
+from util.data.loader import Loader
 from util.data.shards import is_shards
 from util.data.transforms import center_crop_transform
 from util.errors import UsageError
 from util.layers.architecture import constructor_args
 from util.run.args import complete, complete_architecture
-from util.run.distributed import gather_objects, is_main_process, print_once, rank, world_size
+from util.run.distributed import print_once, rank, world_size
 from util.run.logger import count_parameters
 from util.run.optim_step import amp_dtype
+from util.run.program import Stopped
 from util.run.resume import BEST, LAST, find_resumable
-from util.run.run import Run, check_program, check_state, eval_loader, seed_everything, train_loader
+from util.run.run import Run
+from util.run.same_run import check_program, check_state
+from util.run.setup import eval_loader, seed_everything, train_loader
 from util.weights.inflate import inflate_weights
 from util.weights.load import Report, load_weights
 from util.weights.read import KINDS, Weights, read_weights, weights_of
-
-# From a model and a batch to logits.
-Predict = Callable[[nn.Module, Tensor], Tensor]
 
 # --- training ------------------------------------------------------------------------------------
 
@@ -52,6 +47,7 @@ def train_one_epoch(
     criterion: nn.Module,
     trained: nn.Module,
     mixup: Mixup | None = None,
+    ema: ModelEmaV3 | None = None,
 ) -> dict[str, float]:
     """Train a classifier for one epoch.
 
@@ -62,21 +58,27 @@ def train_one_epoch(
         criterion: from logits and labels (or mixed targets) to a mean loss.
         trained: the part of the model in training mode: all of it, or a probe's head.
         mixup: mixes images and labels of a batch.
+        ema: averages the weights over steps.
 
     Returns:
         The epoch's means.
     """
     run.model.eval()
     trained.train()
-
-    def forward(imgs: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
-        if mixup is not None:
-            # The frames of a clip count as channels of one picture: [N, C * T, H, W].
-            mixed, labels = mixup(imgs.flatten(1, -3), labels)
-            imgs = mixed.view_as(imgs)
-        return criterion(run.step.model(imgs), labels)
-
-    return run.train_epoch(epoch, start_step, forward)
+    first = epoch * run.loader.steps_per_epoch + start_step + 1
+    for number, step in enumerate(run.steps(epoch, start_step), start=first):
+        for imgs, labels, _ in step.micro_batches:
+            if mixup is not None:
+                # The frames of a clip count as channels of one picture: [N, C * T, H, W].
+                mixed, labels = mixup(imgs.flatten(1, -3), labels)
+                imgs = mixed.view_as(imgs)
+            with step.autocast():
+                loss = criterion(run.ddp_model(imgs), labels)
+            step.backward(loss)
+        step.update()
+        if ema is not None:
+            ema.update(run.model, step=number)
+    return run.means(epoch)
 
 
 class Best:
@@ -124,27 +126,70 @@ def fit(
         ema: averaged weights; if given they decide which checkpoint is best.
         predict: see `evaluate`.
         predictions: where to write those of the last evaluation.
+
+    Raises:
+        Stopped: a signal came; the state is saved.
     """
-    args, evaluation = run.args, None
+    evaluation = None
+    trained_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     for epoch, start in run.epochs():
         values = train(epoch, start)
-        models = {"test": run.model} | ({"test_ema": ema.module} if ema else {})
-        for name, model in models.items():
-            if model is not run.model:
-                print_once("With the averaged weights (EMA):")
-            evaluation = evaluate(
-                model, val_loader, run.device, run.step.dtype, args.max_bad_images, predict
-            )
-            evaluation.report()
-            values |= {f"{name}_{k}": v for k, v in evaluation.values().items()}
-        tests = {name: value for name, value in values.items() if name.startswith("test")}
-        run.log.scalars(epoch + 1, tests)
-        values["n_parameters"] = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        run.save_trained(epoch)
+        tests, evaluation = evaluate_epoch(run, epoch, val_loader, ema, predict)
+        run.report.log.scalars(epoch + 1, tests)
         is_best = best.improves(evaluation.acc1)
         print_once(f"Max accuracy: {best.acc1:.2f}%")
+        values |= {**tests, "n_parameters": trained_parameters}
         run.end_epoch(epoch, values, best=is_best)
     if predictions and evaluation:
         evaluation.write(predictions, val_loader.dataset)
+
+
+def evaluate_epoch(
+    run: Run, epoch: int, val_loader: Loader, ema: ModelEmaV3 | None, predict: Predict
+) -> tuple[dict[str, float], Evaluation]:
+    """Evaluate the model and, if there are any, the averaged weights, which then count.
+
+    Args:
+        run: of the model.
+        epoch: number of the epoch, for messages.
+        val_loader: see `evaluate`.
+        ema: averaged weights.
+        predict: see `evaluate`.
+
+    Returns:
+        The numbers of both for the logs, and the evaluation that counts.
+
+    Raises:
+        Stopped: a signal came; the trained epoch is saved.
+    """
+    tests, plain = {}, None
+    for name, model in {"test": run.model, "test_ema": ema and ema.module}.items():
+        if model is None:
+            continue
+        evaluation = evaluate(
+            model,
+            val_loader,
+            run.device,
+            run.optim.dtype,
+            run.args.max_bad_images,
+            predict,
+            stopping=lambda: run.stop.received > 0,
+        )
+        if evaluation is None:
+            raise Stopped(run.stopped_at(f"the evaluation of epoch {epoch + 1}"))
+        if name == "test_ema":
+            print_once("With the averaged weights (EMA):")
+        evaluation.report()
+        tests |= {f"{name}_{k}": v for k, v in evaluation.values().items()}
+        plain = plain or evaluation
+    if evaluation.acc1 < plain.acc1:
+        print_once(
+            f"note: the averaged weights are worse ({evaluation.acc1:.2f}%) than the weights "
+            f"themselves ({plain.acc1:.2f}%), and it is they that decide which checkpoint is best: "
+            f"for a run of this length lower --model_ema_decay or leave --model_ema away"
+        )
+    return tests, evaluation
 
 
 def mixes(args: argparse.Namespace) -> bool:
@@ -214,7 +259,9 @@ def finetune(
     if report and "head.weight" in report.missing:
         trunc_normal_(model.head.weight, std=2e-5)
     model.to(device)
-    ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=True)
     best = Best()
     parts = {"best": best} | ({"model_ema": ema.module} if ema else {})
     optimizer = build_optimizer(args, model)
@@ -223,160 +270,14 @@ def finetune(
         args, device, loader, model, optimizer, content,
         program=program, parts=parts, extra={"classes": classes},
     )  # fmt: skip
-    if ema:
-        run.after_step = partial(ema.update, model)
     if report and not content:
         print_once(report)
     run.describe(f"{len(classes)} classes, {count_parameters(model)}")
 
     criterion, mixup = build_criterion(args, len(classes))
-    train = partial(train_one_epoch, run, criterion=criterion, trained=model, mixup=mixup)
-    with closing(run.log):
+    train = partial(train_one_epoch, run, criterion=criterion, trained=model, mixup=mixup, ema=ema)
+    with closing(run.report.log):
         fit(run, train, val_loader, best, ema, predict=predict, predictions=predictions)
-
-
-# --- evaluation ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model says of a data set, in the order of its images, those that failed left out.
-
-    Attributes:
-        indices: `[n]`, places in the data set.
-        losses: `[n]`, cross entropy.
-        top1, top5: `[n]`, whether the label is (among the five of) the model's best.
-        predictions: `[n]`, the best class.
-        probabilities: `[n]`, the model's for it.
-        what: what the data set is of.
-    """
-
-    indices: Tensor
-    losses: Tensor
-    top1: Tensor
-    top5: Tensor
-    predictions: Tensor
-    probabilities: Tensor
-    what: str = "images"
-
-    @property
-    def acc1(self) -> float:
-        """Accuracy in percent."""
-        return 100 * self.top1.double().mean().item()
-
-    @property
-    def acc5(self) -> float:
-        """Share of labels among the five best, in percent."""
-        return 100 * self.top5.double().mean().item()
-
-    @property
-    def loss(self) -> float:
-        """Mean cross entropy."""
-        return self.losses.double().mean().item()
-
-    def values(self) -> dict[str, float]:
-        """For the logs, by MAE's names."""
-        return {"loss": self.loss, "acc1": self.acc1, "acc5": self.acc5}
-
-    def report(self) -> None:
-        """Print the original's lines."""
-        print_once(f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}")
-        print_once(
-            f"Accuracy of the network on the {len(self.indices)} test {self.what}: {self.acc1:.1f}%"
-        )
-
-    def write(self, path: Path, dataset: LabeledImages) -> None:
-        """Write path, label, prediction and its probability of each image as CSV."""
-        if not is_main_process():
-            return
-        columns = (self.indices, self.predictions, self.probabilities)
-        with open(path, "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["path", "label", "prediction", "probability"])
-            for index, prediction, probability in zip(*(c.tolist() for c in columns), strict=True):
-                label = dataset.classes[dataset.labels[index]]
-                row = [dataset.path(index), label, dataset.classes[prediction]]
-                table.writerow([*row, f"{probability:.6f}"])
-        print(f"predictions of {len(self.indices)} {self.what} in {path}")
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: Loader,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    max_bad_images: float = 1.0,
-    predict: Predict = nn.Module.__call__,
-) -> Evaluation:
-    """Evaluate a classifier on every image once, over any number of processes.
-
-    All processes call this together and get the result of all, which is that of one process.
-    An image that cannot be decoded is named and left out.
-
-    Args:
-        model: the bare model, in evaluation mode afterwards.
-        loader: of `LabeledImages` in the order of an `EvalSampler`.
-        device: where the model is.
-        dtype: autocast type; None for full precision.
-        max_bad_images: share of the images that may be left out.
-        predict: from the model and a batch to logits, such as `mean_over_views`.
-
-    Raises:
-        TrainingError: more are.
-    """
-    model.eval()
-    rows, bad = [], set()
-    hidden = not (is_main_process() and sys.stderr.isatty())
-    batches = tqdm(loader.epoch(0), "evaluate", len(loader.sampler), disable=hidden, leave=False)
-    for imgs, labels, indices, failed in batches:
-        bad.update(failed)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits = predict(model, imgs.to(device, non_blocking=True))
-        # A bad file's place holds another image, so its row is taken out again.
-        keep = torch.tensor([i not in bad for i in indices.tolist()])
-        rows.append([c[keep] for c in (indices, *judge(logits.float().cpu(), labels))])
-    columns = [torch.cat(column) for column in zip(*rows, strict=True)]
-    return _merge(gather_objects((columns, sorted(bad))), loader.dataset, max_bad_images)
-
-
-def mean_over_views(model: nn.Module, views: Tensor) -> Tensor:
-    """Average a classifier's probabilities over several views of each sample.
-
-    Args:
-        model: from `[N, …]` to logits `[N, classes]`.
-        views: `[N, V, …]`.
-
-    Returns:
-        `[N, classes]`, the logarithms of the mean probabilities, which are logits of these.
-    """
-    log_probabilities = model(views.flatten(0, 1)).float().log_softmax(dim=-1)
-    return log_probabilities.unflatten(0, views.shape[:2]).logsumexp(1) - math.log(views.shape[1])
-
-
-def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Loss, top 1, top 5, prediction and probability of each row of logits `[n, classes]`."""
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    best = logits.topk(min(5, logits.shape[1])).indices  # [n, 5]
-    hits = best == labels.unsqueeze(1)
-    probabilities = logits.softmax(dim=1).gather(1, best[:, :1]).squeeze(1)
-    return losses, hits[:, 0], hits.any(dim=1), best[:, 0], probabilities
-
-
-def _merge(
-    parts: Sequence[tuple[list[Tensor], list[int]]], dataset: LabeledImages, max_bad: float
-) -> Evaluation:
-    """The parts of all processes in the order of the data set."""
-    bad_images = BadImages(lambda text: print_once(text, error=True))
-    for _, bad in parts:
-        bad_images.add(bad, dataset)
-    bad_images.check(bad_images.count, len(dataset), max_bad, dataset.what)
-    filled = [columns for columns, _ in parts if columns]
-    columns = [torch.cat(column) for column in zip(*filled, strict=True)]
-    if not len(columns[0]):
-        raise UsageError(f"none of the {dataset.what} of {dataset.root} can be decoded")
-    order = columns[0].argsort()
-    return Evaluation(*(column[order] for column in columns), dataset.what)
 
 
 # --- building ------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from util.run.distributed import is_main_process, rank, world_size
 from util.run.logger import count_parameters
 from util.run.pictures import save_loss_curve
 from util.run.resume import find_resumable
-from util.run.run import Run, check_program, check_state, seed_everything
+from util.run.run import Run
+from util.run.same_run import check_program, check_state
+from util.run.setup import seed_everything
 
 Factory = Callable[..., MaskedAutoencoderConvViT]
 
@@ -95,11 +97,11 @@ def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
         draw: gives a reconstruction, `[3, height, width]` in [0, 1]; in the main process.
     """
     run.describe(title(run))
-    with closing(run.log):
+    with closing(run.report.log) as log:
         for epoch, start in run.epochs():
             values = train_one_epoch(run, epoch, start, run.args.mask_ratio)
             if is_main_process():
-                run.log.image(epoch + 1, "reconstruction", draw())
+                log.image(epoch + 1, "reconstruction", draw())
             run.end_epoch(epoch, values)
     if is_main_process():
         folder = run.args.output_dir
@@ -121,15 +123,21 @@ def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) ->
         The epoch's means.
     """
     run.model.train()
-    units = run.model.geometry.num_mask_units
+    for step in run.steps(epoch, start_step):
+        for (imgs,) in step.micro_batches:
+            noise = draw_noise(len(imgs), run.model.geometry.num_mask_units, imgs.device)
+            with step.autocast():
+                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise)
+            step.backward(loss)
+        step.update()
+    return run.means(epoch)
 
-    def forward(imgs: Tensor) -> Tensor:
-        # Every process draws the noise of the whole batch and takes its rows, so that any number
-        # of processes mask alike.
-        n = len(imgs)
-        noise = torch.rand(n * world_size(), units, device=imgs.device)
-        noise = noise[n * rank() : n * (rank() + 1)]
-        loss, _, _ = run.step.model(imgs, mask_ratio, noise, predict=False)
-        return loss
 
-    return run.train_epoch(epoch, start_step, forward)
+def draw_noise(batch_size: int, units: int, device: torch.device) -> Tensor:
+    """What decides the masks of this process's images: `[batch_size, units]`, uniform.
+
+    Every process draws the noise of the whole batch and takes its rows, so that any number of
+    processes mask alike.
+    """
+    noise = torch.rand(batch_size * world_size(), units, device=device)
+    return noise[batch_size * rank() : batch_size * (rank() + 1)]

@@ -17,7 +17,8 @@ from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes
 from util.run.parser import Parser
-from util.run.run import complete_run, run_main
+from util.run.program import run_main
+from util.run.setup import complete_run
 
 PROGRAM = "fine-tuning"
 

@@ -26,7 +26,9 @@ from util.run.distributed import SyncedBatchNorm1d, init_processes, print_once
 from util.run.lars import LARS
 from util.run.logger import count_parameters
 from util.run.parser import Parser
-from util.run.run import Run, complete_run, run_main, seed_everything
+from util.run.program import run_main
+from util.run.run import Run
+from util.run.setup import complete_run, seed_everything
 
 PROGRAM = "probing"
 
@@ -85,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
 
     criterion = nn.CrossEntropyLoss()
     train = partial(train_one_epoch, run, criterion=criterion, trained=model.head)
-    with closing(run.log):
+    with closing(run.report.log):
         fit(run, train, val_loader, best, predictions=args.predictions)
 
 

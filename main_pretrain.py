@@ -16,7 +16,8 @@ from util.run import args as arguments
 from util.run.distributed import init_processes, is_main_process
 from util.run.parser import Parser
 from util.run.pictures import load_samples, reconstruction_grid
-from util.run.run import complete_run, run_main, train_loader
+from util.run.program import run_main
+from util.run.setup import complete_run, train_loader
 
 PROGRAM = "pretraining"
 # Settings of --demo: a tiny model on 32x32 digits with 4-pixel patches, minutes on two cores.

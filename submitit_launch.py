@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 from util.errors import UsageError
 from util.run.args import check_writable
 from util.run.parser import ChoiceOf, Parser, non_negative_int, positive_int
+from util.run.program import STOPPED_EXIT_CODE, run_main
 from util.run.resume import LAST
-from util.run.run import STOPPED_EXIT_CODE, run_main
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission

@@ -29,7 +29,7 @@ from util.errors import UsageError
 from util.run.args import check_writable
 from util.run.distributed import is_main_process, rank, world_size
 from util.run.optim_step import OptimStep, amp_dtype
-from util.run.run import seed_everything
+from util.run.setup import seed_everything
 from util.weights.load import load_weights
 from util.weights.read import read_weights
 

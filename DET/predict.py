@@ -16,7 +16,7 @@ from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes
 from util.run.parser import Parser, share
-from util.run.run import run_main
+from util.run.program import run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ import torch
 
 from util.errors import UsageError
 from util.run.parser import Parser, non_negative_int, positive_int
-from util.run.run import run_main
+from util.run.program import run_main
 
 INSTALL = (
     "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"

@@ -49,7 +49,12 @@ class Trainer(SimpleTrainer):
     def run_step(self) -> None:
         """One optimizer step."""
         self._losses, self._data_time = {}, 0.0
-        result = self.step.take(self._micro_batches(), self.accum_iter, self._forward)
+        self.step.begin(self._micro_batches(), self.accum_iter)
+        for batch in self.step.micro_batches:
+            with self.step.autocast():
+                loss = self._forward(batch)
+            self.step.backward(loss)
+        result = self.step.update()
         values = {**self._losses, "total_loss": result.loss, "grad_norm": result.grad_norm}
         if self.meters is None:  # the heads say at the first step which losses there are
             self.meters = Meters(tuple(values), self.step.device)

@@ -15,7 +15,7 @@ from PIL import Image
 from SEG import options, test, train
 from util.demo.scenes import write_ade_scenes
 from util.run.parser import Parser, positive_int
-from util.run.run import run_main
+from util.run.program import run_main
 
 CONFIG = "SEG/configs/upernet_convmae_tiny_scenes.py"
 LABELLED = 100  # scenes to learn from: pretraining counts where labels are few

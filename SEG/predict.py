@@ -23,7 +23,7 @@ from util.data.images import load_image
 from util.errors import UsageError
 from util.run.args import check_writable
 from util.run.parser import Parser
-from util.run.run import run_main
+from util.run.program import run_main
 from util.weights.load import load_weights
 from util.weights.read import Weights
 

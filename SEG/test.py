@@ -14,7 +14,7 @@ from util.errors import UsageError
 from util.run.args import check_writable
 from util.run.distributed import print_once
 from util.run.parser import Parser
-from util.run.run import run_main
+from util.run.program import run_main
 from util.weights.load import load_weights
 from util.weights.read import Weights
 

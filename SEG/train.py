@@ -13,7 +13,7 @@ from util.errors import UsageError
 from util.run.args import check_writable
 from util.run.distributed import print_once, world_size
 from util.run.parser import Parser
-from util.run.run import run_main
+from util.run.program import run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from util.run.logger import markdown_table
 from util.run.parser import Parser, positive_int
-from util.run.run import run_main
+from util.run.program import run_main
 from VideoConvMAE import main_finetune, main_pretrain
 from VideoConvMAE.demo_data import DIRECTIONS, write_moving_digits
 

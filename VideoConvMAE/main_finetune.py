@@ -9,19 +9,15 @@ from collections.abc import Sequence
 
 import torch
 
-from engine_finetune import (
-    Evaluation,
-    evaluate_checkpoint,
-    find_start,
-    finetune,
-    mean_over_views,
-)
+from engine_evaluate import Evaluation, mean_over_views
+from engine_finetune import evaluate_checkpoint, find_start, finetune
 from util.data.loader import Loader
 from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes, print_once, wait_for_all
 from util.run.parser import Parser, positive_int
-from util.run.run import complete_run, eval_loader, run_main, train_loader
+from util.run.program import run_main
+from util.run.setup import complete_run, eval_loader, train_loader
 from VideoConvMAE.args import add_clip_args, check_channels
 from VideoConvMAE.datasets import LabeledClips, Views
 from VideoConvMAE.lists import VideoList, find_split, find_videos

@@ -12,7 +12,9 @@ from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes, is_main_process, print_once
 from util.run.parser import Parser, add_switch, share
-from util.run.run import Run, complete_run, run_main, train_loader
+from util.run.program import run_main
+from util.run.run import Run
+from util.run.setup import complete_run, train_loader
 from VideoConvMAE.args import add_clip_args, check_channels
 from VideoConvMAE.datasets import Clips
 from VideoConvMAE.lists import VideoList, find_unlabeled

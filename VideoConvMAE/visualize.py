@@ -17,6 +17,7 @@ from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import reconstruct
+from util.run.program import run_main
 from VideoConvMAE.args import add_sampling_args
 from VideoConvMAE.datasets import spread
 from VideoConvMAE.decode import open_video, write_mp4
@@ -167,6 +168,4 @@ def _files(paths: Sequence[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    from util.run.run import run_main
-
     sys.exit(run_main(main, parse_args()))

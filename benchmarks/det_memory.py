@@ -134,8 +134,12 @@ def measure(args: argparse.Namespace, batch_size: int, checkpointing: bool) -> d
         for _ in range(1 + args.steps):
             start = time.perf_counter()
             with EventStorage():
-                result = step.take([batch], 1, lambda b: sum(model(b).values()))
-            result.loss.item()  # waits for the device
+                step.begin([batch], 1)
+                for images in step.micro_batches:
+                    with step.autocast():
+                        losses = model(images)
+                    step.backward(sum(losses.values()))
+            step.update().loss.item()  # waits for the device
             seconds.append(time.perf_counter() - start)
     except torch.cuda.OutOfMemoryError:
         return OUT_OF_MEMORY

@@ -70,7 +70,12 @@ def one_run(args: argparse.Namespace) -> None:
 
     def steps(count: int) -> None:
         for _ in range(count):
-            step.take([imgs], 1, lambda batch: trained(batch, predict=False)[0])
+            step.begin([imgs], 1)
+            for batch in step.micro_batches:
+                with step.autocast():
+                    loss, _, _ = trained(batch)
+                step.backward(loss)
+            step.update()
 
     steps(WARMUP_STEPS)
     seconds = wall_clock(device.type)(lambda: steps(args.steps))

@@ -1,7 +1,10 @@
 """Supervised training and evaluation, without a process of their own."""
 
+import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import timm.utils
@@ -13,7 +16,8 @@ from torch import nn
 
 import engine_finetune
 import main_finetune
-from engine_finetune import Best, evaluate, judge, train_one_epoch
+from engine_evaluate import evaluate, judge
+from engine_finetune import Best, train_one_epoch
 from models_convvit import convvit_tiny_patch16
 from tests.pictures import picture
 from util.data.datasets import LabeledImages
@@ -60,16 +64,22 @@ def test_without_mixing_and_smoothing_the_loss_is_cross_entropy():
     torch.testing.assert_close(criterion(logits, labels), F.cross_entropy(logits, labels))
 
 
-class RecordingRun:
-    """A run that hands one batch to the forward function and keeps its loss."""
+class OneStepRun:
+    """A run of one step of one batch, which it keeps the loss of."""
 
     def __init__(self, model, batch):
-        self.model, self.batch = model, batch
-        self.step = self
+        self.model = self.ddp_model = model
+        self.batch = batch
+        self.loader = SimpleNamespace(steps_per_epoch=1)
 
-    def train_epoch(self, epoch, start, forward):
+    def steps(self, epoch, start):
         self.modes = {name: m.training for name, m in self.model.named_modules()}
-        self.loss = forward(*self.batch)
+        step = Mock(micro_batches=[self.batch], autocast=contextlib.nullcontext)
+        yield step
+        (self.loss,) = step.backward.call_args.args
+        step.update.assert_called_once_with()
+
+    def means(self, epoch):
         return {"train_loss": self.loss.item()}
 
 
@@ -81,7 +91,7 @@ def test_a_training_step_mixes_images_and_labels_as_timm_does():
     expected = SoftTargetCrossEntropy()(mixed.flatten(1), targets)
 
     __import__("numpy").random.seed(0)
-    run = RecordingRun(model, (imgs.clone(), labels, torch.arange(4)))
+    run = OneStepRun(model, (imgs.clone(), labels, torch.arange(4)))
     train_one_epoch(run, 0, 0, SoftTargetCrossEntropy(), model, Mixup(**settings))
     torch.testing.assert_close(run.loss, expected)
 
@@ -99,7 +109,7 @@ def probe():
 
 def test_only_the_head_of_a_probe_is_in_training_mode():
     model = probe()
-    run = RecordingRun(model, (torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2)))
+    run = OneStepRun(model, (torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2)))
     train_one_epoch(run, 0, 0, nn.CrossEntropyLoss(), model.head)
     assert {name for name, training in run.modes.items() if training} == {
         "head", "head.0", "head.1",

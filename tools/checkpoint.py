@@ -11,7 +11,7 @@ from pathlib import Path
 
 from util.errors import UsageError
 from util.run.parser import Parser
-from util.run.run import run_main
+from util.run.program import run_main
 from util.weights.describe import describe
 from util.weights.export import export_weights
 from util.weights.read import read_weights

@@ -9,7 +9,7 @@ from pathlib import Path
 from util.errors import UsageError
 from util.run.logger import markdown_table
 from util.run.parser import Parser
-from util.run.run import run_main
+from util.run.program import run_main
 
 COLUMNS = ("run", "epochs", "train loss", "test loss", "acc@1", "best acc@1")
 

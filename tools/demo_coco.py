@@ -7,7 +7,7 @@ from pathlib import Path
 
 from util.demo.coco import write_coco_scenes
 from util.run.parser import Parser
-from util.run.run import run_main
+from util.run.program import run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

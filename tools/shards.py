@@ -12,7 +12,7 @@ from util.data.folders import ImageFolder, find_train_folder
 from util.data.shards import INDEX, expand, known_classes, write_index, write_shards
 from util.errors import UsageError
 from util.run.parser import Parser, positive_int
-from util.run.run import run_main
+from util.run.program import run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:

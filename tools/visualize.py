@@ -16,7 +16,7 @@ from util.data.folders import list_images
 from util.errors import UsageError
 from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import load_images, reconstruction_grid
-from util.run.run import run_main
+from util.run.program import run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -7,8 +7,9 @@ import pytest
 
 from util.errors import UsageError
 from util.run import args as arguments
-from util.run.args import MAY_CHANGE, check_same_run, check_writable, complete, plain
+from util.run.args import check_writable, complete
 from util.run.parser import ChoiceOf, Parser
+from util.run.same_run import MAY_CHANGE, check_same_run, plain
 
 
 def parser():

@@ -78,7 +78,8 @@ def test_many_small_values_add_up_without_loss():
 
 
 def run_log(folder, epoch=0.0, epochs=()):
-    log = RunLog(folder, folder / "events", epoch)
+    position = int(epoch), epoch % 1
+    log = RunLog(folder, folder / "events", *position)
     for number in epochs:
         log.epoch({"train_loss": number / 2, "epoch": number})
         log.scalars(number + 1, {"loss": number / 2})

@@ -27,8 +27,15 @@ class Case:
     def loss(self, inputs):
         return self.model(inputs).float().square().mean()
 
-    def take(self, forward=None):
-        return self.step.take([self.inputs], 1, forward or self.loss)
+    def take(self, forward=None, batches=None):
+        """One step over the micro-batches, by default all inputs as one."""
+        batches = [self.inputs] if batches is None else batches
+        self.step.begin(batches, len(batches))
+        for inputs in self.step.micro_batches:
+            with self.step.autocast():
+                loss = (forward or self.loss)(inputs)
+            self.step.backward(loss)
+        return self.step.update()
 
     def take_bad(self):
         return self.take(lambda inputs: self.loss(inputs) * float("nan"))
@@ -57,7 +64,7 @@ def test_accumulation_equals_one_batch():
     whole, parts = Case(), Case()
     for _ in range(3):
         one = whole.take()
-        many = parts.step.take(parts.inputs.split(2), 4, parts.loss)
+        many = parts.take(batches=parts.inputs.split(2))
         torch.testing.assert_close(many, one)
     torch.testing.assert_close(parts.state(), whole.state())
 
@@ -147,7 +154,7 @@ def test_one_bad_micro_batch_skips_the_whole_step():
     case = Case()
     before = case.weights()
     batches = [case.inputs, case.inputs * float("nan"), case.inputs]
-    assert case.step.take(batches, 3, case.loss).taken == 0
+    assert case.take(batches=batches).taken == 0
     assert torch.equal(case.weights(), before)
 
 
@@ -259,7 +266,7 @@ def test_a_step_never_waits_for_the_device(dtype, clip_grad):
     try:
         case.take()
         case.take_bad()
-        case.step.take(case.inputs.split(4), 2, case.loss)
+        case.take(batches=case.inputs.split(4))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

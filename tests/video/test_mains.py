@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine_finetune import mean_over_views
+from engine_evaluate import mean_over_views
 from models_convmae import convmae_convvit_tiny_patch16
 from models_convvit import convvit_from_checkpoint
 from tests.checks import (

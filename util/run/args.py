@@ -19,19 +19,11 @@ from util.run.parser import (
     seed,
     share,
 )
+from util.run.same_run import show_value
 
-# Flags that a resumed run may change; any other difference is another run. The batch is compared
-# as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
-MAY_CHANGE = frozenset(
-    {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
-    | {"dist_eval", "log_dir", "max_bad_images", "num_workers", "output_dir", "pin_mem"}
-    | {"predictions", "print_freq", "resume", "save_freq", "save_steps", "val_path"}
-)
 # Of a model that no checkpoint describes.
 DEFAULT_INPUT_SIZE, DEFAULT_IN_CHANS, DEFAULT_PATCH_SIZE = 224, 3, (4, 2, 2)
 DEFAULT_CLIP = {"num_frames": 16, "tubelet": 2, "temporal_kernel": 3}
-# What `complete` derives from other flags.
-_DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}
 
 
 def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False) -> None:
@@ -428,8 +420,8 @@ def complete_architecture(
         resizable = name in ("input_size", "num_frames")
         if not resizable and known is not None and given not in (None, known):
             raise UsageError(
-                f"--{name} {_show(given)} is not what {source} holds: {_show(known)}; leave the "
-                f"flag away to take it from there"
+                f"--{name} {show_value(given)} is not what {source} holds: {show_value(known)}; "
+                f"leave the flag away to take it from there"
             )
         setattr(args, name, given or known or default)
 
@@ -460,48 +452,6 @@ def complete(args: argparse.Namespace, device_type: str, processes: int) -> None
         if getattr(args, switch) is None:
             setattr(args, switch, device_type == "cuda")
     args.log_dir = args.log_dir or args.output_dir
-
-
-def plain(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments as plain values, as checkpoints hold them."""
-
-    def value(v: object) -> object:
-        if isinstance(v, Path):
-            return str(v)
-        return [value(x) for x in v] if isinstance(v, list | tuple) else v
-
-    return {name: value(v) for name, v in vars(args).items()}
-
-
-def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
-    """Refuse to resume a checkpoint of a run with another model or schedule.
-
-    Args:
-        args: this run's arguments, completed.
-        saved: the checkpoint's.
-
-    Raises:
-        UsageError: naming every flag that differs, with both values.
-    """
-    now = plain(args)
-    names = [n for n, v in now.items() if n not in MAY_CHANGE and saved.get(n) != v]
-    if "lr" in names and {"blr", "effective_batch_size"} & set(names):
-        names.remove("lr")  # follows from them
-    differing = [
-        f"{_DERIVED.get(name, f'--{name}')} {_show(saved.get(name))} there, {_show(now[name])} here"
-        for name in names
-    ]
-    if differing:
-        raise UsageError(
-            f"the checkpoint to resume from belongs to another run ({'; '.join(differing)}): give "
-            f"the same flags, or another --output_dir to start a new run"
-        )
-
-
-def _show(value: object) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return " ".join(map(str, value))
-    return str(value)
 
 
 def check_writable(folder: Path, flag: str) -> None:

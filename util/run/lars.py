@@ -19,7 +19,7 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: norm of an update relative to its parameter's, at a rate of 1.
     """
 
-    # `util.optim_step.OptimStep` sets `found_inf`: 1 for a step that must not be taken.
+    # `OptimStep` sets `found_inf`: 1 for a step that must not be taken.
     _step_supports_amp_scaling = True
 
     def __init__(

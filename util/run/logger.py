@@ -105,23 +105,26 @@ class RunLog:
     Args:
         folder: `--output_dir`, for log.txt.
         log_dir: for TensorBoard's events.
-        epoch: position to go on from; later entries of an interrupted run are dropped.
+        epoch: the epoch to go on with; its line and later ones of an interrupted run are dropped.
+        part: share of its steps that are done; later scalars are dropped.
     """
 
-    def __init__(self, folder: str | Path, log_dir: str | Path, epoch: float = 0.0) -> None:
+    def __init__(
+        self, folder: str | Path, log_dir: str | Path, epoch: int = 0, part: float = 0.0
+    ) -> None:
         self.path = Path(folder) / "log.txt"
         self.writer = None
         if is_main_process():
-            self.writer = SummaryWriter(str(log_dir), purge_step=round(epoch * 1000) + 1)
+            self.writer = SummaryWriter(str(log_dir), purge_step=round((epoch + part) * 1000) + 1)
             self._drop_from(epoch)
 
-    def _drop_from(self, epoch: float) -> None:
+    def _drop_from(self, epoch: int) -> None:
         """Remove the lines of epochs that will be run again."""
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             # A kill or a full disk can have left half a line at the end.
             whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["epoch"] < int(epoch)]
+            kept = [line for line in whole if json.loads(line)["epoch"] < epoch]
             temporary = self.path.with_name(self.path.name + ".tmp")
             temporary.write_text("".join(kept))
             temporary.replace(self.path)

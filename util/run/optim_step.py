@@ -1,7 +1,6 @@
-"""The one place where a step is taken: autocast, accumulation, clipping, non-finite steps."""
+"""An optimizer step: autocast, accumulation, clipping, and steps that are not finite."""
 
-import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,18 +48,29 @@ class StepResult(NamedTuple):
 
 
 class OptimStep:
-    """Takes optimizer steps.
+    """The optimizer step, one after the other:
+
+        step.begin(batches, count)
+        for batch in step.micro_batches:
+            with step.autocast():
+                loss = model(batch)
+            step.backward(loss)
+        step.update()
 
     A step whose loss or gradient is not finite on any process changes nothing on all of them:
     the flag stays on the device and the optimizer obeys it there, so nothing waits for it.
     After ten such steps in a row every further one is skipped too, and `check` raises.
 
     Args:
-        model: what runs; its `no_sync` is used for accumulation if it is in DDP.
+        model: the trained model, in DDP and compiled if it is.
         optimizer: one that honours a `found_inf` tensor, as torch's fused optimizers do.
         device: where the model runs.
         dtype: autocast type, see `amp_dtype`; float16 brings a gradient scaler.
         clip_grad: largest norm of the gradient; None for no clipping.
+
+    Attributes:
+        micro_batches: of the step that has begun.
+        result: of the last step; None while one is under way.
 
     Raises:
         ValueError: an optimizer that would ignore `found_inf`.
@@ -84,33 +94,48 @@ class OptimStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
+        self.micro_batches: Iterator = iter(())
+        self.result: StepResult | None = None
 
-    def take(self, batches: Iterable, count: int, forward: Callable[..., Tensor]) -> StepResult:
-        """One optimizer step over `count` micro-batches.
+    def begin(self, batches: Iterable, count: int) -> None:
+        """Begin a step: forget the last one's gradients and set `micro_batches`.
 
         Args:
             batches: yields the micro-batches.
             count: how many there are, `--accum_iter`.
-            forward: from a micro-batch to its mean loss, a scalar with a gradient.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for i, batch in enumerate(batches):
-            with self._synchronised(i == count - 1):
-                with torch.autocast(
-                    self.device.type, dtype=self.dtype, enabled=self.dtype is not None
-                ):
-                    loss = forward(batch) / count
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return self._update(total)
+        self.count = count
+        self.loss = torch.zeros((), device=self.device)
+        self.result = None
+        self.micro_batches = self._synchronize_last(batches)
 
-    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
-        """Gradients travel between processes once a step, with its last micro-batch."""
+    def _synchronize_last(self, batches: Iterable) -> Iterator:
+        """The micro-batches; DDP sums gradients over processes with the last of them alone."""
         ddp = getattr(self.model, "_orig_mod", self.model)  # below torch.compile
-        if isinstance(ddp, DistributedDataParallel) and not last:
-            return ddp.no_sync()
-        return contextlib.nullcontext()
+        for number, batch in enumerate(batches, start=1):
+            if isinstance(ddp, DistributedDataParallel):
+                ddp.require_backward_grad_sync = number == self.count
+            yield batch
+
+    def autocast(self) -> torch.autocast:
+        """The context of the forward pass: mixed precision, if there is any."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient to that of the step.
+
+        Args:
+            loss: mean over the micro-batch, a scalar with a gradient.
+        """
+        loss = loss / self.count
+        self.scaler.scale(loss).backward()
+        self.loss += loss.detach()
+
+    def update(self) -> StepResult:
+        """End the step: agree on whether it is finite, clip, change the weights."""
+        self.result = self._update(self.loss)
+        return self.result
 
     def _update(self, loss: Tensor) -> StepResult:
         self.scaler.unscale_(self.optimizer)

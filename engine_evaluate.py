@@ -1,0 +1,172 @@
+"""Evaluation of classifiers: every image once, over any number of processes."""
+
+import csv
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from util.data.datasets import LabeledImages
+from util.data.loader import BadImages, Loader
+from util.errors import UsageError
+from util.run.distributed import gather_objects, is_main_process, print_once
+
+# From a model and a batch to logits.
+Predict = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model says of a data set, in the order of its images, those that failed left out.
+
+    Attributes:
+        indices: `[n]`, places in the data set.
+        losses: `[n]`, cross entropy.
+        top1, top5: `[n]`, whether the label is (among the five of) the model's best.
+        predictions: `[n]`, the best class.
+        probabilities: `[n]`, the model's for it.
+        what: what the data set is of.
+    """
+
+    indices: Tensor
+    losses: Tensor
+    top1: Tensor
+    top5: Tensor
+    predictions: Tensor
+    probabilities: Tensor
+    what: str = "images"
+
+    @property
+    def acc1(self) -> float:
+        """Accuracy in percent."""
+        return 100 * self.top1.double().mean().item()
+
+    @property
+    def acc5(self) -> float:
+        """Share of labels among the five best, in percent."""
+        return 100 * self.top5.double().mean().item()
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy."""
+        return self.losses.double().mean().item()
+
+    def values(self) -> dict[str, float]:
+        """For the logs, by MAE's names."""
+        return {"loss": self.loss, "acc1": self.acc1, "acc5": self.acc5}
+
+    def report(self) -> None:
+        """Print the original's lines."""
+        print_once(f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}")
+        print_once(
+            f"Accuracy of the network on the {len(self.indices)} test {self.what}: {self.acc1:.1f}%"
+        )
+
+    def write(self, path: Path, dataset: LabeledImages) -> None:
+        """Write path, label, prediction and its probability of each image as CSV."""
+        if not is_main_process():
+            return
+        columns = (self.indices, self.predictions, self.probabilities)
+        with open(path, "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["path", "label", "prediction", "probability"])
+            for index, prediction, probability in zip(*(c.tolist() for c in columns), strict=True):
+                label = dataset.classes[dataset.labels[index]]
+                row = [dataset.path(index), label, dataset.classes[prediction]]
+                table.writerow([*row, f"{probability:.6f}"])
+        print(f"predictions of {len(self.indices)} {self.what} in {path}")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    max_bad_images: float = 1.0,
+    predict: Predict = nn.Module.__call__,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Evaluate a classifier on every image once, over any number of processes.
+
+    All processes call this together and get the result of all, which is that of one process.
+    An image that cannot be decoded is named and left out.
+
+    Args:
+        model: the bare model, in evaluation mode afterwards.
+        loader: of `LabeledImages` in the order of an `EvalSampler`.
+        device: where the model is.
+        dtype: autocast type; None for full precision.
+        max_bad_images: share of the images that may be left out.
+        predict: from the model and a batch to logits, such as `mean_over_views`.
+        stopping: whether this process was asked to stop, looked at before each batch.
+
+    Returns:
+        The evaluation; None if any process was asked to stop.
+
+    Raises:
+        TrainingError: more are.
+    """
+    model.eval()
+    rows, bad = [], set()
+    hidden = not (is_main_process() and sys.stderr.isatty())
+    batches = tqdm(loader.epoch(0), "evaluate", len(loader.sampler), disable=hidden, leave=False)
+    for imgs, labels, indices, failed in batches:
+        if stopping():
+            break
+        bad.update(failed)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            logits = predict(model, imgs.to(device, non_blocking=True))
+        # A bad file's place holds another image, so its row is taken out again.
+        keep = torch.tensor([i not in bad for i in indices.tolist()])
+        rows.append([c[keep] for c in (indices, *judge(logits.float().cpu(), labels))])
+    batches.close()
+    if any(gather_objects(stopping())):
+        return None
+    columns = [torch.cat(column) for column in zip(*rows, strict=True)]
+    return _merge(gather_objects((columns, sorted(bad))), loader.dataset, max_bad_images)
+
+
+def mean_over_views(model: nn.Module, views: Tensor) -> Tensor:
+    """Average a classifier's probabilities over several views of each sample.
+
+    Args:
+        model: from `[N, …]` to logits `[N, classes]`.
+        views: `[N, V, …]`.
+
+    Returns:
+        `[N, classes]`, the logarithms of the mean probabilities, which are logits of these.
+    """
+    log_probabilities = model(views.flatten(0, 1)).float().log_softmax(dim=-1)
+    return log_probabilities.unflatten(0, views.shape[:2]).logsumexp(1) - math.log(views.shape[1])
+
+
+def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Loss, top 1, top 5, prediction and probability of each row of logits `[n, classes]`."""
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    best = logits.topk(min(5, logits.shape[1])).indices  # [n, 5]
+    hits = best == labels.unsqueeze(1)
+    probabilities = logits.softmax(dim=1).gather(1, best[:, :1]).squeeze(1)
+    return losses, hits[:, 0], hits.any(dim=1), best[:, 0], probabilities
+
+
+def _merge(
+    parts: Sequence[tuple[list[Tensor], list[int]]], dataset: LabeledImages, max_bad: float
+) -> Evaluation:
+    """The parts of all processes in the order of the data set."""
+    bad_images = BadImages(lambda text: print_once(text, error=True))
+    for _, bad in parts:
+        bad_images.add(bad, dataset)
+    bad_images.check(bad_images.count, len(dataset), max_bad, dataset.what)
+    filled = [columns for columns, _ in parts if columns]
+    columns = [torch.cat(column) for column in zip(*filled, strict=True)]
+    if not len(columns[0]):
+        raise UsageError(f"none of the {dataset.what} of {dataset.root} can be decoded")
+    order = columns[0].argsort()
+    return Evaluation(*(column[order] for column in columns), dataset.what)

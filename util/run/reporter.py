@@ -1,0 +1,122 @@
+"""The account a run gives of itself as it trains: console, TensorBoard, log.txt, bad files."""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from util.data.loader import BadImages, Loader
+from util.run.distributed import cores_per_process, gather_objects, print_once
+from util.run.feed import DeviceFeed, Pace
+from util.run.logger import Meters, Progress, RunLog, peak_memory_mb
+from util.run.optim_step import OptimStep, StepResult
+
+# A larger share of waiting for data is said in a line, once so many steps of an epoch are done.
+MAX_DATA_WAIT = 0.1
+STEPS_TO_JUDGE = 100
+
+
+class Reporter:
+    """Means, pace, progress and bad files of the epoch that runs.
+
+    Args:
+        args: completed arguments.
+        device: where the model is.
+        loader: the training data.
+
+    Attributes:
+        meters: of loss and gradient norm; checkpoints hold them.
+        log: TensorBoard and log.txt, once `open_log` was called.
+    """
+
+    log: RunLog
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, loader: Loader) -> None:
+        self.args, self.device, self.loader = args, device, loader
+        self.meters = Meters(("loss", "grad_norm"), device)
+        self.feed = DeviceFeed(device)
+        self.bad_images = BadImages(lambda text: print_once(text, error=True))
+        self._new_bad: set = set()
+        self._told_of_waiting = False
+
+    def open_log(self, epoch: int, step: int) -> None:
+        """Begin the logs, or go on with them where `step` steps of an epoch are done."""
+        part = step / self.loader.steps_per_epoch
+        self.log = RunLog(self.args.output_dir, self.args.log_dir, epoch, part)
+
+    def begin_epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        """Begin to count; return the epoch's micro-batches on the device.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            start: steps already done in it.
+        """
+        self.epoch, self.start, self.done = epoch, start, start
+        steps = self.loader.steps_per_epoch
+        title = f"Epoch {epoch + 1}/{self.args.epochs}"
+        self.progress = Progress(title, steps, start, (self.args.epochs - epoch - 1) * steps)
+        batches = self.feed(self._note_bad_files(epoch, start))
+        self.pace = Pace(self.feed, start, self.args.effective_batch_size)
+        return batches
+
+    def count(self, result: StepResult) -> None:
+        """Count a step; nothing here waits for the device."""
+        self.done += 1
+        self.meters.update(result.taken, loss=result.loss, grad_norm=result.grad_norm)
+        self.progress.advance()
+
+    @property
+    def due(self) -> bool:
+        """Whether this step has a log line: every `--print_freq`, and the epoch's last."""
+        return self.done % self.args.print_freq == 0 or self.done == self.loader.steps_per_epoch
+
+    def show(self, lr: float, step: OptimStep) -> None:
+        """Write the log line (a collective); the one place that waits for the device.
+
+        Raises:
+            TrainingError: too many files are bad.
+        """
+        steps = self.loader.steps_per_epoch
+        values = {"lr": lr, **self.meters.read(), "memory_mb": peak_memory_mb(self.device)}
+        if skipped := step.skipped.item():
+            values["skipped_steps"] = skipped
+        if bad := self._count_bad_files():
+            values["bad_images"] = bad
+        values |= self.pace.read(self.done)
+        self.log.scalars(self.epoch + self.done / steps, values)
+        self.progress.show(self.done, values)
+        if self.done == steps or self.done - self.start >= STEPS_TO_JUDGE:
+            self._judge_waiting()
+
+    def means(self) -> dict[str, float]:
+        """The epoch's means, with MAE's keys, and the share of waiting for data."""
+        means = {f"train_{name}": value for name, value in self.meters.read_epoch().items()}
+        return {**means, "data_wait": round(self.pace.data_wait, 4)}
+
+    def _note_bad_files(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        """The loader's micro-batches without their last entry, the files that failed."""
+        for *batch, bad in self.loader.epoch(epoch, start):
+            self._new_bad.update(bad)
+            yield batch
+
+    def _count_bad_files(self) -> int:
+        """Name the new bad files of all processes, and count all of the run."""
+        dataset = self.loader.dataset
+        for bad in gather_objects(sorted(self._new_bad)):
+            self.bad_images.add(bad, dataset)
+        self._new_bad.clear()
+        total = self.bad_images.count
+        self.bad_images.check(total, len(dataset), self.args.max_bad_images, dataset.what)
+        return total
+
+    def _judge_waiting(self) -> None:
+        """Say once if the model waits for its data."""
+        share = self.pace.data_wait
+        if share > MAX_DATA_WAIT and not self._told_of_waiting:
+            self._told_of_waiting = True
+            print_once(
+                f"the model waits for data {share:.0%} of the time: raise --num_workers (now "
+                f"{self.args.num_workers} a process, there are {cores_per_process()} cores for "
+                f'each), or see PRETRAIN.md, "When the model waits for data"'
+            )

@@ -1,0 +1,99 @@
+"""Whether a checkpoint belongs to the run that would go on from it."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from util.errors import UsageError
+
+# Flags that a resumed run may change; any other difference is another run. The batch is compared
+# as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
+MAY_CHANGE = frozenset(
+    {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
+    | {"dist_eval", "log_dir", "max_bad_images", "num_workers", "output_dir", "pin_mem"}
+    | {"predictions", "print_freq", "resume", "save_freq", "save_steps", "val_path"}
+)
+# What `complete` derives from other flags.
+_DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}
+
+
+def plain(args: argparse.Namespace) -> dict[str, object]:
+    """The arguments as plain values, as checkpoints hold them."""
+
+    def value(v: object) -> object:
+        if isinstance(v, Path):
+            return str(v)
+        return [value(x) for x in v] if isinstance(v, list | tuple) else v
+
+    return {name: value(v) for name, v in vars(args).items()}
+
+
+def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
+    """Refuse to resume a checkpoint of a run with another model or schedule.
+
+    Args:
+        args: this run's arguments, completed.
+        saved: the checkpoint's.
+
+    Raises:
+        UsageError: naming every flag that differs, with both values.
+    """
+    now = plain(args)
+    names = [n for n, v in now.items() if n not in MAY_CHANGE and saved.get(n) != v]
+    if "lr" in names and {"blr", "effective_batch_size"} & set(names):
+        names.remove("lr")  # follows from them
+    differing = [
+        f"{_DERIVED.get(name, f'--{name}')} {show_value(saved.get(name))} there, "
+        f"{show_value(now[name])} here"
+        for name in names
+    ]
+    if differing:
+        raise UsageError(
+            f"the checkpoint to resume from belongs to another run ({'; '.join(differing)}): give "
+            f"the same flags, or another --output_dir to start a new run"
+        )
+
+
+def show_value(value: object) -> str:
+    """A flag's value as one types it."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def check_program(content: Mapping, program: str) -> None:
+    """Refuse to go on from the state of another kind of run.
+
+    Args:
+        content: the checkpoint to resume from.
+        program: what kind of run this is, such as "pretraining".
+
+    Raises:
+        UsageError: saying what to do instead.
+    """
+    other = content.get("program", program)
+    if other != program:
+        raise UsageError(
+            f"the checkpoint to resume from belongs to a {other} run, and this is {program}: give "
+            f"another --output_dir, and the checkpoint as --finetune to start from its weights"
+        )
+
+
+def check_state(content: Mapping, args: argparse.Namespace, num_images: int) -> None:
+    """Refuse to go on from the state of another run.
+
+    Args:
+        content: the checkpoint to resume from.
+        args: this run's arguments, completed.
+        num_images: images of the data set.
+
+    Raises:
+        UsageError: saying what differs.
+    """
+    check_same_run(args, content["args"])
+    if content["step"] and content["num_images"] != num_images:
+        raise UsageError(
+            f"cannot go on at step {content['step']} of an epoch of {content['num_images']} "
+            f"images: there are {num_images} now; give the same images, or resume from the end "
+            f"of an epoch"
+        )

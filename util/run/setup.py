@@ -1,0 +1,69 @@
+"""Before a model is built: seeds, checks of the arguments, loaders."""
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from util.data.datasets import FileDataset
+from util.data.loader import Loader
+from util.data.samplers import EvalSampler, StepSampler
+from util.data.shards import is_shards
+from util.errors import UsageError
+from util.run.args import check_writable, complete
+from util.run.distributed import is_main_process, rank, world_size
+from util.run.optim_step import amp_dtype
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random, alike in all processes; `seed` is below 2**32."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def complete_run(args: argparse.Namespace, device: torch.device) -> None:
+    """Fill in the arguments and check all that can be checked before anything is built.
+
+    Raises:
+        UsageError: values that do not go together or that this machine cannot do.
+    """
+    complete(args, device.type, world_size())
+    amp_dtype(args.amp, device)
+    check_writable(args.output_dir, "--output_dir")
+    check_writable(args.log_dir, "--log_dir")
+
+
+def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
+    """A data set in the order in which steps take it.
+
+    Raises:
+        UsageError: the run would write its pictures among the images.
+    """
+    root = Path(dataset.root).resolve()
+    if root.is_dir() and not is_shards(root) and args.output_dir.resolve().is_relative_to(root):
+        raise UsageError(
+            f"--output_dir {args.output_dir} lies within the data, {dataset.root}: its pictures "
+            f"would be taken for {dataset.what}; choose a folder outside"
+        )
+    sampler = StepSampler(
+        len(dataset),
+        args.batch_size,
+        args.accum_iter,
+        rank(),
+        world_size(),
+        args.seed,
+        group_sizes=dataset.group_sizes,
+    )
+    return Loader(dataset, sampler, args.num_workers, args.pin_mem)
+
+
+def eval_loader(args: argparse.Namespace, dataset: FileDataset, batch_size: int) -> Loader:
+    """Every sample of a data set once, each in one process."""
+    if args.dist_eval:
+        sampler = EvalSampler(len(dataset), batch_size, rank(), world_size())
+    else:
+        sampler = EvalSampler(len(dataset) * is_main_process(), batch_size)
+    return Loader(dataset, sampler, args.num_workers, args.pin_mem)
