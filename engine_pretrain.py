@@ -105,8 +105,10 @@ def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
             run.end_epoch(epoch, values)
     if is_main_process():
         folder = run.args.output_dir
-        save_loss_curve(folder / "log.txt", folder / "loss.png")
-        save_image(draw(), folder / "reconstruction.png")
+        with log.unless_it_fails(folder / "loss.png"):
+            save_loss_curve(folder / "log.txt", folder / "loss.png")
+        with log.unless_it_fails(folder / "reconstruction.png"):
+            save_image(draw(), folder / "reconstruction.png")
         print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {folder}")
 
 

@@ -1,7 +1,6 @@
 """A table of finished runs side by side: `python -m tools.compare RUN_FOLDER…`."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from util.errors import UsageError
 from util.run.logger import markdown_table
 from util.run.parser import Parser
 from util.run.program import run_main
+from util.run.run_log import read_log
 
 COLUMNS = ("run", "epochs", "train loss", "test loss", "acc@1", "best acc@1")
 
@@ -21,7 +21,7 @@ def row_of(folder: Path) -> list[str]:
         UsageError: a folder without a log, or with an empty one.
     """
     try:
-        lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+        lines, _ = read_log(folder / "log.txt")
     except OSError as error:
         raise UsageError(f"{folder} holds no log.txt of a run: {error.strerror}") from error
     if not lines:

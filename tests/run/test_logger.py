@@ -4,10 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util.run import logger
-from util.run.logger import Meters, Progress, RunLog, clock
+from util.run.logger import Meters, Progress, clock
 
 NAN = float("nan")
 
@@ -72,68 +71,6 @@ def test_many_small_values_add_up_without_loss():
     for _ in range(100):
         update(one, (1, 1, 1))
     assert one.read()["loss"] == (2**24 + 100) / 101
-
-
-# ---- Files ---------------------------------------------------------------------------------------
-
-
-def run_log(folder, epoch=0.0, epochs=()):
-    position = int(epoch), epoch % 1
-    log = RunLog(folder, folder / "events", *position)
-    for number in epochs:
-        log.epoch({"train_loss": number / 2, "epoch": number})
-        log.scalars(number + 1, {"loss": number / 2})
-    log.close()
-    return log
-
-
-def logged_epochs(folder):
-    return [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def test_log_has_a_json_line_an_epoch(tmp_path):
-    run_log(tmp_path, epochs=[0, 1])
-    lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"train_loss": 0.0, "epoch": 0},
-        {"train_loss": 0.5, "epoch": 1},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("position", "kept"), [(3.0, [0, 1, 2]), (2.0, [0, 1]), (1.75, [0]), (0.5, []), (0.0, [])]
-)
-def test_lines_of_epochs_that_run_again_are_dropped(position, kept, tmp_path):
-    run_log(tmp_path, epochs=[0, 1, 2])
-    run_log(tmp_path, position, epochs=[])
-    assert logged_epochs(tmp_path) == kept
-    run_log(tmp_path, position, epochs=[7])
-    assert logged_epochs(tmp_path) == [*kept, 7]
-
-
-def test_a_line_that_was_not_written_whole_is_dropped(tmp_path):
-    run_log(tmp_path, epochs=[0, 1])
-    path = tmp_path / "log.txt"
-    path.write_text(path.read_text()[:-7])
-    run_log(tmp_path, 1.0, epochs=[1])
-    assert logged_epochs(tmp_path) == [0, 1]
-
-
-def test_scalars_stand_at_a_thousand_a_epoch_and_those_that_run_again_are_dropped(tmp_path):
-    run_log(tmp_path, epochs=[0, 1, 2])
-    run_log(tmp_path, 2.0, epochs=[2])
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
-        (1000, 0.0),
-        (2000, 0.5),
-        (3000, 1.0),
-    ]
-
-
-def test_only_the_main_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(logger, "is_main_process", lambda: False)
-    run_log(tmp_path, epochs=[0]).image(0, "picture", torch.zeros(3, 4, 4))
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- Console -------------------------------------------------------------------------------------

@@ -1,16 +1,12 @@
-"""What a run tells: meters, console progress, TensorBoard, log.txt."""
+"""Meters and the console: means over steps, progress, and numbers for reading."""
 
-import json
-import math
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.run.distributed import all_reduce_sum, is_main_process, world_size
@@ -95,63 +91,6 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["-" * width for width in widths], *body]
     padded = ([cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
-
-
-class RunLog:
-    """The folder's log: TensorBoard events and log.txt, one JSON line an epoch, MAE's keys.
-
-    Only the main process writes.
-
-    Args:
-        folder: `--output_dir`, for log.txt.
-        log_dir: for TensorBoard's events.
-        epoch: the epoch to go on with; its line and later ones of an interrupted run are dropped.
-        part: share of its steps that are done; later scalars are dropped.
-    """
-
-    def __init__(
-        self, folder: str | Path, log_dir: str | Path, epoch: int = 0, part: float = 0.0
-    ) -> None:
-        self.path = Path(folder) / "log.txt"
-        self.writer = None
-        if is_main_process():
-            self.writer = SummaryWriter(str(log_dir), purge_step=round((epoch + part) * 1000) + 1)
-            self._drop_from(epoch)
-
-    def _drop_from(self, epoch: int) -> None:
-        """Remove the lines of epochs that will be run again."""
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            # A kill or a full disk can have left half a line at the end.
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["epoch"] < epoch]
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(self.path)
-
-    def scalars(self, epoch: float, values: dict[str, float]) -> None:
-        """Add TensorBoard scalars at a fractional epoch; the x axis is epoch * 1000, as in MAE."""
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, round(epoch * 1000))
-
-    def image(self, epoch: float, name: str, image: Tensor) -> None:
-        """Add a TensorBoard picture `[3, H, W]` with values in [0, 1]."""
-        if self.writer:
-            self.writer.add_image(name, image, round(epoch * 1000))
-
-    def epoch(self, values: dict[str, float]) -> None:
-        """Append an epoch's line to log.txt; what is not a number becomes null."""
-        if self.writer:
-            self.writer.flush()
-            values = {name: v if math.isfinite(v) else None for name, v in values.items()}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def close(self) -> None:
-        """Flush and close TensorBoard's file."""
-        if self.writer:
-            self.writer.close()
 
 
 class Progress:

@@ -1,7 +1,6 @@
 """Pictures of a run: reconstructions of a masked autoencoder, and the loss curve."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from util.data.datasets import open_images
 from util.data.folders import find_train_folder
 from util.data.transforms import denormalize, eval_transform
 from util.errors import UsageError
+from util.run.run_log import read_log
 
 GRAY = 0.5  # what a removed patch looks like
 
@@ -127,7 +127,7 @@ def save_loss_curve(log: Path, output: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows, _ = read_log(log)
     epochs = [row["epoch"] + 1 for row in rows]
     figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
     left.plot(epochs, [row["train_loss"] for row in rows], color="tab:blue")

@@ -9,8 +9,9 @@ from torch import Tensor
 from util.data.loader import BadImages, Loader
 from util.run.distributed import cores_per_process, gather_objects, print_once
 from util.run.feed import DeviceFeed, Pace
-from util.run.logger import Meters, Progress, RunLog, peak_memory_mb
+from util.run.logger import Meters, Progress, peak_memory_mb
 from util.run.optim_step import OptimStep, StepResult
+from util.run.run_log import RunLog
 
 # A larger share of waiting for data is said in a line, once so many steps of an epoch are done.
 MAX_DATA_WAIT = 0.1

@@ -1,0 +1,102 @@
+"""A TensorBoard event file that a full disk, a deleted folder or a wrong clock cannot break.
+
+torch's `SummaryWriter` writes in a thread of its own, which dies with a traceback at the first
+error, and names its files by the clock alone.
+"""
+
+import io
+import os
+import re
+import socket
+import time
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor
+from torch.utils.tensorboard import summary
+
+FLUSH_SECONDS = 30
+# What waits for a file that cannot be written is dropped beyond so many bytes.
+MAX_PENDING = 32 << 20
+
+
+class EventFile:
+    """One event file of a run, appended to.
+
+    Args:
+        folder: of the events.
+        purge_step: TensorBoard drops what earlier files of the folder have from this step on.
+    """
+
+    def __init__(self, folder: str | Path, purge_step: int) -> None:
+        folder = Path(folder)
+        # TensorBoard reads files by name: one more than the newest, even if the clock went back.
+        newest = max(map(_stamp, folder.glob("events.out.tfevents.*")), default=0)
+        stamp = max(int(time.time()), newest + 1)
+        name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / name
+        self._pending = io.BytesIO()
+        self._written = 0
+        self._last_flush = time.monotonic()
+        version = Event(
+            wall_time=time.time(), file_version="brain.Event:2", source_metadata=_source()
+        )
+        start = Event(
+            wall_time=time.time(),
+            step=purge_step,
+            session_log=SessionLog(status=SessionLog.START),
+        )
+        for event in (version, start):
+            RecordWriter(self._pending).write(event.SerializeToString())
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Add a point of a curve.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._add(Event(summary=summary.scalar(name, value)), step)
+
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        """Add a picture `[3, H, W]` with values in [0, 1].
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._add(Event(summary=summary.image(name, image, dataformats="CHW")), step)
+
+    def flush(self) -> None:
+        """Write what is pending to the file.
+
+        Raises:
+            OSError: the file cannot be written; what is pending waits for the next time.
+        """
+        self._last_flush = time.monotonic()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                # Half a record, which a full disk leaves, would hide all that follows it.
+                file.truncate(min(self._written, os.fstat(file.fileno()).st_size))
+                file.write(self._pending.getvalue())
+                file.flush()
+                self._written = file.tell()
+        except OSError:
+            if self._pending.tell() < MAX_PENDING:
+                raise
+        self._pending = io.BytesIO()
+
+    def _add(self, event: Event, step: int) -> None:
+        event.wall_time, event.step = time.time(), step
+        RecordWriter(self._pending).write(event.SerializeToString())
+        if time.monotonic() - self._last_flush > FLUSH_SECONDS:
+            self.flush()
+
+
+def _stamp(path: Path) -> int:
+    found = re.match(r"events\.out\.tfevents\.(\d+)", path.name)
+    return int(found[1]) if found else 0
+
+
+def _source() -> SourceMetadata:
+    return SourceMetadata(writer="util.run.events")
