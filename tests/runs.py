@@ -80,7 +80,7 @@ def environment(extra: Mapping[str, object] | None = None) -> dict[str, str]:
     return kept | ENV | {name: str(value) for name, value in (extra or {}).items()}
 
 
-def call(*command: object, timeout: float = 120, **env: object) -> Result:
+def call(*command: object, timeout: float = 1200, **env: object) -> Result:
     """Run `python *command` in the repository to its end."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -108,7 +108,7 @@ class Process:
         """Send a signal to this process alone."""
         os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 120) -> Result:
+    def wait(self, timeout: float = 1200) -> Result:
         """Wait for the end; one that comes too late fails the test."""
         code = self.ended(timeout)
         if code is None:
@@ -119,7 +119,7 @@ class Process:
             )
         return Result(code, self.out.read_text(), self.err.read_text())
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
+    def wait_for(self, text: str, timeout: float = 1200) -> None:
         """Wait until it has written a text to stdout."""
         end = time.monotonic() + timeout
         while text not in self.out.read_text():
@@ -207,7 +207,7 @@ class Launcher:
 
         return Process(pid, out, err, ended)
 
-    def run(self, *command: object, timeout: float = 120, **options: object) -> Result:
+    def run(self, *command: object, timeout: float = 1200, **options: object) -> Result:
         """`start` and wait for the end."""
         return self.start(*command, **options).wait(timeout)
 
@@ -228,7 +228,7 @@ class Launcher:
             for rank in range(processes)
         ]
 
-    def run_ranks(self, *command: object, timeout: float = 120, **options: object) -> list[Result]:
+    def run_ranks(self, *command: object, timeout: float = 1200, **options: object) -> list[Result]:
         """`start_ranks` and wait for the end of all."""
         return [process.wait(timeout) for process in self.start_ranks(*command, **options)]
 

@@ -25,7 +25,7 @@ from tests.checks import (
     weights,
 )
 from tests.pictures import picture
-from tests.runs import call
+from tests.runs import call, code_of
 from util.demo.digits import write_digits
 from util.weights.read import read_weights
 
@@ -310,6 +310,43 @@ def test_a_killed_run_goes_on_in_mid_epoch_to_the_same_weights(
     assert kills == 3
     assert_ok(launcher.run(*flags(tmp_path), program=program))
     assert_same_end(tmp_path, finished(program))
+
+
+def signal_in_evaluation(number: int, batch: int) -> None:
+    """Get a signal while a batch is evaluated, counted over all evaluations."""
+    import os
+
+    import engine_evaluate
+
+    judge, calls = engine_evaluate.judge, []
+
+    def judge_and_signal(*args):
+        calls.append(args)
+        if len(calls) == batch:
+            os.kill(os.getpid(), number)
+        return judge(*args)
+
+    engine_evaluate.judge = judge_and_signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_epoch_that_is_trained_is_not_lost_in_its_evaluation(
+    number, finished, flags, launcher, tmp_path
+):
+    fault = code_of(signal_in_evaluation, number=int(number), batch=3)
+    result = launcher.run(*flags(tmp_path, save_steps=0), program=FINETUNE, before=fault)
+    if number == signal.SIGTERM:
+        assert result.code == 0
+        assert "stopped by a signal at the evaluation of epoch" in result.out
+    else:
+        assert result.code == -number
+    saved = load(tmp_path / "checkpoint.pth")
+    epoch, step = saved["epoch"], saved["step"]
+    assert step == 6
+    result = launcher.run(*flags(tmp_path, save_steps=0), program=FINETUNE)
+    assert_ok(result)
+    assert f"Epoch {epoch + 1}/3" not in result.out
+    assert_same_end(tmp_path, finished(FINETUNE))
 
 
 def test_averaged_weights_go_on_to_the_same_end(flags, launcher, tmp_path):

@@ -527,7 +527,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(whole, images, launch
 
 def test_a_full_disk_ends_all_processes(images, launcher, tmp_path):
     (tmp_path / "checkpoint.pth.tmp").symlink_to("/dev/full")
-    first, second = launcher.run_ranks(*flags(images, tmp_path), timeout=60)
+    first, second = launcher.run_ranks(*flags(images, tmp_path))
     assert (first.code, second.code) == (1, 1)
     last = first.err.splitlines()[-1]
     assert "cannot write" in last and "No space left on device" in last

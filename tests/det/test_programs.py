@@ -75,15 +75,15 @@ def test_a_signal_saves_and_the_same_command_goes_on_and_predicts(launcher, scen
     settings = small.overrides(scenes, tmp_path / "run", *more)
     command = ["--config-file", small.CONFIG, "--resume", *settings]
     run = launcher.start(*command, program="DET.train_net")
-    run.wait_for("iter: 4", timeout=200)
+    run.wait_for("iter: 4")
     run.signal(signal.SIGTERM)
     stopped = run.wait()
     assert stopped.code == 0 and "stopped by a signal after" in stopped.out
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_stopped.pth"
 
     run = launcher.start(*command, program="DET.train_net")
-    run.wait_for("Going on from", timeout=200)
-    run.wait_for("iter: ", timeout=200)
+    run.wait_for("Going on from")
+    run.wait_for("iter: ")
     run.signal(signal.SIGUSR1)
     assert run.wait().code == 0
 
@@ -119,7 +119,7 @@ def train_in_two_processes(settings):
 def test_two_processes_train_and_evaluate_together(launcher, scenes, tmp_path):
     settings = small.overrides(scenes, tmp_path / "run")
     code = code_of(train_in_two_processes, settings=settings)
-    done = launcher.run("unused", before=code, timeout=250)
+    done = launcher.run("unused", before=code)
     assert done.code == 0, done.err
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "A step is 2 processes x 1 micro-batches x 1 images" in text
@@ -132,7 +132,7 @@ def test_a_signal_reaches_both_processes_and_is_saved_once(launcher, scenes, tmp
     more = ("train.epochs=100", "train.log_period=5", "data.val.json=null")
     settings = small.overrides(scenes, tmp_path / "run", *more)
     run = launcher.start("unused", before=code_of(train_in_two_processes, settings=settings))
-    run.wait_for("iter: 4", timeout=200)
+    run.wait_for("iter: 4")
     run.signal(signal.SIGTERM)
     stopped = run.wait()
     assert stopped.code == 0, stopped.err

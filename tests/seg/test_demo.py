@@ -24,7 +24,7 @@ def test_the_demo_shortened_prints_what_it_compares(programs, tmp_path):
     (side,), patch_size = DEMO["input_size"], DEMO["patch_size"]
     pretrained = save_pretrained(tmp_path / "pretrained.pth", side, patch_size=patch_size)
     before = code_of(shortened, folder=str(tmp_path), pretrained=str(pretrained))
-    result = programs.launcher.run(program="SEG.demo", before=before, timeout=240)
+    result = programs.launcher.run(program="SEG.demo", before=before)
     assert_ok(result)
     (line,) = re.findall(r"mIoU on held-out scenes: (\S+) from the pretrained .*", result.out)
     assert 0 < float(line) < 1

@@ -53,7 +53,7 @@ def shortened(folder):
 
 def test_the_demo_shortened_prints_what_it_compares(launcher, tmp_path):
     before = code_of(shortened, folder=str(tmp_path))
-    result = launcher.run(program="VideoConvMAE.demo", before=before, timeout=240)
+    result = launcher.run(program="VideoConvMAE.demo", before=before)
     assert_ok(result)
     for phrase in ("from pretraining ", "from random weights", "repeated frame", "chance"):
         assert phrase in result.out

@@ -97,7 +97,8 @@ class Pace:
     @property
     def data_wait(self) -> float:
         """The share of waiting in all the time that `read` has covered."""
-        return self.waited / (self.last[0] - self.start[0])
+        seconds = self.last[0] - self.start[0]
+        return self.waited / seconds if seconds else 0.0
 
     def _most(self, seconds: float) -> float:
         value = torch.tensor(seconds, device=self.feed.device)
