@@ -1,21 +1,17 @@
 """How long a pretraining takes, and how many GPU-hours: `python -m benchmarks.estimate --help`.
 
-From images/s that were measured: given as `--images_per_s`, or those of a GPU in `gpus.json`, which
-holds nothing but measurements (`python -m benchmarks.pretrain_step` prints them; a run's own log
-line has them for all its GPUs together).
+From images/s of one GPU that were measured: `python -m benchmarks.pretrain_step` prints them; a
+run's own log line has them for all its GPUs together.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from util.run.logger import markdown_table
 from util.run.parser import Parser, positive_float, positive_int, share
 
-GPUS = Path(__file__).with_name("gpus.json")
 IMAGENET_1K = 1_281_167
 
 
@@ -48,11 +44,6 @@ def estimate(
     return Estimate(hours, hours * gpus)
 
 
-def read_gpus() -> dict[str, dict]:
-    """The measured GPUs: name to "images_per_s" and how it was measured."""
-    return json.loads(GPUS.read_text())
-
-
 def duration(hours: float) -> str:
     """Hours, and days where that is easier to read."""
     return f"{hours:,.1f} h" + (f" ({hours / 24:.1f} days)" if hours >= 48 else "")
@@ -60,15 +51,18 @@ def duration(hours: float) -> str:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
-    gpus = read_gpus()
     parser = Parser(
         prog="python -m benchmarks.estimate",
         description="Hours and GPU-hours of a pretraining, from measured images/s.",
     )
     add = parser.add_argument
-    add("--images_per_s", type=positive_float, metavar="N", help="of one GPU, as measured")
-    known = f"measured so far: {', '.join(gpus)}" if gpus else "none has been measured yet"
-    add("--gpu", metavar="NAME", help=f"take its images/s ({known})")
+    add(
+        "--images_per_s",
+        type=positive_float,
+        required=True,
+        metavar="N",
+        help="of one GPU, as measured",
+    )
     add("--gpus", type=positive_int, default=8, metavar="N", help="how many")
     add("--epochs", type=positive_int, nargs="+", default=[400, 1600], metavar="N", help="of a run")
     add(
@@ -86,24 +80,17 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="of several GPUs, as benchmarks.scaling measures it",
     )
     args = parser.parse_args(argv)
-    if (args.images_per_s is None) == (args.gpu is None):
-        parser.error(f"give either --images_per_s or --gpu ({known})")
-    if args.gpu and args.gpu not in gpus:
-        parser.error(f"--gpu {args.gpu}: {known}; give --images_per_s instead")
     if args.efficiency == 0:
         parser.error("--efficiency must be above 0")
-    if args.gpu:
-        args.images_per_s = gpus[args.gpu]["images_per_s"]
     return args
 
 
 def main(argv: Sequence[str]) -> None:
     """Print the table."""
     args = parse_args(argv)
-    source = f"measured on {args.gpu}" if args.gpu else "given"
     print(
-        f"{args.images:,} images an epoch, {args.gpus} GPUs of {args.images_per_s:g} images/s each "
-        f"({source}), efficiency {args.efficiency:g}\n"
+        f"{args.images:,} images an epoch, {args.gpus} GPUs of {args.images_per_s:g} images/s each, "
+        f"efficiency {args.efficiency:g}\n"
     )
     rows = [["epochs", "time", "GPU-hours"]]
     for epochs in args.epochs:

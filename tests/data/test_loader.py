@@ -87,11 +87,6 @@ def test_epochs_and_seeds_differ():
     assert len({seed for keys in batches for _, seed in keys}) == 4 * 16
 
 
-def test_the_order_of_the_data_set_is_kept_without_shuffling():
-    sampler = StepSampler(10, 3, shuffle=False)
-    assert [[index for index, _ in batch] for batch in sampler] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-
-
 def test_lengths_are_those_of_the_epoch():
     sampler = StepSampler(100, 4, accum_iter=2, world_size=3)
     assert sampler.steps_per_epoch == 4

@@ -28,7 +28,6 @@ class StepSampler:
         rank: which of the processes this is.
         world_size: number of processes.
         seed: of the run, not negative.
-        shuffle: permute; else the order is that of the data set.
         group_sizes: if samples lie in groups (shards), the number of each; they are then shuffled
             so that few groups are read at a time, see `shuffle_groups`.
 
@@ -44,7 +43,6 @@ class StepSampler:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
-        shuffle: bool = True,
         group_sizes: Sequence[int] | None = None,
     ) -> None:
         self.num_samples = num_samples
@@ -53,7 +51,6 @@ class StepSampler:
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        self.shuffle = shuffle
         self.group_sizes = group_sizes
         if self.steps_per_epoch == 0:
             raise UsageError(
@@ -107,8 +104,6 @@ class StepSampler:
         epoch_seed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(epoch_seed[0]))
         seeds = torch.randint(2**63 - 1, (self.num_samples,), generator=generator)
-        if not self.shuffle:
-            return torch.arange(self.num_samples), seeds
         if self.group_sizes is not None:
             return shuffle_groups(self.group_sizes, WINDOW, generator), seeds
         return torch.randperm(self.num_samples, generator=generator), seeds
