@@ -89,8 +89,8 @@ def main(argv: Sequence[str]) -> None:
     """Print the table."""
     args = parse_args(argv)
     print(
-        f"{args.images:,} images an epoch, {args.gpus} GPUs of {args.images_per_s:g} images/s each, "
-        f"efficiency {args.efficiency:g}\n"
+        f"{args.images:,} images an epoch, {args.gpus} GPUs of {args.images_per_s:g} images/s "
+        f"each, efficiency {args.efficiency:g}\n"
     )
     rows = [["epochs", "time", "GPU-hours"]]
     for epochs in args.epochs:
