@@ -21,8 +21,9 @@ from engine_finetune import (
 )
 from models_convvit import MODELS
 from util.data.transforms import pretrain_transform
+from util.errors import UsageError
 from util.run import args as arguments
-from util.run.distributed import SyncedBatchNorm1d, init_processes, print_once
+from util.run.distributed import SyncedBatchNorm1d, init_processes, print_once, world_size
 from util.run.lars import LARS
 from util.run.logger import count_parameters
 from util.run.parser import Parser
@@ -61,6 +62,8 @@ def main(args: argparse.Namespace) -> None:
         return
     content, weights = find_start(args, PROGRAM)
     complete_run(args, device)
+    if args.batch_size * world_size() == 1:
+        raise UsageError("--batch_size 1: a probe's batch norm needs at least two images a step")
     transform = pretrain_transform(
         args.input_size, args.in_chans, hflip=args.hflip, scale=tuple(args.crop_scale)
     )

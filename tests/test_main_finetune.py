@@ -360,6 +360,22 @@ def test_averaged_weights_go_on_to_the_same_end(flags, launcher, tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "never")
 
 
+def test_the_average_of_a_short_run_is_of_trained_weights(flags, launcher, tmp_path):
+    assert_ok(launcher.run(*flags(tmp_path, "--model_ema"), program=FINETUNE))
+    content = load(tmp_path / "checkpoint.pth")
+    trained, averaged = content["model"], content["model_ema"]
+    # With timm's decay of 0.9999 alone it would be the weights that the run began with, whose
+    # biases of the blocks are 0.
+    bias = "blocks3.0.mlp.fc1.bias"
+    assert torch.cosine_similarity(trained[bias], averaged[bias], dim=0) > 0.9
+    assert 0.5 < averaged[bias].norm() / trained[bias].norm() < 1
+
+
+def test_a_probe_of_one_image_a_step_is_refused(flags, launcher, tmp_path):
+    result = launcher.run(*flags(tmp_path, batch_size=1), program=PROBE)
+    assert_one_line(result, 2, "--batch_size 1: a probe's batch norm needs at least two images")
+
+
 @MAINS
 def test_a_finished_run_started_again_changes_nothing(program, finished, flags, launcher, tmp_path):
     output = shutil.copytree(finished(program), tmp_path / "run")
