@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models_convvit import LAYER_NORM, Block, ConvViTEncoder, conv_as_linear
 from util.errors import UsageError
-from util.layers.architecture import SIZES, constructor_args
+from util.layers.architecture import SIZES
 from util.layers.geometry import CONV, Geometry, to_nested_blocks
 from util.layers.pos_embed import get_sincos_pos_embed
 from util.weights.load import load_weights
@@ -33,7 +33,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         multi_scale: fuse stages 1 and 2 into what the decoder sees (paper section 3.2).
         decoder_embed_dim: width of the decoder.
         decoder_depth: transformer blocks of the decoder.
-        decoder_num_heads: attention heads of the decoder.
+        decoder_num_heads: attention heads of the decoder; its MLP ratio is the first stage's.
         norm_pix_loss: compare with patches normalised by their own mean and variance.
 
     Raises:
@@ -91,7 +91,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             torch.zeros(1, geometry.num_patches, decoder_embed_dim), requires_grad=False
         )
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, 4, norm_layer=norm_layer)
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio[0], norm_layer=norm_layer)
             for _ in range(decoder_depth)
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
@@ -312,7 +312,14 @@ def convmae_convvit_huge_patch16(**kwargs) -> MaskedAutoencoderConvViT:
 convmae_convvit_base_patch16_dec512d8b = convmae_convvit_base_patch16
 
 # Model name to factory, for command lines and checkpoints.
-MODELS = {name: value for name, value in vars().items() if name.startswith("convmae_convvit_")}
+MODELS = {
+    "convmae_convvit_tiny_patch16": convmae_convvit_tiny_patch16,
+    "convmae_convvit_small_patch16": convmae_convvit_small_patch16,
+    "convmae_convvit_base_patch16": convmae_convvit_base_patch16,
+    "convmae_convvit_base_patch16_dec512d8b": convmae_convvit_base_patch16_dec512d8b,
+    "convmae_convvit_large_patch16": convmae_convvit_large_patch16,
+    "convmae_convvit_huge_patch16": convmae_convvit_huge_patch16,
+}
 
 
 def convmae_from_checkpoint(
@@ -341,7 +348,7 @@ def convmae_from_checkpoint(
         )
     known = {k: args[k] for k in ("norm_pix_loss", "masking") if args.get(k) is not None}
     try:
-        model = models[name](**constructor_args(args), **known)
+        model = models[name](**weights.architecture.encoder_kwargs(), **known)
     except ValueError as error:
         raise UsageError(f"checkpoint {path}: {error}") from error
     load_weights(model, weights)

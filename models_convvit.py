@@ -644,7 +644,7 @@ def convvit_from_weights(
     trained = weights.kind in ("classifier", "probe")
     kwargs = {"global_pool": weights.global_pool if trained else "avg", **kwargs}
     outputs = weights.num_classes if num_classes is None else num_classes
-    model = ConvViT(num_classes=outputs, **{**weights.architecture, **kwargs})
+    model = ConvViT(num_classes=outputs, **{**weights.architecture.kwargs(), **kwargs})
     if num_classes is None and weights.kind == "probe":
         model.add_probe_norm()
     as_trained = num_classes is None and trained
@@ -725,4 +725,10 @@ def convvit_huge_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
 
 
 # Model name to factory, for command lines.
-MODELS = {name: globals()[name] for name in default_cfgs}
+MODELS = {
+    "convvit_tiny_patch16": convvit_tiny_patch16,
+    "convvit_small_patch16": convvit_small_patch16,
+    "convvit_base_patch16": convvit_base_patch16,
+    "convvit_large_patch16": convvit_large_patch16,
+    "convvit_huge_patch16": convvit_huge_patch16,
+}

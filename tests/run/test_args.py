@@ -7,7 +7,7 @@ import pytest
 
 from util.errors import UsageError
 from util.run import args as arguments
-from util.run.args import MAY_CHANGE, check_same_run, check_writable, complete, plain
+from util.run.args import MAY_CHANGE, check_same_run, check_writable, derive_args, plain
 from util.run.parser import ChoiceOf, Parser
 
 
@@ -31,7 +31,7 @@ def parse(line=""):
 
 def completed(line="", device="cpu", processes=1):
     args = parse(line)
-    complete(args, device, processes)
+    derive_args(args, device, processes)
     return args
 
 

@@ -11,7 +11,6 @@ from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
 from tests.test_models_convmae import assert_gradients_close, gradients, pixel_mask
 from util.errors import UsageError
-from util.layers.architecture import read_architecture
 from util.layers.geometry import Geometry
 from util.layers.pos_embed import get_sincos_pos_embed, resize_pos_embed
 from util.weights.inflate import inflate_weights
@@ -287,30 +286,9 @@ def test_a_video_models_weights_need_no_inflation():
 def test_a_video_checkpoint_of_another_length_and_size_is_resized():
     model = ConvViT(img_size=(8, 48, 64), patch_size=PATCH, num_classes=3, **SIZES)
     larger = ConvViT(img_size=(16, 64, 64), patch_size=PATCH, num_classes=3, **SIZES)
-    report = load_weights(larger, weights_of(model, args={"input_size": [8, 48, 64]}))
+    report = load_weights(larger, weights_of(model, args={"num_frames": 8, "input_size": [48, 64]}))
     assert report.resized == ["pos_embed (4x3x4 to 8x4x4)"]
     assert torch.equal(larger.pos_embed, resize_pos_embed(model.pos_embed, (4, 3, 4), (8, 4, 4)))
-
-
-@pytest.mark.parametrize("temporal_kernel", [1, 5])
-def test_the_architecture_is_read_off_the_shapes(temporal_kernel):
-    model = build(temporal_kernel=temporal_kernel)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    architecture = read_architecture(shapes, (8, 48, 64))
-    encoder = ConvViT(**{**architecture, "num_heads": 2, "num_classes": 0})
-    assert architecture["temporal_kernel"] == temporal_kernel
-    assert architecture["img_size"] == (8, 48, 64)
-    ours = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-    assert ours.items() - {("fc_norm.weight", (12,)), ("fc_norm.bias", (12,))} <= shapes.items()
-
-
-@pytest.mark.parametrize("size", [(16, 64, 64), (16, 224, 224), (4, 48, 48), (8, 80, 80)], ids=str)
-def test_without_a_hint_a_video_has_16_frames_or_the_fewest_square_ones(size):
-    model = ConvViT(img_size=size, patch_size=PATCH, **SIZES)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    assert math.prod(read_architecture(shapes)["img_size"]) == math.prod(size)
-    if size[0] == 16:
-        assert read_architecture(shapes)["img_size"] == size
 
 
 # ---- Factories -----------------------------------------------------------------------------------

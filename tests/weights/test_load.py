@@ -13,7 +13,7 @@ import models_convmae
 from models_convvit import ConvViT, convvit_from_checkpoint, convvit_from_weights
 from tests.runs import call
 from util.errors import TrainingError, UsageError
-from util.layers.architecture import SIZES, read_architecture
+from util.layers.architecture import SIZES
 from util.layers.rel_pos import RelativePositionBias, resize_relative_table
 from util.weights.checkpoint import save_atomically
 from util.weights.describe import describe
@@ -208,7 +208,7 @@ def test_a_position_table_is_resized_to_the_input(class_token, tmp_path):
 def test_a_table_that_is_not_square_is_known_by_the_arguments_of_its_run(tmp_path):
     source = classifier(img_size=(32, 128))  # 2 x 8 tokens, as many as 4 x 4
     path = saved(tmp_path / "x.pth", source, args={"input_size": [32, 128]})
-    assert read_weights(path).architecture["img_size"] == (32, 128)
+    assert read_weights(path).architecture.img_size == (32, 128)
     assert convvit_from_checkpoint(path, num_heads=2).geometry.img_size == (32, 128)
 
 
@@ -353,42 +353,6 @@ def test_nothing_is_loaded_if_something_does_not_fit(tmp_path):
     with pytest.raises(UsageError):
         load_weights(model, weights)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-
-
-# --- the architecture ----------------------------------------------------------------------------
-
-# As the v2 checkpoints are said to be: other MLP ratios and patches than the paper's, class token.
-V2_LIKE = dict(
-    embed_dim=(384, 768, 1024), depth=(2, 2, 20), num_heads=16, mlp_ratio=(4, 4, 4),
-    patch_size=(4, 2, 2), class_token=True,
-)  # fmt: skip
-ODD = dict(
-    embed_dim=(48, 80, 192), depth=(1, 3, 5), num_heads=3, mlp_ratio=(2, 3, 6),
-    patch_size=((2, 4), (2, 1), (4, 4)), in_chans=4, img_size=(48, 96),
-)  # fmt: skip
-ARCHITECTURES = {name: SIZES[name] for name in ("small", "base", "large")}
-ARCHITECTURES |= {"v2-like": V2_LIKE, "odd": ODD}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_architecture_is_read_off_the_shapes(name):
-    wanted = ARCHITECTURES[name]
-    with torch.device("meta"):
-        model = ConvViT(**wanted)
-        state = model.state_dict()
-        size = {"input_size": wanted.get("img_size", 224)}
-        weights = weights_of({"model": state, "args": size}, f"{name}.pth")
-        again = ConvViT(**weights.architecture)
-    assert {k: v.shape for k, v in again.state_dict().items()} == {
-        k: v.shape for k, v in state.items()
-    }
-    assert again.blocks3[0].attn.num_heads == wanted["num_heads"]
-    assert again.geometry == model.geometry
-
-
-def test_weights_of_something_else_have_no_architecture():
-    with pytest.raises(ValueError, match=r"no weights of a ConvViT: 'patch_embed1.*is missing"):
-        read_architecture({"weight": (3, 2)})
 
 
 # --- the published files, by their names and shapes ----------------------------------------------

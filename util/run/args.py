@@ -1,11 +1,11 @@
 """Command lines: the argument groups that the mains share, and their checks."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from util.errors import UsageError
-from util.layers.architecture import describe_architecture, flags_of, size_name
+from util.layers.architecture import Architecture
 from util.run.distributed import cores_per_process
 from util.run.parser import (
     ChoiceOf,
@@ -18,6 +18,7 @@ from util.run.parser import (
     positive_int,
     seed,
     share,
+    show_value,
 )
 
 # Flags that a resumed run may change; any other difference is another run. The batch is compared
@@ -28,9 +29,9 @@ MAY_CHANGE = frozenset(
     | {"predictions", "print_freq", "resume", "save_freq", "save_steps", "val_path"}
 )
 # Of a model that no checkpoint describes.
-DEFAULT_INPUT_SIZE, DEFAULT_IN_CHANS, DEFAULT_PATCH_SIZE = 224, 3, (4, 2, 2)
-DEFAULT_CLIP = {"num_frames": 16, "tubelet": 2, "temporal_kernel": 3}
-# What `complete` derives from other flags.
+_DEFAULT = Architecture()
+_INPUT_SIZE, _PATCH_SIZE = _DEFAULT.img_size[0], _DEFAULT.flags()["patch_size"]
+# What `derive_args` takes from other flags.
 _DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}
 
 
@@ -49,17 +50,17 @@ def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False)
         "--input_size",
         type=positive_int,
         nargs="+",
-        default=None if follow_checkpoint else [DEFAULT_INPUT_SIZE],
+        default=None if follow_checkpoint else [_INPUT_SIZE],
         metavar="PIXELS",
         help="size of the model's input: one number, or height and width"
-        + default.format(DEFAULT_INPUT_SIZE),
+        + default.format(_INPUT_SIZE),
     )
     group.add_argument(
         "--in_chans",
         type=int,
         choices=(1, 3, 4),
-        default=None if follow_checkpoint else DEFAULT_IN_CHANS,
-        help="channels: 1 gray, 3 RGB, 4 RGBA" + default.format(DEFAULT_IN_CHANS),
+        default=None if follow_checkpoint else _DEFAULT.in_chans,
+        help="channels: 1 gray, 3 RGB, 4 RGBA" + default.format(_DEFAULT.in_chans),
     )
     group.add_argument(
         "--max_bad_images",
@@ -151,7 +152,7 @@ def add_autoencoder_args(
         metavar="NAME",
         help=f"one of {', '.join(models)}",
     )
-    add_patch_size_arg(group, DEFAULT_PATCH_SIZE)
+    add_patch_size_arg(group, _PATCH_SIZE)
     group.add_argument(
         "--mask_ratio",
         type=mask_ratio,
@@ -394,47 +395,7 @@ def add_run_args(parser: Parser) -> None:
     )
 
 
-def complete_architecture(
-    args: argparse.Namespace, architecture: Mapping[str, object] | None, source: str = ""
-) -> None:
-    """Fill in the flags of a classifier's geometry; those of a video's clips if there are such.
-
-    Args:
-        args: those that were given stay.
-        architecture: read off the checkpoint to start from; None for random weights.
-        source: what it was read off, for messages.
-
-    Raises:
-        UsageError: flags that describe another model than the checkpoint's, or no model.
-    """
-    if architecture is None and args.model is None:
-        raise UsageError(
-            "what to start from? --finetune FILE for a checkpoint, or --model NAME for "
-            "random weights"
-        )
-    there = flags_of(architecture) if architecture else {}
-    if "num_frames" in there and "num_frames" not in args:
-        raise UsageError(f"{source} holds a video model: use python -m VideoConvMAE.main_finetune")
-    if architecture and args.model and args.model.split("_")[1] != size_name(architecture):
-        raise UsageError(
-            f"--model {args.model} is not what {source} holds: "
-            f"{describe_architecture(architecture)}"
-        )
-    defaults = {"input_size": [DEFAULT_INPUT_SIZE], "in_chans": DEFAULT_IN_CHANS}
-    defaults |= {"patch_size": list(DEFAULT_PATCH_SIZE)}
-    defaults |= DEFAULT_CLIP if "num_frames" in args else {}
-    for name, default in defaults.items():
-        given, known = getattr(args, name), there.get(name)
-        resizable = name in ("input_size", "num_frames")
-        if not resizable and known is not None and given not in (None, known):
-            raise UsageError(
-                f"--{name} {_show(given)} is not what {source} holds: {_show(known)}; leave the "
-                f"flag away to take it from there"
-            )
-        setattr(args, name, given or known or default)
-
-
-def complete(args: argparse.Namespace, device_type: str, processes: int) -> None:
+def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> None:
     """Fill in what depends on the machine: sizes, learning rate, workers, switches.
 
     Raises:
@@ -488,7 +449,8 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
     if "lr" in names and {"blr", "effective_batch_size"} & set(names):
         names.remove("lr")  # follows from them
     differing = [
-        f"{_DERIVED.get(name, f'--{name}')} {_show(saved.get(name))} there, {_show(now[name])} here"
+        f"{_DERIVED.get(name, f'--{name}')} {show_value(saved.get(name))} there, "
+        f"{show_value(now[name])} here"
         for name in names
     ]
     if differing:
@@ -496,12 +458,6 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
             f"the checkpoint to resume from belongs to another run ({'; '.join(differing)}): give "
             f"the same flags, or another --output_dir to start a new run"
         )
-
-
-def _show(value: object) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return " ".join(map(str, value))
-    return str(value)
 
 
 def check_writable(folder: Path, flag: str) -> None:

@@ -20,7 +20,7 @@ from util.data.loader import BadImages, Loader
 from util.data.samplers import EvalSampler, StepSampler
 from util.data.shards import is_shards
 from util.errors import TrainingError, UsageError
-from util.run.args import check_same_run, check_writable, complete, plain
+from util.run.args import check_same_run, check_writable, derive_args, plain
 from util.run.distributed import (
     StopSignal,
     cores_per_process,
@@ -92,7 +92,7 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     Raises:
         UsageError: values that do not go together or that this machine cannot do.
     """
-    complete(args, device.type, world_size())
+    derive_args(args, device.type, world_size())
     amp_dtype(args.amp, device)
     check_writable(args.output_dir, "--output_dir")
     check_writable(args.log_dir, "--log_dir")

@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from util.errors import UsageError
-from util.layers.architecture import (
-    constructor_args,
-    read_architecture,
-)
+from util.layers.architecture import Architecture
 from util.weights.checkpoint import load_file
 
 # Where a checkpoint keeps its weights; averaged ones are what one evaluates.
@@ -54,12 +51,14 @@ class Weights:
         state: name to tensor, without the prefixes of wrappers.
         info: the file's other plain entries, such as epoch, args (a dict) and classes.
         entry: where in the file the weights were, "model_ema" for averaged ones.
+        known: the encoder's architecture where it is known without the file.
     """
 
     path: Path
     state: dict[str, Tensor]
     info: dict[str, object] = field(default_factory=dict)
     entry: str = ""
+    known: Architecture | None = None
 
     @property
     def args(self) -> dict[str, object]:
@@ -103,17 +102,19 @@ class Weights:
         return "avg" if "fc_norm.weight" in self.state else "token"
 
     @cached_property
-    def architecture(self) -> dict[str, object]:
-        """The encoder's constructor arguments, read off the shapes.
+    def architecture(self) -> Architecture:
+        """The encoder's, read off the shapes with the run's arguments as a hint.
 
         Raises:
             UsageError: these are no weights of a ConvViT.
         """
-        prefix, size = self.encoder, constructor_args(self.args).get("img_size")
+        if self.known:
+            return self.known
+        prefix = self.encoder
         names = (name for name in self.state if name.startswith(prefix))
         shapes = {name.removeprefix(prefix): self.state[name].shape for name in names}
         try:
-            return read_architecture(shapes, (size, size) if isinstance(size, int) else size)
+            return Architecture.from_shapes(shapes, self.args)
         except ValueError as error:
             some = ", ".join(sorted(self.state)[:3])
             raise UsageError(f"checkpoint {self.path}: {error} (it has {some}, …)") from error
@@ -125,7 +126,7 @@ class Weights:
     def without(self, *prefixes: str) -> "Weights":
         """The same without the weights of these modules or parameters."""
         state = {name: t for name, t in self.state.items() if not within(name, prefixes)}
-        return Weights(self.path, state, self.info, self.entry)
+        return replace(self, state=state)
 
 
 def within(name: str, modules: Sequence[str]) -> bool:
