@@ -27,8 +27,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
     """Masked autoencoder: encodes the visible blocks only and predicts the removed pixels.
 
     Args:
-        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, temporal_kernel,
-            norm_layer: the encoder's, see `ConvViTEncoder`.
+        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, kernel_size,
+            temporal_kernel, norm_layer: the encoder's, see `ConvViTEncoder`.
         mask_unit: stage-3 tokens along each dimension that stay or go together, see `Geometry`.
         multi_scale: fuse stages 1 and 2 into what the decoder sees (paper section 3.2).
         decoder_embed_dim: width of the decoder.
@@ -49,6 +49,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         depth: Sequence[int] = (2, 2, 11),
         num_heads: int = 12,
         mlp_ratio: Sequence[float] = (4, 4, 4),
+        kernel_size: int = 5,
         temporal_kernel: int = 3,
         mask_unit: Sequence[int] | None = None,
         multi_scale: bool = True,
@@ -66,6 +67,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             depth=depth,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
+            kernel_size=kernel_size,
             temporal_kernel=temporal_kernel,
             norm_layer=norm_layer,
         )

@@ -38,6 +38,7 @@ GEOMETRIES = {
     "no conv blocks": dict(depth=(0, 0, 1)),
     "conv blocks in stage 2 only": dict(depth=(0, 1, 1)),
     "three conv blocks": dict(depth=(3, 3, 1)),
+    "7x7 depthwise convolutions": dict(kernel_size=7),
     "video": dict(
         img_size=(4, 32, 48),
         patch_size=((2, 4, 4), (1, 2, 2), (1, 2, 2)),
@@ -181,6 +182,13 @@ def test_sizes_are_the_papers(size, widths, depths, heads, ratios):
     assert model.geometry.grid(3) == (14, 14)
     assert model.decoder_embed.out_features == 512
     assert [block.attn.num_heads for block in model.decoder_blocks] == [16] * 8
+
+
+@pytest.mark.parametrize(("size", "hidden"), [("small", 2048), ("base", 2048), ("large", 4096)])
+def test_the_decoders_mlp_ratio_is_the_first_stages(size, hidden):
+    with torch.device("meta"):
+        model = MODELS[f"convmae_convvit_{size}_patch16"]()
+    assert {block.mlp.fc1.out_features for block in model.decoder_blocks} == {hidden}
 
 
 def test_a_factory_takes_any_argument_of_the_model():

@@ -19,6 +19,7 @@ ARCHITECTURES = {
         geometry=Geometry.of((48, 96), ((2, 4), (2, 1), (4, 4))),
         in_chans=4,
         mlp_ratio=(2, 4, 3),
+        kernel_size=7,
         **WIDTHS,
     ),
     "widths by 7": Architecture(
@@ -58,6 +59,7 @@ def test_flags_model_and_shapes_lead_back_to_the_architecture(architecture):
     assert (found.geometry, found.num_heads) == (architecture.geometry, architecture.num_heads)
     assert (found.embed_dim, found.depth) == (architecture.embed_dim, architecture.depth)
     assert (found.in_chans, found.class_token) == (architecture.in_chans, architecture.class_token)
+    assert found.kernel_size == architecture.kernel_size
     assert found.temporal_kernel == architecture.temporal_kernel
 
 
@@ -193,10 +195,11 @@ def test_frames_make_a_picture_encoder_a_videos():
 def test_flags_give_every_number_of_the_encoder():
     flags = dict(
         input_size=[32, 64], patch_size=[2, 2, 2], in_chans=1, embed_dim=[8, 16, 24],
-        depth=[1, 2, 3], num_heads=3, mlp_ratio=[2, 2.5, 3],
+        depth=[1, 2, 3], num_heads=3, mlp_ratio=[2, 2.5, 3], kernel_size=3,
     )  # fmt: skip
     geometry = Geometry.of((32, 64), (2, 2, 2))
-    described = Architecture(geometry, 1, (8, 16, 24), (1, 2, 3), 3, (2, 2.5, 3))
+    sizes = dict(embed_dim=(8, 16, 24), depth=(1, 2, 3), num_heads=3, mlp_ratio=(2, 2.5, 3))
+    described = Architecture(geometry, in_chans=1, kernel_size=3, **sizes)
     assert Architecture().with_flags(flags) == described
 
 

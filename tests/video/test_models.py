@@ -66,9 +66,10 @@ def test_visible_only_equals_dense(unit, multi_scale, mask_ratio):
     assert_gradients_close(gradients(model, loss), gradients(dense, dense_loss), 1e-4)
 
 
-@pytest.mark.parametrize("temporal_kernel", [1, 3, 5])
-def test_visible_only_equals_dense_with_every_temporal_extent(temporal_kernel):
-    kwargs = dict(mask_unit=(4, 1, 1), temporal_kernel=temporal_kernel)
+@pytest.mark.parametrize(("temporal_kernel", "kernel_size"), [(1, 5), (3, 5), (5, 5), (3, 3)])
+def test_visible_only_equals_dense_with_every_extent(temporal_kernel, kernel_size):
+    kernel = dict(temporal_kernel=temporal_kernel, kernel_size=kernel_size)
+    kwargs = dict(mask_unit=(4, 1, 1), **kernel)
     model = build(**kwargs).double()
     dense = DenseMaskedAutoencoder(**TINY | kwargs).double()
     dense.load_state_dict(model.state_dict())
@@ -78,7 +79,7 @@ def test_visible_only_equals_dense_with_every_temporal_extent(temporal_kernel):
     weight = torch.randn_like(pred)
     grads = [gradients(m, (p * weight).mean()) for m, p in ((model, pred), (dense, dense_pred))]
     assert_gradients_close(*grads, 1e-9)
-    assert model.blocks1[0].attn.weight.shape[2:] == (temporal_kernel, 5, 5)
+    assert model.blocks1[0].attn.weight.shape[2:] == (temporal_kernel, kernel_size, kernel_size)
 
 
 # ---- Nothing leaks -------------------------------------------------------------------------------
@@ -159,6 +160,8 @@ def test_a_ratio_that_leaves_no_tube_is_refused_with_the_numbers():
 def test_an_even_temporal_extent_is_refused():
     with pytest.raises(ValueError, match="temporal_kernel 4 must be odd"):
         build(temporal_kernel=4)
+    with pytest.raises(ValueError, match="kernel_size 4 must be odd"):
+        build(kernel_size=4)
 
 
 # ---- Targets -------------------------------------------------------------------------------------

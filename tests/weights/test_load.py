@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import models_convmae
@@ -217,6 +218,39 @@ def test_a_resized_table_is_reported_with_both_sizes(tmp_path):
     _, report = convvit_from_weights(weights, img_size=96, num_heads=2)
     assert report.resized == ["pos_embed (4x4 to 6x6)"]
     assert "resized: pos_embed (4x4 to 6x6)" in str(report)
+
+
+def test_a_row_added_for_a_class_token_is_reported_as_such(tmp_path):
+    state = classifier(class_token=True).state_dict()
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    weights = weights_of({"model": state}, tmp_path / "x.pth")
+    _, report = convvit_from_weights(weights, num_heads=2)
+    assert report.resized == ["pos_embed (a row of zeros added for the class token)"]
+    _, report = convvit_from_weights(weights, num_heads=2, img_size=96)
+    assert report.resized == ["pos_embed (4x4 to 6x6, a row of zeros added for the class token)"]
+
+
+def test_a_class_tokens_row_that_is_left_out_is_reported_as_such(tmp_path):
+    weights = read_weights(saved(tmp_path / "x.pth", classifier(class_token=True)))
+    model = classifier(num_classes=5)
+    report = load_weights(model, weights)
+    assert report.resized == ["pos_embed (the class token's row left out)"]
+    assert torch.equal(model.pos_embed, weights.state["pos_embed"][:, 1:])
+
+
+@pytest.mark.parametrize("size", [(384, 384), (112, 112), (96, 272)], ids=str)
+@pytest.mark.parametrize("class_token", [False, True])
+def test_a_loaded_table_is_the_plain_bicubic_of_the_files(size, class_token):
+    source = classifier(img_size=224, class_token=class_token)
+    weights = weights_of({"model": source.state_dict()}, "x.pth")
+    model, _ = convvit_from_weights(weights, img_size=size, num_heads=2)
+    table = source.pos_embed[:, class_token:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+    expected = F.interpolate(
+        table, size=model.geometry.grid(3), mode="bicubic", align_corners=False
+    )
+    rows = model.pos_embed[:, class_token:].unflatten(1, model.geometry.grid(3))
+    torch.testing.assert_close(rows.permute(0, 3, 1, 2), expected, rtol=0, atol=0)
+    assert torch.equal(model.pos_embed[:, :class_token], source.pos_embed[:, :class_token])
 
 
 def test_both_tables_of_an_autoencoder_are_resized(tmp_path):

@@ -37,7 +37,8 @@ class Architecture:
         num_heads: attention heads of stage 3.
         mlp_ratio: hidden width of the MLPs over the stage's width, for each stage.
         class_token: a token before those of the grid, as the v2 checkpoints have it.
-        temporal_kernel: extent in time of a video model's depthwise convolutions.
+        kernel_size: extent in space of the depthwise convolutions of stages 1 and 2.
+        temporal_kernel: their extent in time in a video model.
     """
 
     geometry: Geometry = _PICTURES
@@ -47,6 +48,7 @@ class Architecture:
     num_heads: int = 12
     mlp_ratio: tuple[float, ...] = (4, 4, 4)
     class_token: bool = False
+    kernel_size: int = 5
     temporal_kernel: int = 3
 
     @classmethod
@@ -94,8 +96,8 @@ class Architecture:
         class_token = "cls_token" in shapes
         depth = tuple(_count_blocks(shapes, f"blocks{stage}.") for stage in (1, 2, 3))
         hidden = (shapes.get(f"blocks{stage}.0.mlp.fc1.weight") for stage in (1, 2, 3))
-        kernels = (shapes.get(f"blocks{stage}.0.attn.weight", ()) for stage in (1, 2))
-        temporal = [kernel[2] for kernel in kernels if len(kernel) == 5]
+        kernels = [shapes.get(f"blocks{stage}.0.attn.weight", ()) for stage in (1, 2)]
+        kernel = next((tuple(shape[2:]) for shape in kernels if shape), (3, 5, 5))
         return cls(
             geometry=_guess_geometry(table[1], class_token, patch_size, flags),
             in_chans=projections[0][1],
@@ -107,7 +109,8 @@ class Architecture:
                 for fc1, dim in zip(hidden, embed_dim, strict=True)
             ),
             class_token=class_token,
-            temporal_kernel=temporal[0] if temporal else 3,
+            kernel_size=kernel[-1],
+            temporal_kernel=kernel[0] if len(kernel) == 3 else 3,
         )
 
     @property
@@ -165,6 +168,7 @@ class Architecture:
             "depth": list(self.depth),
             "num_heads": self.num_heads,
             "mlp_ratio": list(self.mlp_ratio),
+            "kernel_size": self.kernel_size,
         }
         if self.ndim == 3:
             flags |= {"num_frames": self.img_size[0], "tubelet": times[0][0]}
@@ -198,6 +202,7 @@ class Architecture:
             depth=tuple(known["depth"]),
             num_heads=known["num_heads"],
             mlp_ratio=tuple(known["mlp_ratio"]),
+            kernel_size=known["kernel_size"],
             temporal_kernel=known.get("temporal_kernel", self.temporal_kernel),
         )
 
