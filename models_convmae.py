@@ -353,5 +353,9 @@ def convmae_from_checkpoint(
         model = models[name](**weights.architecture.encoder_kwargs(), **known)
     except ValueError as error:
         raise UsageError(f"checkpoint {path}: {error}") from error
-    load_weights(model, weights)
+    more = load_weights(model, weights).unexpected
+    if more:
+        raise UsageError(
+            f"checkpoint {path} holds {len(more)} weights that a {name} does not have: {more[0]}, …"
+        )
     return model

@@ -32,6 +32,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
+from util.errors import UsageError
 from util.layers.architecture import SIZES
 from util.layers.depthwise import DenseGrid, VisibleGrid, Windows
 from util.layers.fused import apply_normed, gelu_linear, is_bare, norm_linear
@@ -641,12 +642,16 @@ def convvit_from_weights(
         The model and how the weights were matched.
 
     Raises:
-        UsageError: weights of something else.
+        UsageError: weights of something else, or arguments that do not fit them.
     """
     trained = weights.kind in ("classifier", "probe")
     kwargs = {"global_pool": weights.global_pool if trained else "avg", **kwargs}
     outputs = weights.num_classes if num_classes is None else num_classes
-    model = ConvViT(num_classes=outputs, **{**weights.architecture.kwargs(), **kwargs})
+    kwargs = {**weights.architecture.kwargs(), **kwargs}
+    try:
+        model = ConvViT(num_classes=outputs, **kwargs)
+    except ValueError as error:
+        raise UsageError(f"checkpoint {weights.path}: {error}") from error
     if num_classes is None and weights.kind == "probe":
         model.add_probe_norm()
     as_trained = num_classes is None and trained

@@ -361,6 +361,28 @@ def test_weights_of_something_else_are_refused(tmp_path):
         convvit_from_checkpoint(tmp_path / "x.pth")
 
 
+def test_a_shape_that_claims_more_than_the_file_holds_is_refused(tmp_path):
+    state = classifier().state_dict()
+    state["pos_embed"] = torch.zeros(1, 1, 24).expand(1, 10**9, 24)
+    torch.save({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"numbers of pos_embed: its shape of 1x1000000000x24"):
+        convvit_from_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_gap_in_the_blocks_is_refused_in_one_line(tmp_path):
+    state = classifier().state_dict() | {"blocks3.1000000000.norm1.weight": torch.ones(24)}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"x\.pth: blocks3\.1000000000 is there, but blocks3\.2 "):
+        convvit_from_checkpoint(tmp_path / "x.pth")
+
+
+def test_kernels_that_no_encoder_has_are_refused_in_one_line(tmp_path):
+    state = classifier().state_dict() | {"blocks1.0.attn.weight": torch.ones(8, 1, 4, 4)}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"x\.pth: kernel_size 4 must be odd"):
+        convvit_from_checkpoint(tmp_path / "x.pth", num_heads=2)
+
+
 @pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 3, "args": {"lr": 1.0}}])
 def test_a_file_without_weights_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "x.pth")

@@ -86,8 +86,12 @@ class Architecture:
             if name not in shapes:
                 raise ValueError(f"these are no weights of a ConvViT: {name!r} is missing")
         projections, table = [tuple(shapes[name]) for name in names[:3]], tuple(shapes["pos_embed"])
-        ndims = {len(shape) - 2 for shape in projections}
-        if ndims not in ({2}, {3}) or len(table) != 3 or min(map(min, (*projections, table))) < 1:
+        ndim = len(projections[0]) - 2
+        if (
+            {len(shape) for shape in projections} not in ({4}, {5})
+            or len(table) != 3
+            or min(map(min, (*projections, table))) < 1
+        ):
             found = ", ".join(f"{name} {show_size(shapes[name]) or 'a number'}" for name in names)
             raise ValueError(f"these are no weights of a ConvViT, by the shapes of {found}")
         flags = flags or {}
@@ -96,8 +100,8 @@ class Architecture:
         class_token = "cls_token" in shapes
         depth = tuple(_count_blocks(shapes, f"blocks{stage}.") for stage in (1, 2, 3))
         hidden = (shapes.get(f"blocks{stage}.0.mlp.fc1.weight") for stage in (1, 2, 3))
-        kernels = [shapes.get(f"blocks{stage}.0.attn.weight", ()) for stage in (1, 2)]
-        kernel = next((tuple(shape[2:]) for shape in kernels if shape), (3, 5, 5))
+        kernels = [shapes.get(f"blocks{stage}.0.attn.weight", ())[2:] for stage in (1, 2)]
+        kernel = next((kernel for kernel in kernels if len(kernel) == ndim), (3, 5, 5))
         return cls(
             geometry=_guess_geometry(table[1], class_token, patch_size, flags),
             in_chans=projections[0][1],

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from util.errors import UsageError
 from util.layers.architecture import Architecture
+from util.layers.geometry import show_size
 from util.weights.checkpoint import load_file
 
 # Where a checkpoint keeps its weights; averaged ones are what one evaluates.
@@ -106,13 +107,24 @@ class Weights:
         """The encoder's, read off the shapes with the run's arguments as a hint.
 
         Raises:
-            UsageError: these are no weights of a ConvViT.
+            UsageError: these are no weights of a ConvViT, or fewer than their shapes claim.
         """
         if self.known:
             return self.known
         prefix = self.encoder
-        names = (name for name in self.state if name.startswith(prefix))
-        shapes = {name.removeprefix(prefix): self.state[name].shape for name in names}
+        encoder = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.state.items()
+            if name.startswith(prefix)
+        }
+        for name, tensor in encoder.items():
+            sized = name.startswith(("patch_embed", "pos_embed", "blocks"))
+            if sized and tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise UsageError(
+                    f"checkpoint {self.path} does not hold the numbers of {prefix}{name}: its "
+                    f"shape of {show_size(tensor.shape)} claims more than are in the file"
+                )
+        shapes = {name: tensor.shape for name, tensor in encoder.items()}
         try:
             return Architecture.from_shapes(shapes, self.args)
         except ValueError as error:
