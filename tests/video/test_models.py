@@ -281,6 +281,21 @@ def test_a_picture_encoder_starts_a_video_autoencoder_with_its_own_fixed_positio
     assert report.unexpected == []
 
 
+def test_inflated_weights_have_the_architecture_of_the_pictures_with_time():
+    image = image_classifier()
+    video = ConvViT(img_size=(16, 48, 64), patch_size=PATCH, temporal_kernel=5, **SIZES)
+    inflated = inflate_weights(weights_of(image), video, "center")
+    assert inflated.architecture.geometry == video.geometry
+    assert inflated.architecture.temporal_kernel == 5
+    assert inflated.state["pos_embed"].shape == video.pos_embed.shape
+
+
+def test_a_picture_checkpoint_of_another_size_is_inflated_and_resized():
+    larger = ConvViT(img_size=(16, 64, 64), patch_size=PATCH, num_classes=3, **SIZES)
+    report = load_weights(larger, inflate_weights(weights_of(image_classifier()), larger, "center"))
+    assert report.resized == ["pos_embed (8x3x4 to 8x4x4)"]
+
+
 def test_a_video_models_weights_need_no_inflation():
     with pytest.raises(UsageError, match="no image model's"):
         inflate_weights(weights_of(build()), build(), "center")

@@ -139,12 +139,12 @@ class Architecture:
 
     @property
     def size_name(self) -> str | None:
-        """Which of `SIZES` this is, None if none."""
+        """The name of this size in `SIZES`, None if it has none."""
         known = ((name, Architecture(**size)) for name, size in SIZES.items())
         return next((name for name, other in known if self.has_blocks(other)), None)
 
     def has_blocks(self, other: "Architecture") -> bool:
-        """Whether the blocks of both have the same widths, numbers and MLP ratios."""
+        """True if stages have the same widths, depths and MLP ratios in both."""
         return all(
             getattr(self, name) == getattr(other, name)
             for name in ("embed_dim", "depth", "mlp_ratio")

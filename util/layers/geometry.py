@@ -87,7 +87,7 @@ class Geometry:
         return tuple([s // p for s, p in zip(self.img_size, self.stride(stage), strict=True)])
 
     def nesting(self, stage: int) -> tuple[tuple[int, ...], ...]:
-        """How the tokens of `stage` (0: pixels) nest in a block, from the outside in."""
+        """The nesting of `stage`'s tokens (0: pixels) in a block, from the outside in."""
         return self.patch_size[stage:][::-1]
 
     @property

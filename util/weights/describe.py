@@ -1,4 +1,4 @@
-"""What a file of weights is, for people."""
+"""Descriptions of weight files, for people."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from util.weights.read import KINDS, Weights
 
 
 def describe(weights: Weights) -> str:
-    """What a file is, what its model looks like and what it can be used for, in a few lines."""
+    """A few lines on a file: its kind, its model, its run, and the commands that take it."""
     architecture, epoch = weights.architecture, weights.info.get("epoch")
     kind = KINDS[weights.kind]
     kind += f" of {weights.num_classes} classes" if weights.num_classes else ""

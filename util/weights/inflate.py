@@ -6,7 +6,6 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from util.errors import UsageError
-from util.layers.geometry import Geometry
 from util.layers.pos_embed import resize_pos_embed
 from util.weights.read import Weights
 
@@ -36,7 +35,7 @@ def inflate_weights(weights: Weights, model: nn.Module, how: str) -> Weights:
     if image.ndim != 2:
         raise UsageError(f"checkpoint {weights.path} is no image model's: it needs no inflation")
     own, prefix = dict(model.named_parameters()), weights.encoder
-    video = Geometry.of((model.geometry.img_size[0], *image.img_size), model.geometry.patch_size)
+    video = image.with_time(model.geometry.img_size[0], model.geometry.stride(3)[0])
     state = {}
     for name, tensor in weights.state.items():
         target = own.get(name.removeprefix(prefix))
@@ -49,9 +48,9 @@ def inflate_weights(weights: Weights, model: nn.Module, how: str) -> Weights:
             if not target.requires_grad:
                 continue
             prefix_rows = tensor.shape[1] - math.prod(image.grid)
-            tensor = resize_pos_embed(tensor, image.grid, video.grid(3), prefix_rows)
+            tensor = resize_pos_embed(tensor, image.grid, video.grid, prefix_rows)
         state[name] = tensor
-    return replace(weights, state=state, known=replace(image, geometry=video))
+    return replace(weights, state=state, known=replace(video, temporal_kernel=model.kernel[0]))
 
 
 def _inflate_kernel(kernel: Tensor, length: int, how: str) -> Tensor:

@@ -23,7 +23,7 @@ _COMPUTED = "relative_position_index"
 
 @dataclass(frozen=True)
 class Report:
-    """How weights were matched to a model.
+    """The result of matching weights to a model.
 
     Attributes:
         path: the file.

@@ -45,7 +45,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds.
+    """The contents of a file of weights.
 
     Attributes:
         path: the file, for messages.
@@ -73,7 +73,7 @@ class Weights:
 
     @cached_property
     def encoder(self) -> str:
-        """What stands before the names of the encoder's weights."""
+        """The prefix of the encoder's names; empty where they stand by themselves."""
         found = (p for p in BACKBONES if f"{p}patch_embed1.proj.weight" in self.state)
         return next(found, "")
 
@@ -99,7 +99,7 @@ class Weights:
 
     @property
     def global_pool(self) -> str:
-        """How a classifier pools: its norm's name tells."""
+        """The pooling of a classifier, known by the name of its norm: "avg" or "token"."""
         return "avg" if "fc_norm.weight" in self.state else "token"
 
     @cached_property
@@ -142,7 +142,7 @@ class Weights:
 
 
 def within(name: str, modules: Sequence[str]) -> bool:
-    """Whether a name is one of these modules or parameters, or lies in one; `*` is a wildcard."""
+    """True for a name of these modules or parameters, or within one; `*` is a wildcard."""
     return any(fnmatchcase(name, m) or fnmatchcase(name, f"{m}.*") for m in modules)
 
 
