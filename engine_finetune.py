@@ -23,9 +23,10 @@ from util.data.loader import Loader
 from util.data.shards import is_shards
 from util.data.transforms import center_crop_transform
 from util.errors import UsageError
-from util.layers.architecture import constructor_args
-from util.run.args import complete, complete_architecture
+from util.layers.architecture import Architecture
+from util.run.args import derive_args
 from util.run.distributed import print_once, rank, world_size
+from util.run.geometry_args import described_architecture, fill_geometry_flags
 from util.run.logger import count_parameters
 from util.run.optim_step import amp_dtype
 from util.run.program import Stopped
@@ -308,7 +309,7 @@ def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Wei
                 f"--finetune {args.finetune} is {KINDS[weights.kind]}: give the checkpoint of a "
                 f"pretraining, or of a classifier"
             )
-    complete_architecture(args, weights and weights.architecture, weights and str(weights.path))
+    fill_geometry_flags(args, weights and weights.architecture, weights and str(weights.path))
     return content, weights
 
 
@@ -346,17 +347,18 @@ def build_classifier(
         The model, and how the weights were matched if there are any.
     """
     kwargs |= {"num_classes": len(classes), "global_pool": args.global_pool}
-    geometry = constructor_args(vars(args))
+    start = weights.architecture if weights else Architecture.named(args.model)
+    architecture = described_architecture(args, start)
     try:
         if weights is None:
-            return models[args.model](**geometry, **kwargs), None
+            return models[args.model](**architecture.kwargs(), **kwargs), None
         if weights.classes and list(weights.classes) != list(classes):
             weights = weights.without("head")
-        if len(weights.architecture["img_size"]) < len(geometry["img_size"]):
-            model = ConvViT(**{**weights.architecture, **geometry, **kwargs})
+        if weights.architecture.ndim < architecture.ndim:
+            model = ConvViT(**architecture.kwargs(), **kwargs)
             inflated = inflate_weights(weights, model, args.inflate)
             return model, load_weights(model, inflated, new=NEW_IN_CLASSIFIER)
-        return convvit_from_weights(weights, img_size=geometry["img_size"], **kwargs)
+        return convvit_from_weights(weights, img_size=architecture.img_size, **kwargs)
     except UsageError:
         raise
     except ValueError as error:
@@ -425,15 +427,15 @@ def evaluate_checkpoint(
             f"--eval: {weights.path} is {KINDS[weights.kind]}: it has no trained head; "
             f"fine-tune or probe it first, and evaluate the checkpoint of that run"
         )
-    complete_architecture(args, weights.architecture, str(weights.path))
-    complete(args, device.type, world_size())
+    fill_geometry_flags(args, weights.architecture, str(weights.path))
+    derive_args(args, device.type, world_size())
     dtype = amp_dtype(args.amp, device)
-    size = constructor_args(vars(args))["img_size"]
-    if len(size) != len(weights.architecture["img_size"]):
+    architecture = described_architecture(args, weights.architecture)
+    if architecture.ndim != weights.architecture.ndim:
         raise UsageError(f"--eval: {weights.path} is an image model: fine-tune it on videos first")
     loader = load(args, weights.classes)
     check_outputs(weights, loader.dataset)
-    model, report = convvit_from_weights(weights, img_size=size)
+    model, report = convvit_from_weights(weights, img_size=architecture.img_size)
     print_once(report)
     model.to(device)
     evaluation = evaluate(model, loader, device, dtype, args.max_bad_images, predict)

@@ -12,7 +12,7 @@ from torchvision.utils import save_image
 from models_convmae import MaskedAutoencoderConvViT
 from util.data.loader import Loader
 from util.errors import UsageError
-from util.layers.architecture import constructor_args
+from util.layers.architecture import Architecture
 from util.run.distributed import is_main_process, rank, world_size
 from util.run.logger import count_parameters
 from util.run.pictures import save_loss_curve
@@ -32,11 +32,12 @@ def build_model(
     Raises:
         UsageError: a geometry that the model cannot have.
     """
-    kwargs = constructor_args(vars(args)) | {"norm_pix_loss": args.norm_pix_loss}
+    kwargs = {"norm_pix_loss": args.norm_pix_loss}
     if "masking" in args:
         kwargs["masking"] = args.masking
     try:
-        return models[args.model](**kwargs)
+        architecture = Architecture.named(args.model).with_flags(vars(args))
+        return models[args.model](**architecture.encoder_kwargs(), **kwargs)
     except ValueError as error:
         raise UsageError(f"--model {args.model}, --input_size, --patch_size: {error}") from error
 

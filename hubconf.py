@@ -10,7 +10,6 @@ from torch import nn
 import models_convmae
 import models_convvit
 from util.errors import UsageError
-from util.layers.architecture import SIZES, size_name
 from util.weights.read import read_weights
 
 dependencies = ["torch", "timm", "safetensors"]
@@ -22,8 +21,8 @@ def _entry(
     def entry(checkpoint: str | None = None, **kwargs) -> nn.Module:
         if checkpoint is None:
             return factory(**kwargs)
-        size = size_name(read_weights(checkpoint).architecture)
-        if size in SIZES and f"_{size}_" not in factory.__name__:
+        size = read_weights(checkpoint).architecture.size_name
+        if size and f"_{size}_" not in factory.__name__:
             raise UsageError(f"{checkpoint} holds a {size} model, not a {factory.__name__}")
         return from_checkpoint(checkpoint, **kwargs)
 
@@ -35,7 +34,24 @@ def _entry(
     return entry
 
 
-for _name, _factory in models_convvit.MODELS.items():
-    globals()[_name] = _entry(_factory, models_convvit.convvit_from_checkpoint)
-for _name, _factory in models_convmae.MODELS.items():
-    globals()[_name] = _entry(_factory, models_convmae.convmae_from_checkpoint)
+def _classifier(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    return _entry(factory, models_convvit.convvit_from_checkpoint)
+
+
+def _autoencoder(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    return _entry(factory, models_convmae.convmae_from_checkpoint)
+
+
+convvit_tiny_patch16 = _classifier(models_convvit.convvit_tiny_patch16)
+convvit_small_patch16 = _classifier(models_convvit.convvit_small_patch16)
+convvit_base_patch16 = _classifier(models_convvit.convvit_base_patch16)
+convvit_large_patch16 = _classifier(models_convvit.convvit_large_patch16)
+convvit_huge_patch16 = _classifier(models_convvit.convvit_huge_patch16)
+convmae_convvit_tiny_patch16 = _autoencoder(models_convmae.convmae_convvit_tiny_patch16)
+convmae_convvit_small_patch16 = _autoencoder(models_convmae.convmae_convvit_small_patch16)
+convmae_convvit_base_patch16 = _autoencoder(models_convmae.convmae_convvit_base_patch16)
+convmae_convvit_large_patch16 = _autoencoder(models_convmae.convmae_convvit_large_patch16)
+convmae_convvit_huge_patch16 = _autoencoder(models_convmae.convmae_convvit_huge_patch16)
+convmae_convvit_base_patch16_dec512d8b = _autoencoder(
+    models_convmae.convmae_convvit_base_patch16_dec512d8b
+)

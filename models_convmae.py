@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models_convvit import LAYER_NORM, Block, ConvViTEncoder, conv_as_linear
 from util.errors import UsageError
-from util.layers.architecture import SIZES, constructor_args
+from util.layers.architecture import SIZES
 from util.layers.geometry import CONV, Geometry, to_nested_blocks
 from util.layers.pos_embed import get_sincos_pos_embed
 from util.weights.load import load_weights
@@ -27,13 +27,13 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
     """Masked autoencoder: encodes the visible blocks only and predicts the removed pixels.
 
     Args:
-        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, temporal_kernel,
-            norm_layer: the encoder's, see `ConvViTEncoder`.
+        img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, kernel_size,
+            temporal_kernel, norm_layer: the encoder's, see `ConvViTEncoder`.
         mask_unit: stage-3 tokens along each dimension that stay or go together, see `Geometry`.
         multi_scale: fuse stages 1 and 2 into what the decoder sees (paper section 3.2).
         decoder_embed_dim: width of the decoder.
         decoder_depth: transformer blocks of the decoder.
-        decoder_num_heads: attention heads of the decoder.
+        decoder_num_heads: attention heads of the decoder; its MLP ratio is the first stage's.
         norm_pix_loss: compare with patches normalised by their own mean and variance.
 
     Raises:
@@ -49,6 +49,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         depth: Sequence[int] = (2, 2, 11),
         num_heads: int = 12,
         mlp_ratio: Sequence[float] = (4, 4, 4),
+        kernel_size: int = 5,
         temporal_kernel: int = 3,
         mask_unit: Sequence[int] | None = None,
         multi_scale: bool = True,
@@ -66,6 +67,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             depth=depth,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
+            kernel_size=kernel_size,
             temporal_kernel=temporal_kernel,
             norm_layer=norm_layer,
         )
@@ -91,7 +93,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             torch.zeros(1, geometry.num_patches, decoder_embed_dim), requires_grad=False
         )
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, 4, norm_layer=norm_layer)
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio[0], norm_layer=norm_layer)
             for _ in range(decoder_depth)
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
@@ -312,7 +314,14 @@ def convmae_convvit_huge_patch16(**kwargs) -> MaskedAutoencoderConvViT:
 convmae_convvit_base_patch16_dec512d8b = convmae_convvit_base_patch16
 
 # Model name to factory, for command lines and checkpoints.
-MODELS = {name: value for name, value in vars().items() if name.startswith("convmae_convvit_")}
+MODELS = {
+    "convmae_convvit_tiny_patch16": convmae_convvit_tiny_patch16,
+    "convmae_convvit_small_patch16": convmae_convvit_small_patch16,
+    "convmae_convvit_base_patch16": convmae_convvit_base_patch16,
+    "convmae_convvit_base_patch16_dec512d8b": convmae_convvit_base_patch16_dec512d8b,
+    "convmae_convvit_large_patch16": convmae_convvit_large_patch16,
+    "convmae_convvit_huge_patch16": convmae_convvit_huge_patch16,
+}
 
 
 def convmae_from_checkpoint(
@@ -341,8 +350,12 @@ def convmae_from_checkpoint(
         )
     known = {k: args[k] for k in ("norm_pix_loss", "masking") if args.get(k) is not None}
     try:
-        model = models[name](**constructor_args(args), **known)
+        model = models[name](**weights.architecture.encoder_kwargs(), **known)
     except ValueError as error:
         raise UsageError(f"checkpoint {path}: {error}") from error
-    load_weights(model, weights)
+    more = load_weights(model, weights).unexpected
+    if more:
+        raise UsageError(
+            f"checkpoint {path} holds {len(more)} weights that a {name} does not have: {more[0]}, …"
+        )
     return model

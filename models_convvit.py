@@ -32,6 +32,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
+from util.errors import UsageError
 from util.layers.architecture import SIZES
 from util.layers.depthwise import DenseGrid, VisibleGrid, Windows
 from util.layers.fused import apply_normed, gelu_linear, is_bare, norm_linear
@@ -127,7 +128,7 @@ class ConvMlp(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """The block of stages 1 and 2: a 5×5 depthwise convolution takes the place of attention.
+    """The block of stages 1 and 2: a depthwise convolution (5×5) takes the place of attention.
 
     `forward` is the published form on a grid, with block-wise masking when a mask is given; it
     computes everything, visible or not. `forward_tokens` computes the same on tokens with their
@@ -256,8 +257,8 @@ class ConvViTEncoder(nn.Module):
         depth: blocks of each stage.
         num_heads: attention heads of stage 3.
         mlp_ratio: hidden width of the MLPs over the stage's width, for each stage.
-        temporal_kernel: extent in time of the depthwise convolutions of a video model, odd; in
-            space they are 5×5.
+        kernel_size: extent in space of the depthwise convolutions, odd.
+        temporal_kernel: extent in time of those of a video model, odd.
         drop_path_rate: stochastic depth, linear from 0 over all blocks of all stages.
         norm_layer: LayerNorm of stage 3 and after; the stages before always use eps 1e-5.
         block: makes the blocks of stage 3, from the arguments of `Block`.
@@ -276,21 +277,23 @@ class ConvViTEncoder(nn.Module):
         depth: Sequence[int] = (2, 2, 11),
         num_heads: int = 12,
         mlp_ratio: Sequence[float] = (4, 4, 4),
+        kernel_size: int = 5,
         temporal_kernel: int = 3,
         drop_path_rate: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
         block: Callable[..., Block] = Block,
     ) -> None:
         super().__init__()
-        if temporal_kernel < 1 or temporal_kernel % 2 == 0:
-            raise ValueError(f"temporal_kernel {temporal_kernel} must be odd")
+        for name, extent in (("kernel_size", kernel_size), ("temporal_kernel", temporal_kernel)):
+            if extent < 1 or extent % 2 == 0:
+                raise ValueError(f"{name} {extent} must be odd")
         for name, value in (("embed_dim", embed_dim), ("depth", depth), ("mlp_ratio", mlp_ratio)):
             if len(value) != 3:
                 raise ValueError(f"{name} {tuple(value)} must have three entries, one a stage")
         self.geometry = geometry = Geometry.of(img_size, patch_size)
         self.in_chans = in_chans
         self.embed_dim = tuple(embed_dim)
-        self.kernel = kernel = (temporal_kernel, 5, 5)[-geometry.ndim :]
+        self.kernel = kernel = (temporal_kernel, kernel_size, kernel_size)[-geometry.ndim :]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depth), device="cpu").tolist())
 
         self.pos_embed = nn.Parameter(torch.zeros(1, geometry.num_patches, embed_dim[2]))
@@ -639,12 +642,16 @@ def convvit_from_weights(
         The model and how the weights were matched.
 
     Raises:
-        UsageError: weights of something else.
+        UsageError: weights of something else, or arguments that do not fit them.
     """
     trained = weights.kind in ("classifier", "probe")
     kwargs = {"global_pool": weights.global_pool if trained else "avg", **kwargs}
     outputs = weights.num_classes if num_classes is None else num_classes
-    model = ConvViT(num_classes=outputs, **{**weights.architecture, **kwargs})
+    kwargs = {**weights.architecture.kwargs(), **kwargs}
+    try:
+        model = ConvViT(num_classes=outputs, **kwargs)
+    except ValueError as error:
+        raise UsageError(f"checkpoint {weights.path}: {error}") from error
     if num_classes is None and weights.kind == "probe":
         model.add_probe_norm()
     as_trained = num_classes is None and trained
@@ -725,4 +732,10 @@ def convvit_huge_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
 
 
 # Model name to factory, for command lines.
-MODELS = {name: globals()[name] for name in default_cfgs}
+MODELS = {
+    "convvit_tiny_patch16": convvit_tiny_patch16,
+    "convvit_small_patch16": convvit_small_patch16,
+    "convvit_base_patch16": convvit_base_patch16,
+    "convvit_large_patch16": convvit_large_patch16,
+    "convvit_huge_patch16": convvit_huge_patch16,
+}

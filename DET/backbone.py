@@ -8,7 +8,6 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer_sam import (
     get_rel_pos,
     window_partition,
@@ -242,12 +241,6 @@ class SingleScaleConvViTDet(_DetectionConvViT):
             tables = (window, window) if window else grid
             self._set_attention(i, DecomposedAttention(width, heads, window, tables))
         self._set_features({"last_feat": width}, {"last_feat": stride[-1]})
-
-    def position_embedding(self, grid: Sequence[int]) -> Tensor:
-        """The table `[1, L, C]` for a grid, interpolated as Detectron2's ViT does."""
-        return resample_abs_pos_embed(
-            self.pos_embed, list(grid), self.geometry.grid(3), num_prefix_tokens=0, antialias=False
-        )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images `[N, in_chans, H, W]` to the stage-3 map at 1/16, `last_feat`."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from util.errors import UsageError
-from util.run.args import DEFAULT_CLIP
+from util.layers.architecture import Architecture
 from util.run.parser import Parser, positive_int
 from VideoConvMAE.sampling import SAMPLINGS
 
@@ -28,8 +28,10 @@ def add_clip_args(
         help="what the paths of a list are relative to (default: the list's folder)",
     )
 
+    defaults = Architecture().with_time().flags()
+
     def add(name: str, help: str) -> None:
-        default = DEFAULT_CLIP[name]
+        default = defaults[name]
         follows = f" (default: the checkpoint's, else {default})" if follow_checkpoint else ""
         group.add_argument(
             f"--{name}",

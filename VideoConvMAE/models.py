@@ -9,10 +9,11 @@ from pathlib import Path
 
 from models_convmae import MaskedAutoencoderConvViT, convmae_from_checkpoint
 from models_convvit import ConvViT
-from util.layers.architecture import SIZES
+from util.layers.architecture import SIZES, Architecture
 from util.layers.geometry import Geometry
 
-VIDEO = dict(img_size=(16, 224, 224), patch_size=((2, 4, 4), (1, 2, 2), (1, 2, 2)))
+_GEOMETRY = Architecture().with_time().geometry  # 16 frames of 224 x 224 pixels
+VIDEO = dict(img_size=_GEOMETRY.img_size, patch_size=_GEOMETRY.patch_size)
 DECODER = dict(decoder_embed_dim=384, decoder_depth=4, decoder_num_heads=6)
 TINY_DECODER = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
 MASKINGS = ("tube", "random")
@@ -90,11 +91,22 @@ def videoconvvit_base_patch16(**kwargs) -> ConvViT:
     return ConvViT(**{**VIDEO, **SIZES["base"], **kwargs})
 
 
+# Model name to factory, for command lines and checkpoints.
+MODELS = {
+    "videoconvmae_tiny_patch16": videoconvmae_tiny_patch16,
+    "videoconvmae_small_patch16": videoconvmae_small_patch16,
+    "videoconvmae_base_patch16": videoconvmae_base_patch16,
+    "videoconvmae_tiny_patch16_msd": videoconvmae_tiny_patch16_msd,
+    "videoconvmae_small_patch16_msd": videoconvmae_small_patch16_msd,
+    "videoconvmae_base_patch16_msd": videoconvmae_base_patch16_msd,
+}
+CLASSIFIERS = {
+    "videoconvvit_tiny_patch16": videoconvvit_tiny_patch16,
+    "videoconvvit_small_patch16": videoconvvit_small_patch16,
+    "videoconvvit_base_patch16": videoconvvit_base_patch16,
+}
+
+
 def videoconvmae_from_checkpoint(path: str | Path) -> MaskedAutoencoderConvViT:
     """The masked autoencoder of a pretraining on videos, see `convmae_from_checkpoint`."""
     return convmae_from_checkpoint(path, MODELS)
-
-
-# Model name to factory, for command lines and checkpoints.
-MODELS = {n: f for n, f in vars().items() if n.startswith("videoconvmae_") and "_patch" in n}
-CLASSIFIERS = {n: f for n, f in vars().items() if n.startswith("videoconvvit_")}

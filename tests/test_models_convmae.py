@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.reference import DenseMaskedAutoencoder
-from models_convmae import MODELS, MaskedAutoencoderConvViT
+from models_convmae import MODELS, MaskedAutoencoderConvViT, convmae_from_checkpoint
+from util.errors import UsageError
 from util.layers.pos_embed import get_sincos_pos_embed
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,6 +39,7 @@ GEOMETRIES = {
     "no conv blocks": dict(depth=(0, 0, 1)),
     "conv blocks in stage 2 only": dict(depth=(0, 1, 1)),
     "three conv blocks": dict(depth=(3, 3, 1)),
+    "7x7 depthwise convolutions": dict(kernel_size=7),
     "video": dict(
         img_size=(4, 32, 48),
         patch_size=((2, 4, 4), (1, 2, 2), (1, 2, 2)),
@@ -181,6 +183,33 @@ def test_sizes_are_the_papers(size, widths, depths, heads, ratios):
     assert model.geometry.grid(3) == (14, 14)
     assert model.decoder_embed.out_features == 512
     assert [block.attn.num_heads for block in model.decoder_blocks] == [16] * 8
+
+
+def test_a_checkpoint_gives_the_model_that_was_saved_whatever_its_size(tmp_path):
+    name = "convmae_convvit_tiny_patch16"
+    sizes = dict(embed_dim=(8, 16, 64), depth=(1, 0, 2), num_heads=1, kernel_size=3)
+    source = MODELS[name](img_size=(32, 96), in_chans=1, patch_size=(2, 2, 2), **sizes)
+    args = {"model": name, "input_size": [32, 96], "num_heads": 1, "norm_pix_loss": True}
+    torch.save({"model": source.state_dict(), "args": args}, tmp_path / "x.pth")
+    model, imgs = convmae_from_checkpoint(tmp_path / "x.pth"), torch.randn(1, 1, 32, 96)
+    assert model.norm_pix_loss
+    noise = torch.rand(1, source.geometry.num_patches)
+    assert torch.equal(model(imgs, noise=noise)[1], source(imgs, noise=noise)[1])
+
+
+def test_a_checkpoint_with_more_than_its_model_has_is_refused(tmp_path):
+    name = "convmae_convvit_tiny_patch16"
+    source = MODELS[name](img_size=32, decoder_depth=3)
+    torch.save({"model": source.state_dict(), "args": {"model": name}}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=rf"12 weights that a {name} does not have: decoder_bl"):
+        convmae_from_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(("size", "hidden"), [("small", 2048), ("base", 2048), ("large", 4096)])
+def test_the_decoders_mlp_ratio_is_the_first_stages(size, hidden):
+    with torch.device("meta"):
+        model = MODELS[f"convmae_convvit_{size}_patch16"]()
+    assert {block.mlp.fc1.out_features for block in model.decoder_blocks} == {hidden}
 
 
 def test_a_factory_takes_any_argument_of_the_model():

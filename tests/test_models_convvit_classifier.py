@@ -9,7 +9,7 @@ from safetensors import safe_open
 from timm.optim import param_groups_layer_decay
 
 from models_convvit import ConvViT
-from util.layers.architecture import SIZES, read_architecture, size_name
+from util.layers.architecture import SIZES
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(embed_dim=(16, 24, 32), depth=(2, 1, 2), num_heads=2)
@@ -155,46 +155,6 @@ def test_the_classifier_compiles_to_one_graph():
     model, x = tiny(), torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
-
-
-ODD = dict(
-    embed_dim=(24, 40, 80),
-    depth=(1, 0, 3),
-    num_heads=1,
-    mlp_ratio=(2, 4, 3),
-    patch_size=((4, 4), (4, 4), (2, 2)),
-    in_chans=4,
-    img_size=96,
-)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "name"),
-    [
-        (SIZES["small"], "small"),
-        (SIZES["base"], "base"),
-        (SIZES["large"], "large"),
-        (SIZES["huge"], "huge"),
-        ({**SIZES["base"], "class_token": True}, "base"),
-        (ODD, "another size"),
-    ],
-    ids=["small", "base", "large", "huge", "v2", "odd"],
-)
-def test_the_architecture_is_read_off_the_shapes(kwargs, name):
-    with torch.device("meta"):
-        model = ConvViT(**kwargs)
-    architecture = read_architecture({n: v.shape for n, v in model.state_dict().items()})
-    with torch.device("meta"):
-        again = ConvViT(**architecture)
-    shapes = {n: v.shape for n, v in again.state_dict().items()}
-    assert shapes == {n: v.shape for n, v in model.state_dict().items()}
-    assert architecture["num_heads"] == kwargs["num_heads"]
-    assert size_name(architecture) == name
-
-
-def test_weights_of_another_model_have_no_architecture():
-    with pytest.raises(ValueError, match="no weights of a ConvViT"):
-        read_architecture({"conv1.weight": (64, 3, 7, 7)})
 
 
 def test_drop_path_rises_over_all_blocks_of_all_stages():

@@ -267,6 +267,18 @@ def test_the_table_of_another_size_is_resized_to_the_grid():
         torch.testing.assert_close(feature, larger(images)[name])
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+@torch.no_grad()
+def test_the_absolute_table_is_resized_by_plain_bicubic_interpolation(backbone):
+    model = small(backbone)
+    old = model.geometry.grid(3)
+    table = model.pos_embed.unflatten(1, old).permute(0, 3, 1, 2)
+    for grid in ((6, 4), (1, 2)):
+        expected = F.interpolate(table, size=grid, mode="bicubic", align_corners=False)
+        expected = expected.permute(0, 2, 3, 1).flatten(1, 2)
+        torch.testing.assert_close(model.position_embedding(grid), expected, rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_a_relative_bias_keeps_its_shifts_on_a_smaller_grid():
     model = small(ConvViTDet)

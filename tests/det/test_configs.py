@@ -64,7 +64,7 @@ def test_the_backbone_in_a_detector_has_the_published_names(name, part, golden):
     assert own == KEYS[golden]
     weights = Weights(Path("published.pth"), state)
     assert (weights.kind, weights.num_classes, weights.encoder) == ("detector", 80, part)
-    assert weights.architecture["depth"] == (2, 2, 11)
+    assert weights.architecture.depth == (2, 2, 11)
 
 
 # --- schedules -----------------------------------------------------------------------------------

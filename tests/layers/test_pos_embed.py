@@ -2,9 +2,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from safetensors.numpy import load_file
 
-from util.layers.pos_embed import get_1d_sincos_pos_embed, get_sincos_pos_embed
+from util.layers.pos_embed import (
+    get_1d_sincos_pos_embed,
+    get_sincos_pos_embed,
+    resize_pos_embed,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lars_and_pos_embed.safetensors"
 
@@ -60,3 +66,19 @@ def test_width_that_does_not_divide_is_refused_with_the_numbers(width, grid, mul
         ValueError, match=rf"{len(grid)} dimensions.*multiple of {multiple}, .*{width}"
     ):
         get_sincos_pos_embed(width, grid)
+
+
+@pytest.mark.parametrize("prefix_rows", [0, 1])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((6, 10), (9, 4)), ((14, 14), (10, 18))],
+    ids=str,
+)
+def test_a_table_is_resized_by_plain_bicubic_interpolation(old, new, prefix_rows):
+    torch.manual_seed(0)
+    table = torch.randn(1, prefix_rows + old[0] * old[1], 5)
+    grid = table[:, prefix_rows:].unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    expected = torch.cat([table[:, :prefix_rows], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    resized = resize_pos_embed(table, old, new, prefix_rows)
+    torch.testing.assert_close(resized, expected, rtol=0, atol=0)

@@ -7,7 +7,7 @@ import pytest
 
 from util.errors import UsageError
 from util.run import args as arguments
-from util.run.args import check_writable, complete
+from util.run.args import check_writable, derive_args
 from util.run.parser import ChoiceOf, Parser
 from util.run.same_run import MAY_CHANGE, check_same_run, plain
 
@@ -32,7 +32,7 @@ def parse(line=""):
 
 def completed(line="", device="cpu", processes=1):
     args = parse(line)
-    complete(args, device, processes)
+    derive_args(args, device, processes)
     return args
 
 

@@ -11,7 +11,6 @@ from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
 from tests.test_models_convmae import assert_gradients_close, gradients, pixel_mask
 from util.errors import UsageError
-from util.layers.architecture import read_architecture
 from util.layers.geometry import Geometry
 from util.layers.pos_embed import get_sincos_pos_embed, resize_pos_embed
 from util.weights.inflate import inflate_weights
@@ -67,9 +66,10 @@ def test_visible_only_equals_dense(unit, multi_scale, mask_ratio):
     assert_gradients_close(gradients(model, loss), gradients(dense, dense_loss), 1e-4)
 
 
-@pytest.mark.parametrize("temporal_kernel", [1, 3, 5])
-def test_visible_only_equals_dense_with_every_temporal_extent(temporal_kernel):
-    kwargs = dict(mask_unit=(4, 1, 1), temporal_kernel=temporal_kernel)
+@pytest.mark.parametrize(("temporal_kernel", "kernel_size"), [(1, 5), (3, 5), (5, 5), (3, 3)])
+def test_visible_only_equals_dense_with_every_extent(temporal_kernel, kernel_size):
+    kernel = dict(temporal_kernel=temporal_kernel, kernel_size=kernel_size)
+    kwargs = dict(mask_unit=(4, 1, 1), **kernel)
     model = build(**kwargs).double()
     dense = DenseMaskedAutoencoder(**TINY | kwargs).double()
     dense.load_state_dict(model.state_dict())
@@ -79,7 +79,7 @@ def test_visible_only_equals_dense_with_every_temporal_extent(temporal_kernel):
     weight = torch.randn_like(pred)
     grads = [gradients(m, (p * weight).mean()) for m, p in ((model, pred), (dense, dense_pred))]
     assert_gradients_close(*grads, 1e-9)
-    assert model.blocks1[0].attn.weight.shape[2:] == (temporal_kernel, 5, 5)
+    assert model.blocks1[0].attn.weight.shape[2:] == (temporal_kernel, kernel_size, kernel_size)
 
 
 # ---- Nothing leaks -------------------------------------------------------------------------------
@@ -160,6 +160,8 @@ def test_a_ratio_that_leaves_no_tube_is_refused_with_the_numbers():
 def test_an_even_temporal_extent_is_refused():
     with pytest.raises(ValueError, match="temporal_kernel 4 must be odd"):
         build(temporal_kernel=4)
+    with pytest.raises(ValueError, match="kernel_size 4 must be odd"):
+        build(kernel_size=4)
 
 
 # ---- Targets -------------------------------------------------------------------------------------
@@ -279,6 +281,21 @@ def test_a_picture_encoder_starts_a_video_autoencoder_with_its_own_fixed_positio
     assert report.unexpected == []
 
 
+def test_inflated_weights_have_the_architecture_of_the_pictures_with_time():
+    image = image_classifier()
+    video = ConvViT(img_size=(16, 48, 64), patch_size=PATCH, temporal_kernel=5, **SIZES)
+    inflated = inflate_weights(weights_of(image), video, "center")
+    assert inflated.architecture.geometry == video.geometry
+    assert inflated.architecture.temporal_kernel == 5
+    assert inflated.state["pos_embed"].shape == video.pos_embed.shape
+
+
+def test_a_picture_checkpoint_of_another_size_is_inflated_and_resized():
+    larger = ConvViT(img_size=(16, 64, 64), patch_size=PATCH, num_classes=3, **SIZES)
+    report = load_weights(larger, inflate_weights(weights_of(image_classifier()), larger, "center"))
+    assert report.resized == ["pos_embed (8x3x4 to 8x4x4)"]
+
+
 def test_a_video_models_weights_need_no_inflation():
     with pytest.raises(UsageError, match="no image model's"):
         inflate_weights(weights_of(build()), build(), "center")
@@ -287,30 +304,9 @@ def test_a_video_models_weights_need_no_inflation():
 def test_a_video_checkpoint_of_another_length_and_size_is_resized():
     model = ConvViT(img_size=(8, 48, 64), patch_size=PATCH, num_classes=3, **SIZES)
     larger = ConvViT(img_size=(16, 64, 64), patch_size=PATCH, num_classes=3, **SIZES)
-    report = load_weights(larger, weights_of(model, args={"input_size": [8, 48, 64]}))
+    report = load_weights(larger, weights_of(model, args={"num_frames": 8, "input_size": [48, 64]}))
     assert report.resized == ["pos_embed (4x3x4 to 8x4x4)"]
     assert torch.equal(larger.pos_embed, resize_pos_embed(model.pos_embed, (4, 3, 4), (8, 4, 4)))
-
-
-@pytest.mark.parametrize("temporal_kernel", [1, 5])
-def test_the_architecture_is_read_off_the_shapes(temporal_kernel):
-    model = build(temporal_kernel=temporal_kernel)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    architecture = read_architecture(shapes, (8, 48, 64))
-    encoder = ConvViT(**{**architecture, "num_heads": 2, "num_classes": 0})
-    assert architecture["temporal_kernel"] == temporal_kernel
-    assert architecture["img_size"] == (8, 48, 64)
-    ours = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-    assert ours.items() - {("fc_norm.weight", (12,)), ("fc_norm.bias", (12,))} <= shapes.items()
-
-
-@pytest.mark.parametrize("size", [(16, 64, 64), (16, 224, 224), (4, 48, 48), (8, 80, 80)], ids=str)
-def test_without_a_hint_a_video_has_16_frames_or_the_fewest_square_ones(size):
-    model = ConvViT(img_size=size, patch_size=PATCH, **SIZES)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    assert math.prod(read_architecture(shapes)["img_size"]) == math.prod(size)
-    if size[0] == 16:
-        assert read_architecture(shapes)["img_size"] == size
 
 
 # ---- Factories -----------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import models_convmae
 from models_convvit import ConvViT, convvit_from_checkpoint, convvit_from_weights
 from tests.runs import call
 from util.errors import TrainingError, UsageError
-from util.layers.architecture import SIZES, read_architecture
+from util.layers.architecture import SIZES
 from util.layers.rel_pos import RelativePositionBias, resize_relative_table
 from util.weights.checkpoint import save_atomically
 from util.weights.describe import describe
@@ -208,7 +209,7 @@ def test_a_position_table_is_resized_to_the_input(class_token, tmp_path):
 def test_a_table_that_is_not_square_is_known_by_the_arguments_of_its_run(tmp_path):
     source = classifier(img_size=(32, 128))  # 2 x 8 tokens, as many as 4 x 4
     path = saved(tmp_path / "x.pth", source, args={"input_size": [32, 128]})
-    assert read_weights(path).architecture["img_size"] == (32, 128)
+    assert read_weights(path).architecture.img_size == (32, 128)
     assert convvit_from_checkpoint(path, num_heads=2).geometry.img_size == (32, 128)
 
 
@@ -217,6 +218,39 @@ def test_a_resized_table_is_reported_with_both_sizes(tmp_path):
     _, report = convvit_from_weights(weights, img_size=96, num_heads=2)
     assert report.resized == ["pos_embed (4x4 to 6x6)"]
     assert "resized: pos_embed (4x4 to 6x6)" in str(report)
+
+
+def test_a_row_added_for_a_class_token_is_reported_as_such(tmp_path):
+    state = classifier(class_token=True).state_dict()
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    weights = weights_of({"model": state}, tmp_path / "x.pth")
+    _, report = convvit_from_weights(weights, num_heads=2)
+    assert report.resized == ["pos_embed (a row of zeros added for the class token)"]
+    _, report = convvit_from_weights(weights, num_heads=2, img_size=96)
+    assert report.resized == ["pos_embed (4x4 to 6x6, a row of zeros added for the class token)"]
+
+
+def test_a_class_tokens_row_that_is_left_out_is_reported_as_such(tmp_path):
+    weights = read_weights(saved(tmp_path / "x.pth", classifier(class_token=True)))
+    model = classifier(num_classes=5)
+    report = load_weights(model, weights)
+    assert report.resized == ["pos_embed (the class token's row left out)"]
+    assert torch.equal(model.pos_embed, weights.state["pos_embed"][:, 1:])
+
+
+@pytest.mark.parametrize("size", [(384, 384), (112, 112), (96, 272)], ids=str)
+@pytest.mark.parametrize("class_token", [False, True])
+def test_a_loaded_table_is_the_plain_bicubic_of_the_files(size, class_token):
+    source = classifier(img_size=224, class_token=class_token)
+    weights = weights_of({"model": source.state_dict()}, "x.pth")
+    model, _ = convvit_from_weights(weights, img_size=size, num_heads=2)
+    table = source.pos_embed[:, class_token:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+    expected = F.interpolate(
+        table, size=model.geometry.grid(3), mode="bicubic", align_corners=False
+    )
+    rows = model.pos_embed[:, class_token:].unflatten(1, model.geometry.grid(3))
+    torch.testing.assert_close(rows.permute(0, 3, 1, 2), expected, rtol=0, atol=0)
+    assert torch.equal(model.pos_embed[:, :class_token], source.pos_embed[:, :class_token])
 
 
 def test_both_tables_of_an_autoencoder_are_resized(tmp_path):
@@ -327,6 +361,28 @@ def test_weights_of_something_else_are_refused(tmp_path):
         convvit_from_checkpoint(tmp_path / "x.pth")
 
 
+def test_a_shape_that_claims_more_than_the_file_holds_is_refused(tmp_path):
+    state = classifier().state_dict()
+    state["pos_embed"] = torch.zeros(1, 1, 24).expand(1, 10**9, 24)
+    torch.save({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"numbers of pos_embed: its shape of 1x1000000000x24"):
+        convvit_from_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_gap_in_the_blocks_is_refused_in_one_line(tmp_path):
+    state = classifier().state_dict() | {"blocks3.1000000000.norm1.weight": torch.ones(24)}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"x\.pth: blocks3\.1000000000 is there, but blocks3\.2 "):
+        convvit_from_checkpoint(tmp_path / "x.pth")
+
+
+def test_kernels_that_no_encoder_has_are_refused_in_one_line(tmp_path):
+    state = classifier().state_dict() | {"blocks1.0.attn.weight": torch.ones(8, 1, 4, 4)}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"x\.pth: kernel_size 4 must be odd"):
+        convvit_from_checkpoint(tmp_path / "x.pth", num_heads=2)
+
+
 @pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 3, "args": {"lr": 1.0}}])
 def test_a_file_without_weights_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "x.pth")
@@ -353,42 +409,6 @@ def test_nothing_is_loaded_if_something_does_not_fit(tmp_path):
     with pytest.raises(UsageError):
         load_weights(model, weights)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-
-
-# --- the architecture ----------------------------------------------------------------------------
-
-# As the v2 checkpoints are said to be: other MLP ratios and patches than the paper's, class token.
-V2_LIKE = dict(
-    embed_dim=(384, 768, 1024), depth=(2, 2, 20), num_heads=16, mlp_ratio=(4, 4, 4),
-    patch_size=(4, 2, 2), class_token=True,
-)  # fmt: skip
-ODD = dict(
-    embed_dim=(48, 80, 192), depth=(1, 3, 5), num_heads=3, mlp_ratio=(2, 3, 6),
-    patch_size=((2, 4), (2, 1), (4, 4)), in_chans=4, img_size=(48, 96),
-)  # fmt: skip
-ARCHITECTURES = {name: SIZES[name] for name in ("small", "base", "large")}
-ARCHITECTURES |= {"v2-like": V2_LIKE, "odd": ODD}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_architecture_is_read_off_the_shapes(name):
-    wanted = ARCHITECTURES[name]
-    with torch.device("meta"):
-        model = ConvViT(**wanted)
-        state = model.state_dict()
-        size = {"input_size": wanted.get("img_size", 224)}
-        weights = weights_of({"model": state, "args": size}, f"{name}.pth")
-        again = ConvViT(**weights.architecture)
-    assert {k: v.shape for k, v in again.state_dict().items()} == {
-        k: v.shape for k, v in state.items()
-    }
-    assert again.blocks3[0].attn.num_heads == wanted["num_heads"]
-    assert again.geometry == model.geometry
-
-
-def test_weights_of_something_else_have_no_architecture():
-    with pytest.raises(ValueError, match=r"no weights of a ConvViT: 'patch_embed1.*is missing"):
-        read_architecture({"weight": (3, 2)})
 
 
 # --- the published files, by their names and shapes ----------------------------------------------

@@ -1,7 +1,11 @@
-"""The paper's model sizes, and the architecture of a ConvViT read off its weights' shapes."""
+"""The architecture of a ConvViT encoder: from flags, from weights' shapes, to arguments."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+from util.layers.geometry import Geometry, show_size
 
 # Widths, blocks and MLP ratios of the three stages; "tiny" is ours.
 SIZES = {
@@ -11,139 +15,300 @@ SIZES = {
     "large": dict(embed_dim=(384, 768, 1024), depth=(2, 2, 23), num_heads=16, mlp_ratio=(8, 8, 4)),
     "huge": dict(embed_dim=(768, 1024, 1280), depth=(2, 2, 31), num_heads=16, mlp_ratio=(8, 8, 4)),
 }
+# Of a model that neither flags nor weights decide; the last two of a video model.
+_PICTURES = Geometry.of(224, (4, 2, 2))
+NUM_FRAMES, TUBELET = 16, 2
 
 
-def read_architecture(
-    shapes: Mapping[str, Sequence[int]], img_size: Sequence[int] | None = None
-) -> dict[str, object]:
-    """The constructor's arguments of the encoder that weights belong to.
+@dataclass(frozen=True)
+class Architecture:
+    """The things that a ConvViT encoder is built from; the defaults are the base image model's.
 
-    Heads are not in the shapes: a known width has its published number, any other 64 channels a
-    head. Nor are the proportions of the input: without a hint that fits a picture is taken to be
-    square, and a video to have 16 frames, or else the fewest that make its frames square.
+    The flags of a run, as `flags` and `with_flags` know them, are `input_size` (a number, or one
+    each for height and width), `patch_size` (strides of the stages in space) and the fields of
+    this class but `class_token`; of a video model also `num_frames`, `tubelet` (frames of a cube,
+    all in stage 1) and `temporal_kernel`.
 
-    Args:
-        shapes: name to shape, as in the published checkpoints; more names do no harm.
-        img_size: what is known of the input, used if it has the number of tokens.
+    Attributes:
+        geometry: size of the input, strides of the stages.
+        in_chans: channels of the input.
+        embed_dim: width of each stage.
+        depth: blocks of each stage.
+        num_heads: attention heads of stage 3.
+        mlp_ratio: hidden width of the MLPs over the stage's width, for each stage.
+        class_token: a token before those of the grid, as the v2 checkpoints have it.
+        kernel_size: extent in space of the depthwise convolutions of stages 1 and 2.
+        temporal_kernel: their extent in time in a video model.
+    """
 
-    Returns:
-        `img_size`, `patch_size`, `in_chans`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio` and
-        `class_token`; of a video model also `temporal_kernel`.
+    geometry: Geometry = _PICTURES
+    in_chans: int = 3
+    embed_dim: tuple[int, ...] = (256, 384, 768)
+    depth: tuple[int, ...] = (2, 2, 11)
+    num_heads: int = 12
+    mlp_ratio: tuple[float, ...] = (4, 4, 4)
+    class_token: bool = False
+    kernel_size: int = 5
+    temporal_kernel: int = 3
+
+    @classmethod
+    def named(cls, model: str) -> "Architecture":
+        """The image architecture of a model's name, such as "convvit_base_patch16".
+
+        Raises:
+            ValueError: a name without one of `SIZES` in it.
+        """
+        size = next((part for part in model.split("_") if part in SIZES), None)
+        if size is None:
+            raise ValueError(f"model {model} names none of the sizes {', '.join(SIZES)}")
+        return cls(**SIZES[size])
+
+    @classmethod
+    def from_shapes(
+        cls, shapes: Mapping[str, Sequence[int]], flags: Mapping[str, object] | None = None
+    ) -> "Architecture":
+        """The architecture that weights belong to.
+
+        Neither heads nor the proportions of the input are in the shapes. Without flags that fit,
+        a published width has its published number of heads, any other 64 channels a head; a
+        picture is as square as its tokens allow; a video has 16 frames if that makes them square,
+        else the fewest that do.
+
+        Args:
+            shapes: name to shape, as in the published checkpoints; more names do no harm.
+            flags: arguments of the run that wrote the weights, whatever they hold.
+
+        Raises:
+            ValueError: weights that are no ConvViT's, or whose blocks have a gap.
+        """
+        names = [f"patch_embed{stage}.proj.weight" for stage in (1, 2, 3)] + ["pos_embed"]
+        for name in names:
+            if name not in shapes:
+                raise ValueError(f"these are no weights of a ConvViT: {name!r} is missing")
+        projections, table = [tuple(shapes[name]) for name in names[:3]], tuple(shapes["pos_embed"])
+        ndim = len(projections[0]) - 2
+        if (
+            {len(shape) for shape in projections} not in ({4}, {5})
+            or len(table) != 3
+            or min(map(min, (*projections, table))) < 1
+        ):
+            found = ", ".join(f"{name} {show_size(shapes[name]) or 'a number'}" for name in names)
+            raise ValueError(f"these are no weights of a ConvViT, by the shapes of {found}")
+        flags = flags or {}
+        embed_dim = tuple(shape[0] for shape in projections)
+        patch_size = tuple(shape[2:] for shape in projections)
+        class_token = "cls_token" in shapes
+        depth = tuple(_count_blocks(shapes, f"blocks{stage}.") for stage in (1, 2, 3))
+        hidden = (shapes.get(f"blocks{stage}.0.mlp.fc1.weight") for stage in (1, 2, 3))
+        kernels = [shapes.get(f"blocks{stage}.0.attn.weight", ())[2:] for stage in (1, 2)]
+        kernel = next((kernel for kernel in kernels if len(kernel) == ndim), (3, 5, 5))
+        return cls(
+            geometry=_guess_geometry(table[1], class_token, patch_size, flags),
+            in_chans=projections[0][1],
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=_guess_heads(embed_dim[2], flags),
+            mlp_ratio=tuple(
+                _ratio(fc1[0], dim) if fc1 else 4
+                for fc1, dim in zip(hidden, embed_dim, strict=True)
+            ),
+            class_token=class_token,
+            kernel_size=kernel[-1],
+            temporal_kernel=kernel[0] if len(kernel) == 3 else 3,
+        )
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the input: 2 for pictures, 3 for videos."""
+        return self.geometry.ndim
+
+    @property
+    def img_size(self) -> tuple[int, ...]:
+        """Size of the input in pixels; a video's frames first."""
+        return self.geometry.img_size
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Stage-3 tokens along each dimension."""
+        return self.geometry.grid(3)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Input pixels under one stage-3 token along each dimension."""
+        return self.geometry.stride(3)
+
+    @property
+    def size_name(self) -> str | None:
+        """The name of this size in `SIZES`, None if it has none."""
+        known = ((name, Architecture(**size)) for name, size in SIZES.items())
+        return next((name for name, other in known if self.has_blocks(other)), None)
+
+    def has_blocks(self, other: "Architecture") -> bool:
+        """True if stages have the same widths, depths and MLP ratios in both."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("embed_dim", "depth", "mlp_ratio")
+        )
+
+    def encoder_kwargs(self) -> dict[str, object]:
+        """Arguments of `ConvViTEncoder` and of the masked autoencoder, which has no class token."""
+        kwargs = {f.name: getattr(self, f.name) for f in fields(self)}
+        del kwargs["geometry"], kwargs["class_token"]
+        return {"img_size": self.img_size, "patch_size": self.geometry.patch_size, **kwargs}
+
+    def kwargs(self) -> dict[str, object]:
+        """Arguments of `ConvViT`."""
+        return {**self.encoder_kwargs(), "class_token": self.class_token}
+
+    def flags(self) -> dict[str, object]:
+        """The flags of a run, see the class, that stand for this architecture."""
+        times = [entry[:-2] for entry in self.geometry.patch_size]
+        space = [_scalar(entry[-2:]) for entry in self.geometry.patch_size]
+        flags = {
+            "input_size": list(self.img_size[-2:]),
+            "patch_size": space,
+            "in_chans": self.in_chans,
+            "embed_dim": list(self.embed_dim),
+            "depth": list(self.depth),
+            "num_heads": self.num_heads,
+            "mlp_ratio": list(self.mlp_ratio),
+            "kernel_size": self.kernel_size,
+        }
+        if self.ndim == 3:
+            flags |= {"num_frames": self.img_size[0], "tubelet": times[0][0]}
+            flags |= {"temporal_kernel": self.temporal_kernel}
+            if times[1:] != [(1,), (1,)]:  # strides in time that no tubelet stands for
+                flags["patch_size"] = list(self.geometry.patch_size)
+        return flags
+
+    def with_flags(self, flags: Mapping[str, object]) -> "Architecture":
+        """The same with the values that the flags of a run give; None is not given.
+
+        Raises:
+            ValueError: sizes that do not fit each other.
+        """
+        start = self.with_time() if self.ndim == 2 and flags.get("num_frames") else self
+        known = start.flags()
+        known |= {name: flags[name] for name in known if flags.get(name) is not None}
+        size, patch = _pair(known["input_size"]), known["patch_size"]
+        if start.ndim == 3:
+            size = (known["num_frames"], *size)
+            times = (known["tubelet"], 1, 1)
+            patch = [
+                entry if isinstance(entry, Sequence) and len(entry) == 3 else (time, *_pair(entry))
+                for time, entry in zip(times, patch, strict=True)
+            ]
+        return replace(
+            self,
+            geometry=Geometry.of(size, patch),
+            in_chans=known["in_chans"],
+            embed_dim=tuple(known["embed_dim"]),
+            depth=tuple(known["depth"]),
+            num_heads=known["num_heads"],
+            mlp_ratio=tuple(known["mlp_ratio"]),
+            kernel_size=known["kernel_size"],
+            temporal_kernel=known.get("temporal_kernel", self.temporal_kernel),
+        )
+
+    def with_time(self, num_frames: int = NUM_FRAMES, tubelet: int = TUBELET) -> "Architecture":
+        """The video architecture that looks at each frame as this image architecture does.
+
+        Raises:
+            ValueError: a cube that does not divide the frames.
+        """
+        size, patch = self.geometry.img_size, self.geometry.patch_size
+        cubes = zip((tubelet, 1, 1), patch, strict=True)
+        geometry = Geometry.of((num_frames, *size), [(time, *entry) for time, entry in cubes])
+        return replace(self, geometry=geometry)
+
+    def __str__(self) -> str:
+        """Size, widths, depths and so on, in a line."""
+
+        def numbers(values: Iterable[float]) -> str:
+            return "-".join(f"{value:g}" for value in values)
+
+        return (
+            f"{self.size_name or 'another size'} (widths {numbers(self.embed_dim)}, "
+            f"blocks {numbers(self.depth)}, MLP ratios {numbers(self.mlp_ratio)}, "
+            f"{self.num_heads} heads{', class token' if self.class_token else ''})"
+        )
+
+
+def _count_blocks(names: Iterable[str], prefix: str) -> int:
+    """Blocks `<prefix>0`, `<prefix>1`, … of a stage.
 
     Raises:
-        ValueError: weights that are no ConvViT's.
+        ValueError: one that is not the next.
     """
-    try:
-        projections = [tuple(shapes[f"patch_embed{s}.proj.weight"]) for s in (1, 2, 3)]
-        tokens = shapes["pos_embed"][1]
-        embed_dim = tuple(shape[0] for shape in projections)
-    except KeyError as error:
-        raise ValueError(f"these are no weights of a ConvViT: {error} is missing") from None
-    patch_size = tuple(tuple(shape[2:]) for shape in projections)
+    found = {n.removeprefix(prefix).split(".")[0] for n in names if n.startswith(prefix)}
+    depth = next(i for i in itertools.count() if str(i) not in found)
+    beyond = sorted(found - set(map(str, range(depth))))
+    if beyond:
+        raise ValueError(f"{prefix}{beyond[0]} is there, but {prefix}{depth} is missing")
+    return depth
+
+
+def _ratio(hidden: int, dim: int) -> float:
+    """An MLP ratio by which `int(dim * ratio)` is `hidden`, whatever the division rounds."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _guess_heads(width: int, flags: Mapping[str, object]) -> int:
+    """The flags' number of heads, the published one of that width, or 64 channels a head."""
+    hint = _numbers(flags.get("num_heads"))
+    if len(hint) == 1 and width % hint[0] == 0:
+        return hint[0]
+    published = {size["embed_dim"][2]: size["num_heads"] for size in SIZES.values()}
+    fitting = next(h for h in range(max(1, width // 64), 0, -1) if width % h == 0)
+    return published.get(width, fitting)
+
+
+def _guess_geometry(
+    tokens: int,
+    class_token: bool,
+    patch_size: Sequence[tuple[int, ...]],
+    flags: Mapping[str, object],
+) -> Geometry:
+    """The input whose grid has that many tokens; one of them may be the class token's."""
     stride = tuple(math.prod(p) for p in zip(*patch_size, strict=True))
-    class_token = "cls_token" in shapes
-    depth = tuple(_depth(shapes, stage) for stage in (1, 2, 3))
-    ratios = (
-        shapes[f"blocks{stage}.0.mlp.fc1.weight"][0] / embed_dim[stage - 1] if blocks else 4
-        for stage, blocks in enumerate(depth, start=1)
-    )
-    kernels = (shapes.get(f"blocks{s}.0.attn.weight", ()) for s in (1, 2))
-    temporal = [kernel[2] for kernel in kernels if len(kernel) == 5]
-    known_heads = {size["embed_dim"][2]: size["num_heads"] for size in SIZES.values()}
-    return {
-        "img_size": _img_size(tokens, class_token, stride, img_size),
-        "patch_size": patch_size,
-        "in_chans": projections[0][1],
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": known_heads.get(embed_dim[2], max(1, embed_dim[2] // 64)),
-        "mlp_ratio": tuple(ratios),
-        "class_token": class_token,
-        **({"temporal_kernel": temporal[0]} if temporal else {}),
-    }
+    counts = [n for n in ((tokens, tokens - 1) if class_token else (tokens,)) if n]
+    frames, size = _numbers(flags.get("num_frames")), _numbers(flags.get("input_size"))
+    hint = (*frames, *(size * 2 if len(size) == 1 else size))
+    if len(hint) == len(stride):
+        grid = [divmod(s, p) for s, p in zip(hint, stride, strict=True)]
+        if not any(rest for _, rest in grid) and math.prod(n for n, _ in grid) in counts:
+            return Geometry.of(hint, patch_size)
+    if len(stride) == 2:
+        grids = [(n // side, side) for n in counts if (side := math.isqrt(n)) ** 2 == n]
+        n = counts[-1]
+        side = next(side for side in range(math.isqrt(n), 0, -1) if n % side == 0)
+        grids.append((side, n // side))
+    else:
+        length = max(1, NUM_FRAMES // stride[0])
+        grids = [
+            (length, side, side)
+            for n in counts
+            if n % length == 0 and (side := math.isqrt(n // length)) ** 2 * length == n
+        ]
+        n = counts[-1]
+        side = next(side for side in range(math.isqrt(n), 0, -1) if n % side**2 == 0)
+        grids.append((n // side**2, side, side))
+    return Geometry.of([g * p for g, p in zip(grids[0], stride, strict=True)], patch_size)
 
 
-def constructor_args(args: Mapping[str, object]) -> dict[str, object]:
-    """The constructor's arguments that a run's arguments stand for, as far as they say.
-
-    Args:
-        args: `input_size` (an int or one entry a dimension of a picture), `patch_size` (the
-            stages' strides in space) and `in_chans`; of a video run also `num_frames`, `tubelet`
-            (frames of a cube, all in stage 1) and `temporal_kernel`.
-
-    Returns:
-        `img_size`, `patch_size`, `in_chans` and `temporal_kernel`, those that are known.
-    """
-    size, patch = args.get("input_size"), args.get("patch_size")
-    if "num_frames" in args:
-        size = (args["num_frames"], *((size, size) if isinstance(size, int) else size))
-        times = (args["tubelet"], 1, 1)
-        square = [(p, p) if isinstance(p, int) else p for p in patch]
-        patch = tuple((t, *p) for t, p in zip(times, square, strict=True))
-    known = {"img_size": size, "patch_size": patch, "in_chans": args.get("in_chans")}
-    known |= {"temporal_kernel": args.get("temporal_kernel")}
-    plain = {n: tuple(v) if isinstance(v, list) else v for n, v in known.items()}
-    return {name: value for name, value in plain.items() if value is not None}
+def _numbers(value: object) -> tuple[int, ...]:
+    """A flag's positive whole numbers; none if it holds anything else."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values if all(isinstance(v, int) and v > 0 for v in values) else ()
 
 
-def flags_of(architecture: Mapping[str, object]) -> dict[str, object]:
-    """The arguments of a run, as `constructor_args` takes them, that an architecture stands for."""
-    size, patch = architecture["img_size"], architecture["patch_size"]
-    space = [tuple(entry[-2:]) for entry in patch]
-    flags = {
-        "input_size": list(size[-2:]),
-        "patch_size": [entry[0] if len(set(entry)) == 1 else entry for entry in space],
-        "in_chans": architecture["in_chans"],
-    }
-    if len(size) == 3:
-        flags |= {"num_frames": size[0], "tubelet": patch[0][0]}
-        flags |= {"temporal_kernel": architecture.get("temporal_kernel")}
-    return flags
+def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    """Height and width of a number, or of one or two in a list."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values
 
 
-def grid_size(architecture: Mapping[str, object]) -> tuple[int, ...]:
-    """Stage-3 tokens along each dimension."""
-    strides = (math.prod(p) for p in zip(*architecture["patch_size"], strict=True))
-    return tuple(s // p for s, p in zip(architecture["img_size"], strides, strict=True))
-
-
-def _img_size(
-    tokens: int, class_token: bool, stride: Sequence[int], hint: Sequence[int] | None
-) -> tuple[int, ...]:
-    """The input whose grid has that many tokens; one may be the class token's."""
-    counts = (tokens, tokens - 1) if class_token else (tokens,)
-    if hint and len(hint) == len(stride):
-        grid = [s // p for s, p in zip(hint, stride, strict=True)]
-        if math.prod(grid) in counts:
-            return tuple(hint)
-    lengths = (max(1, 16 // stride[0]), *range(1, tokens + 1)) if len(stride) == 3 else (1,)
-    grids = ((n, length, math.isqrt(n // length)) for length in lengths for n in counts)
-    found = ((length, side) for n, length, side in grids if length * side**2 == n)
-    length, side = next(found, (1, math.isqrt(tokens)))
-    return tuple(n * p for n, p in zip((length, side, side)[-len(stride) :], stride, strict=True))
-
-
-def _depth(shapes: Mapping[str, Sequence[int]], stage: int) -> int:
-    prefix = f"blocks{stage}."
-    return 1 + max((int(n.split(".")[1]) for n in shapes if n.startswith(prefix)), default=-1)
-
-
-def size_name(architecture: Mapping[str, object]) -> str:
-    """Which of the known sizes an architecture is, "another size" if none."""
-    for name, size in SIZES.items():
-        if all(tuple(architecture[k]) == size[k] for k in ("embed_dim", "depth", "mlp_ratio")):
-            return name
-    return "another size"
-
-
-def describe_architecture(architecture: Mapping[str, object]) -> str:
-    """Size, widths, depths and so on, in a line."""
-
-    def numbers(name: str) -> str:
-        return "-".join(f"{value:g}" for value in architecture[name])
-
-    return (
-        f"{size_name(architecture)} (widths {numbers('embed_dim')}, blocks {numbers('depth')}, "
-        f"MLP ratios {numbers('mlp_ratio')}, {architecture['num_heads']} heads"
-        f"{', class token' if architecture['class_token'] else ''})"
-    )
+def _scalar(pair: tuple[int, ...]) -> int | tuple[int, ...]:
+    """The number of equal ones, as flags have it."""
+    return pair[0] if len(set(pair)) == 1 else pair

@@ -8,7 +8,12 @@ from numbers import Integral
 from torch import Tensor, nn
 
 # Convolutions by the number of spatial dimensions.
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def show_size(size: Sequence[int]) -> str:
+    """A size for people, such as 14x14."""
+    return "x".join(map(str, size))
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Geometry:
         entries = patch_size if isinstance(patch_size, Sequence) else ()
         patch = tuple((p,) * ndim if isinstance(p, Integral) else tuple(p) for p in entries)
         if ndim not in CONV:
-            raise ValueError(f"img_size {size} must have 1 to {max(CONV)} dimensions")
+            raise ValueError(f"img_size {size} must have 2 or 3 dimensions")
         if len(patch) != 3 or any(len(p) != ndim for p in patch):
             raise ValueError(
                 f"patch_size {patch_size} does not fit img_size {size}: "
@@ -56,14 +61,14 @@ class Geometry:
         strides = tuple(math.prod(p) for p in zip(*patch, strict=True))
         if any(s % stride for s, stride in zip(size, strides, strict=True)):
             raise ValueError(
-                f"img_size {'x'.join(map(str, size))} is not divisible by the patch of "
-                f"{'x'.join(map(str, strides))} pixels that patch_size {patch_size} makes"
+                f"img_size {show_size(size)} is not divisible by the patch of "
+                f"{show_size(strides)} pixels that patch_size {patch_size} makes"
             )
         unit = tuple(mask_unit or (1,) * ndim)
         grid = tuple(s // stride for s, stride in zip(size, strides, strict=True))
         if len(unit) != ndim or any(u < 1 or g % u for g, u in zip(grid, unit, strict=False)):
             raise ValueError(
-                f"mask_unit {unit} does not divide the grid of {'x'.join(map(str, grid))} tokens"
+                f"mask_unit {unit} does not divide the grid of {show_size(grid)} tokens"
             )
         return cls(size, patch, unit)
 
@@ -82,7 +87,7 @@ class Geometry:
         return tuple([s // p for s, p in zip(self.img_size, self.stride(stage), strict=True)])
 
     def nesting(self, stage: int) -> tuple[tuple[int, ...], ...]:
-        """How the tokens of `stage` (0: pixels) nest in a block, from the outside in."""
+        """The nesting of `stage`'s tokens (0: pixels) in a block, from the outside in."""
         return self.patch_size[stage:][::-1]
 
     @property

@@ -61,7 +61,8 @@ def resize_pos_embed(
 ) -> Tensor:
     """A position table for another grid: bicubic in space, linear in time.
 
-    A table of images becomes one of videos by repeating it over time.
+    Nothing is antialiased where the grid shrinks, as in the original code. A table of
+    images becomes one of videos by repeating it over time.
 
     Args:
         table: `[1, prefix + prod(old), C]`.
@@ -77,7 +78,7 @@ def resize_pos_embed(
     before = math.prod(old[:-2])
     # The frames go among the channels: [1, T * L, C] -> [1, L, T * C], L = H * W.
     rows = rows.unflatten(1, (before, -1)).transpose(1, 2).flatten(2)
-    rows = resample_abs_pos_embed(rows, size, list(old[-2:]), num_prefix_tokens=0)
+    rows = resample_abs_pos_embed(rows, size, list(old[-2:]), num_prefix_tokens=0, antialias=False)
     rows = rows[0].unflatten(-1, (before, -1))  # [L, T, C]
     if before != frames:
         over_time = F.interpolate(rows.transpose(1, 2).float(), frames, mode="linear")

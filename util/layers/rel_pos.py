@@ -97,13 +97,13 @@ def resize_relative_table(table: Tensor, old: Sequence[int], new: Sequence[int])
 @cache
 def _interpolation(old: int, new: int) -> np.ndarray:
     """The matrix `[2 * new - 1, 2 * old - 1]` from the biases along one axis to the new ones."""
-    half = _spread(old, new)
+    half = _known_shifts(old, new)
     known = np.concatenate([-half[::-1], [0], half])
     wanted = np.arange(1 - new, new)
     return np.stack([np.interp(wanted, known, unit) for unit in np.eye(len(known))], axis=1)
 
 
-def _spread(old: int, new: int) -> np.ndarray:
+def _known_shifts(old: int, new: int) -> np.ndarray:
     """Where the known shifts 1 … old - 1 come to lie: `1 + q + q² + …`, the last at `new - 1`."""
     steps = np.arange(old - 1)
     if new <= old:

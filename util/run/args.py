@@ -1,11 +1,11 @@
 """Command lines: the argument groups that the mains share, and their checks."""
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from util.errors import UsageError
-from util.layers.architecture import describe_architecture, flags_of, size_name
+from util.layers.architecture import Architecture
 from util.run.distributed import cores_per_process
 from util.run.parser import (
     ChoiceOf,
@@ -19,11 +19,10 @@ from util.run.parser import (
     seed,
     share,
 )
-from util.run.same_run import show_value
 
 # Of a model that no checkpoint describes.
-DEFAULT_INPUT_SIZE, DEFAULT_IN_CHANS, DEFAULT_PATCH_SIZE = 224, 3, (4, 2, 2)
-DEFAULT_CLIP = {"num_frames": 16, "tubelet": 2, "temporal_kernel": 3}
+_DEFAULT = Architecture()
+_INPUT_SIZE, _PATCH_SIZE = _DEFAULT.img_size[0], _DEFAULT.flags()["patch_size"]
 
 
 def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False) -> None:
@@ -41,17 +40,17 @@ def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False)
         "--input_size",
         type=positive_int,
         nargs="+",
-        default=None if follow_checkpoint else [DEFAULT_INPUT_SIZE],
+        default=None if follow_checkpoint else [_INPUT_SIZE],
         metavar="PIXELS",
         help="size of the model's input: one number, or height and width"
-        + default.format(DEFAULT_INPUT_SIZE),
+        + default.format(_INPUT_SIZE),
     )
     group.add_argument(
         "--in_chans",
         type=int,
         choices=(1, 3, 4),
-        default=None if follow_checkpoint else DEFAULT_IN_CHANS,
-        help="channels: 1 gray, 3 RGB, 4 RGBA" + default.format(DEFAULT_IN_CHANS),
+        default=None if follow_checkpoint else _DEFAULT.in_chans,
+        help="channels: 1 gray, 3 RGB, 4 RGBA" + default.format(_DEFAULT.in_chans),
     )
     group.add_argument(
         "--max_bad_images",
@@ -143,7 +142,7 @@ def add_autoencoder_args(
         metavar="NAME",
         help=f"one of {', '.join(models)}",
     )
-    add_patch_size_arg(group, DEFAULT_PATCH_SIZE)
+    add_patch_size_arg(group, _PATCH_SIZE)
     group.add_argument(
         "--mask_ratio",
         type=mask_ratio,
@@ -386,47 +385,7 @@ def add_run_args(parser: Parser) -> None:
     )
 
 
-def complete_architecture(
-    args: argparse.Namespace, architecture: Mapping[str, object] | None, source: str = ""
-) -> None:
-    """Fill in the flags of a classifier's geometry; those of a video's clips if there are such.
-
-    Args:
-        args: those that were given stay.
-        architecture: read off the checkpoint to start from; None for random weights.
-        source: what it was read off, for messages.
-
-    Raises:
-        UsageError: flags that describe another model than the checkpoint's, or no model.
-    """
-    if architecture is None and args.model is None:
-        raise UsageError(
-            "what to start from? --finetune FILE for a checkpoint, or --model NAME for "
-            "random weights"
-        )
-    there = flags_of(architecture) if architecture else {}
-    if "num_frames" in there and "num_frames" not in args:
-        raise UsageError(f"{source} holds a video model: use python -m VideoConvMAE.main_finetune")
-    if architecture and args.model and args.model.split("_")[1] != size_name(architecture):
-        raise UsageError(
-            f"--model {args.model} is not what {source} holds: "
-            f"{describe_architecture(architecture)}"
-        )
-    defaults = {"input_size": [DEFAULT_INPUT_SIZE], "in_chans": DEFAULT_IN_CHANS}
-    defaults |= {"patch_size": list(DEFAULT_PATCH_SIZE)}
-    defaults |= DEFAULT_CLIP if "num_frames" in args else {}
-    for name, default in defaults.items():
-        given, known = getattr(args, name), there.get(name)
-        resizable = name in ("input_size", "num_frames")
-        if not resizable and known is not None and given not in (None, known):
-            raise UsageError(
-                f"--{name} {show_value(given)} is not what {source} holds: {show_value(known)}; "
-                f"leave the flag away to take it from there"
-            )
-        setattr(args, name, given or known or default)
-
-
-def complete(args: argparse.Namespace, device_type: str, processes: int) -> None:
+def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> None:
     """Fill in what depends on the machine: sizes, learning rate, workers, switches.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 
@@ -119,3 +119,10 @@ def add_switch(
     group.add_argument(
         f"--no_{name}", dest=name, action="store_false", default=default, help=no_help
     )
+
+
+def show_value(value: object) -> str:
+    """The value of a flag as one types it."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(str, value))
+    return str(value)

@@ -1,10 +1,11 @@
 """Whether a checkpoint belongs to the run that would go on from it."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from util.errors import UsageError
+from util.run.parser import show_value
 
 # Flags that a resumed run may change; any other difference is another run. The batch is compared
 # as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
@@ -13,7 +14,7 @@ MAY_CHANGE = frozenset(
     | {"dist_eval", "log_dir", "max_bad_images", "num_workers", "output_dir", "pin_mem"}
     | {"predictions", "print_freq", "resume", "save_freq", "save_steps", "val_path"}
 )
-# What `complete` derives from other flags.
+# What `derive_args` takes from other flags.
 _DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}
 
 
@@ -52,13 +53,6 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
             f"the checkpoint to resume from belongs to another run ({'; '.join(differing)}): give "
             f"the same flags, or another --output_dir to start a new run"
         )
-
-
-def show_value(value: object) -> str:
-    """A flag's value as one types it."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return " ".join(map(str, value))
-    return str(value)
 
 
 def check_program(content: Mapping, program: str) -> None:

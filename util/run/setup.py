@@ -12,7 +12,7 @@ from util.data.loader import Loader
 from util.data.samplers import EvalSampler, StepSampler
 from util.data.shards import is_shards
 from util.errors import UsageError
-from util.run.args import check_writable, complete
+from util.run.args import check_writable, derive_args
 from util.run.distributed import is_main_process, rank, world_size
 from util.run.optim_step import amp_dtype
 
@@ -30,7 +30,7 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     Raises:
         UsageError: values that do not go together or that this machine cannot do.
     """
-    complete(args, device.type, world_size())
+    derive_args(args, device.type, world_size())
     amp_dtype(args.amp, device)
     check_writable(args.output_dir, "--output_dir")
     check_writable(args.log_dir, "--log_dir")

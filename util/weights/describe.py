@@ -1,17 +1,14 @@
-"""What a file of weights is, for people."""
+"""Descriptions of weight files, for people."""
 
-import math
 from collections.abc import Sequence
 
-from util.layers.architecture import describe_architecture, grid_size
-from util.weights.load import show_size
+from util.layers.geometry import show_size
 from util.weights.read import KINDS, Weights
 
 
 def describe(weights: Weights) -> str:
-    """What a file is, what its model looks like and what it can be used for, in a few lines."""
+    """A few lines on a file: its kind, its model, its run, and the commands that take it."""
     architecture, epoch = weights.architecture, weights.info.get("epoch")
-    patch = [math.prod(p) for p in zip(*architecture["patch_size"], strict=True)]
     kind = KINDS[weights.kind]
     kind += f" of {weights.num_classes} classes" if weights.num_classes else ""
     kind += ", averaged (EMA)" if "ema" in weights.entry else ""
@@ -21,10 +18,10 @@ def describe(weights: Weights) -> str:
     rows = {
         "file": f"{weights.path} ({weights.path.stat().st_size / 1e6:.1f} MB)",
         "kind": kind,
-        "model": f"{describe_architecture(architecture)}, {count / 1e6:.1f} M numbers in all",
-        "input": f"{show_size(architecture['img_size'])} pixels, "
-        f"{architecture['in_chans']} channels, "
-        f"{show_size(grid_size(architecture))} patches of {show_size(patch)}",
+        "model": f"{architecture}, {count / 1e6:.1f} M numbers in all",
+        "input": f"{show_size(architecture.img_size)} pixels, "
+        f"{architecture.in_chans} channels, "
+        f"{show_size(architecture.grid)} patches of {show_size(architecture.stride)}",
         "run": ", ".join(map(str, filter(None, said))),
         "classes": _some(weights.classes) if weights.classes else None,
         "use": _USES[weights.kind].format(file=weights.path),

@@ -1,11 +1,11 @@
 """An image model's weights for a video model: kernels get an extent in time."""
 
 import math
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from util.errors import UsageError
-from util.layers.architecture import grid_size
 from util.layers.pos_embed import resize_pos_embed
 from util.weights.read import Weights
 
@@ -31,10 +31,11 @@ def inflate_weights(weights: Weights, model: nn.Module, how: str) -> Weights:
     Raises:
         UsageError: weights of a video model, or of none.
     """
-    if len(weights.architecture["img_size"]) != 2:
+    image = weights.architecture
+    if image.ndim != 2:
         raise UsageError(f"checkpoint {weights.path} is no image model's: it needs no inflation")
     own, prefix = dict(model.named_parameters()), weights.encoder
-    frames, grid = model.geometry.grid(3)[0], grid_size(weights.architecture)
+    video = image.with_time(model.geometry.img_size[0], model.geometry.stride(3)[0])
     state = {}
     for name, tensor in weights.state.items():
         target = own.get(name.removeprefix(prefix))
@@ -46,14 +47,10 @@ def inflate_weights(weights: Weights, model: nn.Module, how: str) -> Weights:
         elif name == f"{prefix}pos_embed":
             if not target.requires_grad:
                 continue
-            tensor = resize_pos_embed(
-                tensor, grid, (frames, *grid), tensor.shape[1] - math.prod(grid)
-            )
+            prefix_rows = tensor.shape[1] - math.prod(image.grid)
+            tensor = resize_pos_embed(tensor, image.grid, video.grid, prefix_rows)
         state[name] = tensor
-    (length, *_), (cube, *_) = model.geometry.img_size, model.geometry.stride(3)
-    args = {"input_size": weights.architecture["img_size"], "num_frames": length, "tubelet": cube}
-    args["patch_size"] = [entry[1:] for entry in model.geometry.patch_size]
-    return Weights(weights.path, state, {**weights.info, "args": args}, weights.entry)
+    return replace(weights, state=state, known=replace(video, temporal_kernel=model.kernel[0]))
 
 
 def _inflate_kernel(kernel: Tensor, length: int, how: str) -> Tensor:

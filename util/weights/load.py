@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.errors import UsageError
-from util.layers.architecture import describe_architecture, grid_size, read_architecture
+from util.layers.architecture import Architecture
+from util.layers.geometry import show_size
 from util.layers.pos_embed import resize_pos_embed
 from util.layers.rel_pos import RelativePositions, resize_relative_table
 from util.weights.read import BACKBONES, HEADS, KINDS, Weights, within
@@ -22,7 +23,7 @@ _COMPUTED = "relative_position_index"
 
 @dataclass(frozen=True)
 class Report:
-    """How weights were matched to a model.
+    """The result of matching weights to a model.
 
     Attributes:
         path: the file.
@@ -122,8 +123,7 @@ def _fit(
     if tensor.shape[-1] != own.shape[-1]:
         return None
     if name.endswith("pos_embed"):
-        old, new = grid_size(weights.architecture), owner.geometry.grid(3)
-        return _resize_table(tensor, old, owner), f"{show_size(old)} to {show_size(new)}"
+        return _resize_table(tensor, weights.architecture.grid, owner)
     if isinstance(owner, RelativePositions):
         old, new = _table_grid(tensor, weights), owner.table_grid
         return resize_relative_table(tensor, old, new), f"{show_size(old)} to {show_size(new)}"
@@ -148,25 +148,25 @@ def _adapt_channels(kernel: Tensor, channels: int) -> Tensor:
 
 def _table_grid(table: Tensor, weights: Weights) -> tuple[int, int]:
     """The grid of a relative table `[(2h - 1) * (2w - 1), heads]`: the input's, or a square."""
-    height, width = grid_size(weights.architecture)
+    height, width = weights.architecture.grid
     if len(table) != (2 * height - 1) * (2 * width - 1):
         height = width = (math.isqrt(len(table)) + 1) // 2
     return height, width
 
 
-def show_size(grid: Sequence[int]) -> str:
-    """Sizes for people, such as 14x14."""
-    return "x".join(map(str, grid))
-
-
-def _resize_table(table: Tensor, grid: Sequence[int], model: nn.Module) -> Tensor:
-    """A position table `[1, prefix + L, C]` as the model has it."""
+def _resize_table(table: Tensor, grid: Sequence[int], model: nn.Module) -> tuple[Tensor, str]:
+    """A position table `[1, prefix + L, C]` as the model has it, and what changed."""
     tokens, size = math.prod(grid), model.geometry.grid(3)
     prefix, rows = table[:, :-tokens], resize_pos_embed(table[:, -tokens:], grid, size)
-    wanted = getattr(model, "num_prefix_tokens", 0)
-    # A class token that had no row had nothing added.
-    prefix = torch.cat([prefix, prefix.new_zeros(1, wanted, table.shape[-1])], dim=1)[:, :wanted]
-    return torch.cat([prefix, rows], dim=1)
+    had, wanted = prefix.shape[1], getattr(model, "num_prefix_tokens", 0)
+    changes = [f"{show_size(grid)} to {show_size(size)}"] if tuple(grid) != size else []
+    if had < wanted:  # a class token without a row had nothing added
+        prefix = torch.cat([prefix, prefix.new_zeros(1, wanted - had, table.shape[-1])], dim=1)
+        changes.append("a row of zeros added for the class token")
+    if had > wanted:
+        prefix = prefix[:, :wanted]
+        changes.append("the class token's row left out")
+    return torch.cat([prefix, rows], dim=1), ", ".join(changes)
 
 
 def _why_not(
@@ -178,14 +178,9 @@ def _why_not(
 ) -> str:
     """The reason why weights do not fit, as a user would put it."""
     start = f"checkpoint {weights.path}"
-    encoders = [architecture for architecture in map(_architecture, (there, own)) if architecture]
-    if len(encoders) == 2 and any(
-        encoders[0][k] != encoders[1][k] for k in ("embed_dim", "depth", "mlp_ratio")
-    ):
-        return (
-            f"{start} holds another size of model: {describe_architecture(encoders[0])}; "
-            f"the model to fill is {describe_architecture(encoders[1])}"
-        )
+    encoder, wanted = _architecture(there), _architecture(own)
+    if encoder and wanted and not encoder.has_blocks(wanted):
+        return f"{start} holds another size of model: {encoder}; the model to fill is {wanted}"
     names = [*misfits, *absent]
     heads = [name for name in names if within(name, HEADS)]
     if heads and all(within(name, (*HEADS, "norm", "fc_norm")) for name in names):
@@ -200,10 +195,11 @@ def _why_not(
     return f"{start} lacks {len(absent)} weights of the model ({_modules(absent)})"
 
 
-def _architecture(state: Mapping[str, Tensor]) -> dict[str, object] | None:
+def _architecture(state: Mapping[str, Tensor]) -> Architecture | None:
     """The encoder in a state dict, wherever its names begin; None without one."""
     for prefix in BACKBONES:
         if {f"{prefix}patch_embed1.proj.weight", f"{prefix}pos_embed"} <= state.keys():
             names = (name for name in state if name.startswith(prefix))
-            return read_architecture({n.removeprefix(prefix): state[n].shape for n in names})
+            shapes = {n.removeprefix(prefix): state[n].shape for n in names}
+            return Architecture.from_shapes(shapes)
     return None

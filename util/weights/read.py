@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,8 @@ import safetensors.torch
 from torch import Tensor
 
 from util.errors import UsageError
-from util.layers.architecture import (
-    constructor_args,
-    read_architecture,
-)
+from util.layers.architecture import Architecture
+from util.layers.geometry import show_size
 from util.weights.checkpoint import load_file
 
 # Where a checkpoint keeps its weights; averaged ones are what one evaluates.
@@ -47,19 +45,21 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds.
+    """The contents of a file of weights.
 
     Attributes:
         path: the file, for messages.
         state: name to tensor, without the prefixes of wrappers.
         info: the file's other plain entries, such as epoch, args (a dict) and classes.
         entry: where in the file the weights were, "model_ema" for averaged ones.
+        known: the encoder's architecture where it is known without the file.
     """
 
     path: Path
     state: dict[str, Tensor]
     info: dict[str, object] = field(default_factory=dict)
     entry: str = ""
+    known: Architecture | None = None
 
     @property
     def args(self) -> dict[str, object]:
@@ -73,7 +73,7 @@ class Weights:
 
     @cached_property
     def encoder(self) -> str:
-        """What stands before the names of the encoder's weights."""
+        """The prefix of the encoder's names; empty where they stand by themselves."""
         found = (p for p in BACKBONES if f"{p}patch_embed1.proj.weight" in self.state)
         return next(found, "")
 
@@ -99,21 +99,34 @@ class Weights:
 
     @property
     def global_pool(self) -> str:
-        """How a classifier pools: its norm's name tells."""
+        """The pooling of a classifier, known by the name of its norm: "avg" or "token"."""
         return "avg" if "fc_norm.weight" in self.state else "token"
 
     @cached_property
-    def architecture(self) -> dict[str, object]:
-        """The encoder's constructor arguments, read off the shapes.
+    def architecture(self) -> Architecture:
+        """The encoder's, read off the shapes with the run's arguments as a hint.
 
         Raises:
-            UsageError: these are no weights of a ConvViT.
+            UsageError: these are no weights of a ConvViT, or fewer than their shapes claim.
         """
-        prefix, size = self.encoder, constructor_args(self.args).get("img_size")
-        names = (name for name in self.state if name.startswith(prefix))
-        shapes = {name.removeprefix(prefix): self.state[name].shape for name in names}
+        if self.known:
+            return self.known
+        prefix = self.encoder
+        encoder = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.state.items()
+            if name.startswith(prefix)
+        }
+        for name, tensor in encoder.items():
+            sized = name.startswith(("patch_embed", "pos_embed", "blocks"))
+            if sized and tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise UsageError(
+                    f"checkpoint {self.path} does not hold the numbers of {prefix}{name}: its "
+                    f"shape of {show_size(tensor.shape)} claims more than are in the file"
+                )
+        shapes = {name: tensor.shape for name, tensor in encoder.items()}
         try:
-            return read_architecture(shapes, (size, size) if isinstance(size, int) else size)
+            return Architecture.from_shapes(shapes, self.args)
         except ValueError as error:
             some = ", ".join(sorted(self.state)[:3])
             raise UsageError(f"checkpoint {self.path}: {error} (it has {some}, …)") from error
@@ -125,11 +138,11 @@ class Weights:
     def without(self, *prefixes: str) -> "Weights":
         """The same without the weights of these modules or parameters."""
         state = {name: t for name, t in self.state.items() if not within(name, prefixes)}
-        return Weights(self.path, state, self.info, self.entry)
+        return replace(self, state=state)
 
 
 def within(name: str, modules: Sequence[str]) -> bool:
-    """Whether a name is one of these modules or parameters, or lies in one; `*` is a wildcard."""
+    """True for a name of these modules or parameters, or within one; `*` is a wildcard."""
     return any(fnmatchcase(name, m) or fnmatchcase(name, f"{m}.*") for m in modules)
 
 
