@@ -9,10 +9,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from models_convvit import LAYER_NORM, Block, ConvViTEncoder, conv_as_linear
+from models_convvit import LAYER_NORM, Block, ConvViTEncoder
 from util.errors import UsageError
 from util.layers.architecture import SIZES
-from util.layers.geometry import CONV, Geometry, to_nested_blocks
+from util.layers.convolution import strided_conv
+from util.layers.geometry import Geometry, to_nested_blocks
 from util.layers.pos_embed import get_sincos_pos_embed
 from util.weights.load import load_weights
 from util.weights.read import KINDS, read_weights
@@ -76,14 +77,15 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         self.norm_pix_loss = norm_pix_loss
 
         if multi_scale:
-            conv = CONV[geometry.ndim]
             strides = [
                 tuple(map(math.prod, zip(*geometry.patch_size[stage:], strict=True)))
                 for stage in (1, 2)
             ]
+            # The kernels cover a block: their positions are nested as its tokens are.
+            units = (geometry.nesting(1)[1:], geometry.nesting(2)[1:])
             self.stage1_output_decode, self.stage2_output_decode = (
-                conv(dim, embed_dim[2], stride, stride)
-                for dim, stride in zip(embed_dim[:2], strides, strict=True)
+                strided_conv(dim, embed_dim[2], stride, nesting)
+                for dim, stride, nesting in zip(embed_dim[:2], strides, units, strict=True)
             )
         self.norm = norm_layer(embed_dim[2])
 
@@ -186,40 +188,19 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
         stage1, stage2, x = self.forward_visible(imgs, ids_keep)
         if self.multi_scale:
-            # The kernels cover a block: their positions are nested as its tokens are.
-            inner = self.geometry.nesting(1)[1:]
-            x = x + conv_as_linear(stage1, self.stage1_output_decode, inner).flatten(1, 2)
-            x = x + conv_as_linear(stage2, self.stage2_output_decode).flatten(1, 2)
+            x = x + self.stage1_output_decode(stage1) + self.stage2_output_decode(stage2)
         return self.norm(x), mask, ids_restore
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """Predict every patch: latent `[N, visible, C]` to `[N, L, patch_pixels * C]`."""
-        x = gather_tokens(self.with_mask_tokens(latent, ids_restore), ids_restore)
+        x = self.decoder_embed(latent)
+        removed = ids_restore.shape[1] - x.shape[1]
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), removed, -1)
+        x = gather_tokens(torch.cat([x, mask_tokens], dim=1), ids_restore)
         x = x + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))
-
-    def forward_decoder_removed(self, latent: Tensor, ids_shuffle: Tensor) -> Tensor:
-        """Predict the removed patches alone, in the shuffled order: `[N, removed, …]`.
-
-        The blocks are indifferent to the order of their tokens, so nothing is unshuffled; and the
-        visible ones may go once the last attention has seen them.
-        """
-        x = self.with_mask_tokens(latent, ids_shuffle) + self.decoder_pos_embed[0, ids_shuffle]
-        halves = [f for block in self.decoder_blocks for f in (block.attend, block.feed_forward)]
-        for half in halves[:-1]:
-            x = half(x)
-        x = x[:, latent.shape[1] :]
-        for half in halves[-1:]:
-            x = half(x)
-        return self.decoder_pred(self.decoder_norm(x))
-
-    def with_mask_tokens(self, latent: Tensor, ids: Tensor) -> Tensor:
-        """The decoder's tokens, visible ones first, as many as `ids` `[N, L]`: `[N, L, C]`."""
-        x = self.decoder_embed(latent)
-        removed = ids.shape[1] - x.shape[1]
-        return torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), removed, -1)], dim=1)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error over the removed patches, in float32.
@@ -244,21 +225,12 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             patches = (patches - mean) / (var + 1e-6) ** 0.5
         return F.mse_loss(pred.float(), patches, reduction="none").mean(dim=-1)
 
-    def loss_alone(self, imgs: Tensor, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """What `forward_loss` gives, without predicting what is visible."""
-        ids_shuffle = torch.argsort(ids_restore, dim=1)
-        pred = self.forward_decoder_removed(latent, ids_shuffle)
-        with torch.autocast(imgs.device.type, enabled=False):
-            patches = gather_tokens(self.patchify(imgs.float()), ids_shuffle[:, latent.shape[1] :])
-            return self.patch_loss(patches, pred).mean()
-
     def forward(
         self,
         imgs: Tensor,
         mask_ratio: float = 0.75,
         noise: Tensor | None = None,
-        predict: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One pretraining forward pass.
 
         Args:
@@ -266,11 +238,10 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             mask_ratio: share of patches to remove.
             noise: `[N, U]`, what decides the mask, see `random_masking`. If not given it is drawn
                 before anything else, so that a seed gives the published code's mask.
-            predict: False for the loss alone, which takes a little less: what training needs.
 
         Returns:
             loss: a scalar.
-            pred: `[N, L, patch_pixels * C]`, a prediction for every patch; None without `predict`.
+            pred: `[N, L, patch_pixels * C]`, a prediction for every patch.
             mask: `[N, L]`, 1 where removed.
 
         Raises:
@@ -278,8 +249,6 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         """
         self.check_input(imgs)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        if not predict:
-            return self.loss_alone(imgs, latent, ids_restore), None, mask
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 

@@ -34,10 +34,11 @@ from torch import Tensor
 
 from util.errors import UsageError
 from util.layers.architecture import SIZES
+from util.layers.convolution import depthwise_conv, pointwise_conv, strided_conv
 from util.layers.depthwise import DenseGrid, VisibleGrid, Windows
-from util.layers.fused import apply_normed, gelu_linear, is_bare, norm_linear
-from util.layers.geometry import CONV, Geometry, to_nested_blocks
+from util.layers.geometry import Geometry, to_cells, to_nested_blocks
 from util.layers.pos_embed import resize_pos_embed
+from util.layers.recompute import apply_recomputed
 from util.weights.load import Report, load_weights
 from util.weights.read import Weights, read_weights
 
@@ -45,52 +46,18 @@ from util.weights.read import Weights, read_weights
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
 
 
-def channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm over the channels of a grid `[N, C, *size]`."""
-    return norm(x.movedim(1, -1)).movedim(-1, 1)
-
-
-def conv_as_linear(x: Tensor, conv: nn.Module, units: Sequence[Sequence[int]] = ()) -> Tensor:
-    """A convolution with kernel = stride, on tokens whose kernels lie contiguous in memory.
-
-    Args:
-        x: `[…, U * K, C_in]`, the `K` positions under one kernel being neighbours.
-        conv: weight `[C_out, C_in, *kernel]`.
-        units: the nesting of those positions where it is deeper than row by row, as
-            `to_nested_blocks` takes it.
-
-    Returns:
-        `[…, U, C_out]`.
-    """
-    kernel = math.prod(conv.weight.shape[2:])
-    if kernel == 1:
-        # No reordering, so that the gradient has the weight's own strides, which DDP prefers.
-        return F.linear(x, conv.weight.flatten(1), conv.bias)
-    weight = to_nested_blocks(conv.weight, units).flatten(1)  # [C_out, K * C_in]
-    return F.linear(x.unflatten(-2, (-1, kernel)).flatten(-2), weight, conv.bias)
-
-
 class PatchEmbed(nn.Module):
     """Strided convolution (kernel = stride), LayerNorm over channels, GELU."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: Sequence[int]) -> None:
         super().__init__()
-        patch_size = tuple(patch_size)
-        self.proj = CONV[len(patch_size)](in_chans, embed_dim, patch_size, patch_size)
+        self.proj = strided_conv(in_chans, embed_dim, patch_size)
         self.norm = nn.LayerNorm(embed_dim)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, C_in, *size]` to `[N, C, *size / patch]`."""
-        return self.act(channel_norm(self.proj(x), self.norm))
-
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """Tokens in nested blocks, `[…, U * K, C_in]`, to `[…, U, C]`."""
-        return self.act(self.norm(conv_as_linear(x, self.proj)))
-
-    def forward_channels_last(self, x: Tensor) -> Tensor:
-        """`[N, *size, C_in]` to `[N, *size / patch, C]`, without a copy of the layout."""
-        return self.act(self.norm(self.proj(x.movedim(-1, 1)).movedim(1, -1)))
+        """`[…, K, C_in]`, the `K` positions under one patch, to `[…, C]`."""
+        return self.act(self.norm(self.proj(x)))
 
 
 class Mlp(nn.Module):
@@ -101,39 +68,22 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """`[…, C]` to the same shape; a `norm` comes first."""
-        x = apply_normed(self.fc1, x, norm)
-        if is_bare(self.fc2, nn.Linear):
-            return gelu_linear(x, self.fc2.weight, self.fc2.bias)
-        return self.fc2(F.gelu(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """`[…, C]` to the same shape."""
+        return apply_recomputed(F.gelu, self.fc2, self.fc1(x))
 
 
-class ConvMlp(nn.Module):
-    """Two 1×1 convolutions with GELU between."""
+class ConvMlp(Mlp):
+    """`Mlp` of 1×1 convolutions."""
 
     def __init__(self, dim: int, hidden_dim: int, ndim: int) -> None:
-        super().__init__()
-        self.fc1 = CONV[ndim](dim, hidden_dim, 1)
-        self.fc2 = CONV[ndim](hidden_dim, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[N, C, *size]` to the same shape."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-    def forward_tokens(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """`[…, C]` to the same shape; the `norm` comes first."""
-        x = norm_linear(x, norm, self.fc1.weight.flatten(1), self.fc1.bias)
-        return gelu_linear(x, self.fc2.weight.flatten(1), self.fc2.bias)
+        nn.Module.__init__(self)
+        self.fc1 = pointwise_conv(ndim, dim, hidden_dim)
+        self.fc2 = pointwise_conv(ndim, hidden_dim, dim)
 
 
 class ConvBlock(nn.Module):
-    """The block of stages 1 and 2: a depthwise convolution (5×5) takes the place of attention.
-
-    `forward` is the published form on a grid, with block-wise masking when a mask is given; it
-    computes everything, visible or not. `forward_tokens` computes the same on tokens with their
-    channels last: the visible ones alone (paper section 3.2), or all of a grid.
-    """
+    """The block of stages 1 and 2: a 5×5 depthwise convolution takes the place of attention."""
 
     def __init__(
         self,
@@ -143,37 +93,29 @@ class ConvBlock(nn.Module):
         kernel_size: Sequence[int] = (5, 5),
     ) -> None:
         super().__init__()
-        conv, kernel_size = CONV[len(kernel_size)], tuple(kernel_size)
+        ndim = len(kernel_size)
         self.norm1 = nn.LayerNorm(dim)
-        self.conv1 = conv(dim, dim, 1)
-        self.conv2 = conv(dim, dim, 1)
-        padding = tuple(k // 2 for k in kernel_size)
-        self.attn = conv(dim, dim, kernel_size, padding=padding, groups=dim)
+        self.conv1 = pointwise_conv(ndim, dim, dim)
+        self.conv2 = pointwise_conv(ndim, dim, dim)
+        self.attn = depthwise_conv(dim, kernel_size)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), len(kernel_size))
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), ndim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The dense form.
+    def forward(self, x: Tensor, grid: VisibleGrid | DenseGrid) -> Tensor:
+        """Convolve and transform tokens.
 
         Args:
-            x: `[N, C, *size]`.
-            mask: `[N, 1, *size]`, 1 where removed, 0 where visible; None for no masking.
+            x: `[…, C]`, as `grid` lays tokens out.
+            grid: places of the tokens; where none is visible the convolution sees zeros, which is
+                the published masked convolution (paper section 3.2).
 
         Returns:
-            `[N, C, *size]`. Removed positions hold numbers that no visible one depends on.
+            The same shape.
         """
-        y = self.conv1(channel_norm(x, self.norm1))
-        if mask is not None:
-            y = y * (1 - mask).to(y.dtype)
-        x = x + self.drop_path(self.conv2(self.attn(y)))
-        return x + self.drop_path(self.mlp(channel_norm(x, self.norm2)))
-
-    def forward_tokens(self, x: Tensor, grid: VisibleGrid | DenseGrid) -> Tensor:
-        """The same with channels last: `[N, …, C]`, as `grid` lays tokens out, to that shape."""
-        y = norm_linear(x, self.norm1, self.conv1.weight.flatten(1), self.conv1.bias)
-        x = x + self.drop_path(conv_as_linear(grid.depthwise(y, self.attn), self.conv2))
-        return x + self.drop_path(self.mlp.forward_tokens(x, self.norm2))
+        y = self.attn(apply_recomputed(self.norm1, self.conv1, x), grid)
+        x = x + self.drop_path(self.conv2(y))
+        return x + self.drop_path(apply_recomputed(self.norm2, self.mlp, x))
 
 
 class Attention(nn.Module):
@@ -187,31 +129,27 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(
-        self, x: Tensor, bias: Tensor | None = None, norm: nn.Module | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attend within `x`.
 
         Args:
             x: `[N, L, C]`.
             bias: added to the attention logits, broadcastable to `[N, heads, L, L]`: relative
                 positions, or -inf where a token must not look.
-            norm: comes first.
 
         Returns:
             `[N, L, C]`.
         """
-        q, k, v = self.split_heads(x, norm)
+        q, k, v = self.split_heads(x)
         return self.merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
 
-    def split_heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """Queries, keys and values of tokens `[N, L, C]`: `[3, N, heads, L, C / heads]`."""
-        qkv = apply_normed(self.qkv, x, norm)
         # [N, L, 3C] -> [N, L, 3, heads, C / heads]
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def merge_heads(self, y: Tensor) -> Tensor:
-        """What the heads found, `[N, heads, L, C / heads]`, to the output `[N, L, C]`."""
+        """Merge the heads' outputs `[N, heads, L, C / heads]` and project: `[N, L, C]`."""
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -235,15 +173,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[N, L, C]` to the same shape; `bias` as `Attention` takes it."""
-        return self.feed_forward(self.attend(x, bias))
-
-    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The first half, in which tokens see each other."""
-        return x + self.drop_path(self.attn(x, bias, self.norm1))
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half, each token for itself."""
-        return x + self.drop_path(self.mlp(x, self.norm2))
+        x = x + self.drop_path(apply_recomputed(self.norm1, self.attn, x, bias))
+        return x + self.drop_path(apply_recomputed(self.norm2, self.mlp, x))
 
 
 class ConvViTEncoder(nn.Module):
@@ -352,6 +283,10 @@ class ConvViTEncoder(nn.Module):
         block = torch.unravel_index(ids_keep, self.geometry.grid(3))
         return blocks[(image, *block)].flatten(2, -2)
 
+    def under_patches(self, x: Tensor, stage: int) -> Tensor:
+        """Tokens in nested blocks, `[N, B, U * K, C]`, by patches of `stage`: `[N, B, U, K, C]`."""
+        return x.unflatten(-2, (-1, math.prod(self.geometry.patch_size[stage - 1])))
+
     def forward_visible(self, imgs: Tensor, ids_keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three stages for the visible blocks alone, exactly as if the rest were masked.
 
@@ -363,19 +298,19 @@ class ConvViTEncoder(nn.Module):
             Tokens after stage 1 `[N, B, U1, C1]`, stage 2 `[N, B, U2, C2]` and stage 3
             `[N, B, C3]`.
         """
-        x = self.patch_embed1.forward_tokens(self.visible_blocks(imgs, ids_keep))
+        x = self.patch_embed1(self.under_patches(self.visible_blocks(imgs, ids_keep), 1))
         visible = self.visible_grid(ids_keep, 1)
         for block in self.blocks1:
-            x = block.forward_tokens(x, visible)
+            x = block(x, visible)
         stage1 = x
 
-        x = self.patch_embed2.forward_tokens(x)
+        x = self.patch_embed2(self.under_patches(x, 2))
         visible = self.visible_grid(ids_keep, 2)
         for block in self.blocks2:
-            x = block.forward_tokens(x, visible)
+            x = block(x, visible)
         stage2 = x
 
-        x = self.patch_embed4(self.patch_embed3.forward_tokens(x)).flatten(1, 2)
+        x = self.patch_embed4(self.patch_embed3(self.under_patches(x, 3))).flatten(1, 2)
         x = x + self.pos_embed[0, -self.geometry.num_patches :][ids_keep]
         for block in self.blocks3:
             x = block(x)
@@ -484,7 +419,7 @@ class ConvViT(ConvViTEncoder):
         """Put a batch norm without affine before the head: a linear probe's (MAE, appendix A)."""
         self.head = nn.Sequential(norm(self.num_features, affine=False, eps=1e-6), self.head)
 
-    def _call(self, block: Callable[..., Tensor], *args: object) -> Tensor:
+    def _call(self, block: nn.Module, *args: object) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args)
         return block(*args)
@@ -511,16 +446,20 @@ class ConvViT(ConvViTEncoder):
         """
         self._check_strides(x)
         stages = min(stages, self.num_stages)
-        x = x.movedim(1, -1).contiguous()
+        x = x.movedim(1, -1)
         outputs = []
-        convolutional = ((self.patch_embed1, self.blocks1), (self.patch_embed2, self.blocks2))
-        for patch_embed, blocks in convolutional[:stages]:
-            x = patch_embed.forward_channels_last(x)
+        patch1, patch2, patch3 = self.geometry.patch_size
+        convolutional = (
+            (patch1, self.patch_embed1, self.blocks1),
+            (patch2, self.patch_embed2, self.blocks2),
+        )
+        for patch, patch_embed, blocks in convolutional[:stages]:
+            x = patch_embed(to_cells(x, patch))
             for block in blocks:
-                x = self._call(block.forward_tokens, x, DenseGrid())
+                x = self._call(block, x, DenseGrid())
             outputs.append(x)
         if stages == 3:
-            x = self.patch_embed4(self.patch_embed3.forward_channels_last(x))
+            x = self.patch_embed4(self.patch_embed3(to_cells(x, patch3)))
             grid = x.shape[1:-1]
             x = x.flatten(1, -2)  # [N, L, C]
             if self.num_prefix_tokens:

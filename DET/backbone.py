@@ -41,22 +41,17 @@ class GridAttention(Attention):
         super().__init__(dim, num_heads)
         self.window_size = window_size
 
-    def forward(
-        self, x: Tensor, bias: Tensor | None = None, norm: nn.Module | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[N, H, W, C]` to the same shape; `bias` `[heads, L, L]` of a window's tokens."""
         if not self.window_size:
-            return self.attend(x, bias, norm)
-        x = x if norm is None else norm(x)  # before windows pad it with zeros
+            return self.attend(x, bias)
         windows, padded = window_partition(x, self.window_size)  # [N * windows, side, side, C]
         y = self.attend(windows, bias)
         return window_unpartition(y, self.window_size, x.shape[1:3], padded)
 
-    def attend(
-        self, x: Tensor, bias: Tensor | None = None, norm: nn.Module | None = None
-    ) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention among all tokens of each grid `[N, H, W, C]`."""
-        return super().forward(x.flatten(1, 2), bias, norm).view_as(x)
+        return super().forward(x.flatten(1, 2), bias).view_as(x)
 
 
 class DecomposedAttention(GridAttention):
@@ -83,12 +78,10 @@ class DecomposedAttention(GridAttention):
             nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads)) for size in table_grid
         )
 
-    def attend(
-        self, x: Tensor, bias: Tensor | None = None, norm: nn.Module | None = None
-    ) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention among all tokens of each grid `[N, H, W, C]`; it has its own bias."""
         height, width = grid = x.shape[1:3]
-        q, k, v = self.split_heads(x.flatten(1, 2), norm)  # [N, heads, L, c]
+        q, k, v = self.split_heads(x.flatten(1, 2))  # [N, heads, L, c]
         scaled = q * q.shape[-1] ** -0.5
         q = q.unflatten(2, grid)  # [N, heads, H, W, c]
         rows = torch.einsum("nmhwc,hyc->nmhwy", q, get_rel_pos(height, height, self.rel_pos_h))

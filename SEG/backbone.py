@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models_convvit import LAYER_NORM, Attention, Block, ConvViT
 from util.layers.geometry import Geometry
+from util.layers.recompute import apply_recomputed
 from util.layers.rel_pos import RelativePositions
 from util.weights.load import Report, load_weights
 from util.weights.read import read_weights
@@ -59,8 +60,8 @@ class RelativeBlock(Block):
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Tokens `[N, L, C]` of a grid `(h, w)` to the same shape."""
         bias = self.attn.relative_position_bias(grid)
-        x = x + self.drop_path(self.gamma_1 * self.attn(x, bias, self.norm1))
-        return x + self.drop_path(self.gamma_2 * self.mlp(x, self.norm2))
+        x = x + self.drop_path(self.gamma_1 * apply_recomputed(self.norm1, self.attn, x, bias))
+        return x + self.drop_path(self.gamma_2 * apply_recomputed(self.norm2, self.mlp, x))
 
 
 @MODELS.register_module()

@@ -9,9 +9,44 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from models_convmae import MaskedAutoencoderConvViT, gather_tokens
-from models_convvit import LAYER_NORM, ConvViT
+from models_convvit import LAYER_NORM, ConvBlock, ConvViT, PatchEmbed
 from util.layers.geometry import CONV, Geometry
 from util.layers.pos_embed import get_sincos_pos_embed
+
+
+def conv_on_grid(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of the encoder as torch computes it: grid `[N, C, *size]` to grid."""
+    return CONV[x.ndim - 2].forward(conv, x)
+
+
+def norm_on_grid(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm over the channels of a grid `[N, C, *size]`."""
+    return norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def patch_embed_on_grid(embed: PatchEmbed, x: Tensor) -> Tensor:
+    """`PatchEmbed` of a grid: `[N, C_in, *size]` to `[N, C, *size / patch]`."""
+    return embed.act(norm_on_grid(embed.norm, conv_on_grid(embed.proj, x)))
+
+
+def conv_block_on_grid(block: ConvBlock, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`ConvBlock` as the original computes it, with block-wise masking (paper section 3.2).
+
+    Args:
+        block: to apply.
+        x: `[N, C, *size]`.
+        mask: `[N, 1, *size]`, 1 where removed, 0 where visible; None for no masking.
+
+    Returns:
+        `[N, C, *size]`. Removed positions hold numbers that no visible one depends on.
+    """
+    y = conv_on_grid(block.conv1, norm_on_grid(block.norm1, x))
+    if mask is not None:
+        y = y * (1 - mask).to(y.dtype)
+    y = conv_on_grid(block.conv2, conv_on_grid(block.attn, y))
+    x = x + block.drop_path(y)
+    y = F.gelu(conv_on_grid(block.mlp.fc1, norm_on_grid(block.norm2, x)))
+    return x + block.drop_path(conv_on_grid(block.mlp.fc2, y))
 
 
 class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
@@ -29,13 +64,14 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
             masks[stage] = F.interpolate(
                 block_mask, self.geometry.grid(stage), mode="nearest-exact"
             )
-        x = stage1 = self.patch_embed1(x)
+        x = stage1 = patch_embed_on_grid(self.patch_embed1, x)
         for block in self.blocks1:
-            x = stage1 = block(x, masks[1])
-        x = stage2 = self.patch_embed2(x)
+            x = stage1 = conv_block_on_grid(block, x, masks[1])
+        x = stage2 = patch_embed_on_grid(self.patch_embed2, x)
         for block in self.blocks2:
-            x = stage2 = block(x, masks[2])
-        x = self.patch_embed4(self.patch_embed3(x).flatten(2).transpose(1, 2)) + self.pos_embed
+            x = stage2 = conv_block_on_grid(block, x, masks[2])
+        x = patch_embed_on_grid(self.patch_embed3, x).flatten(2).transpose(1, 2)  # [N, L, C]
+        x = self.patch_embed4(x) + self.pos_embed
 
         x = gather_tokens(x, ids_keep)
         for block in self.blocks3:
@@ -45,7 +81,9 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
                 (self.stage1_output_decode, stage1),
                 (self.stage2_output_decode, stage2),
             ):
-                x = x + gather_tokens(decode(grid).flatten(2).transpose(1, 2), ids_keep)
+                x = x + gather_tokens(
+                    conv_on_grid(decode, grid).flatten(2).transpose(1, 2), ids_keep
+                )
         return self.norm(x), mask, ids_restore
 
 
@@ -59,11 +97,11 @@ class GridConvViT(ConvViT):
             (self.patch_embed1, self.blocks1),
             (self.patch_embed2, self.blocks2),
         ):
-            x = patch_embed(x)
+            x = patch_embed_on_grid(patch_embed, x)
             for block in blocks:
-                x = block(x)
+                x = conv_block_on_grid(block, x)
             outputs.append(x)
-        x = self.patch_embed3(x).flatten(2).transpose(1, 2)  # [N, L, C]
+        x = patch_embed_on_grid(self.patch_embed3, x).flatten(2).transpose(1, 2)  # [N, L, C]
         x = self.patch_embed4(x) + self.pos_embed
         for block in self.blocks3:
             x = block(x)

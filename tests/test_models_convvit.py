@@ -1,4 +1,3 @@
-import copy
 import math
 from itertools import product
 
@@ -6,19 +5,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.reference import conv_block_on_grid, conv_on_grid, patch_embed_on_grid
 from models_convvit import (
     Attention,
     Block,
     ConvBlock,
-    ConvMlp,
     ConvViTEncoder,
     PatchEmbed,
-    channel_norm,
-    conv_as_linear,
 )
 from tests.modules import randomize, visible_grid, visible_positions
+from util.layers.convolution import strided_conv
 from util.layers.depthwise import DenseGrid
-from util.layers.geometry import CONV, to_nested_blocks
+from util.layers.geometry import to_cells, to_nested_blocks
 
 TINY = dict(img_size=64, embed_dim=(4, 6, 8), depth=(1, 2, 2), num_heads=2)
 
@@ -34,8 +32,6 @@ def seed():
 @pytest.mark.parametrize(
     ("cells", "units"),
     [
-        ((3,), []),
-        ((2,), [(3,)]),
         ((4, 4), []),
         ((2, 3), []),
         ((2, 2), [(2, 2)]),
@@ -44,81 +40,21 @@ def seed():
         ((2, 1, 2), [(1, 2, 2)]),
     ],
 )
-def test_conv_as_linear_equals_the_convolution(cells, units):
+def test_a_strided_convolution_of_tokens_equals_that_of_the_grid(cells, units):
     kernel = tuple(math.prod(sizes) for sizes in zip(cells, *units, strict=True))
-    conv = randomize(CONV[len(kernel)](3, 5, kernel, kernel))
+    conv = randomize(strided_conv(3, 5, kernel, units))
     grid = torch.randn(2, 3, *(2 * k for k in kernel), dtype=torch.float64)
     # [N, *blocks, *cells, *units, C] -> [N, B, K, C]
     tokens = to_nested_blocks(grid, [cells, *units]).reshape(2, -1, math.prod(kernel), 3)
-    expected = conv(grid).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(conv_as_linear(tokens, conv, units).flatten(1, 2), expected)
+    expected = conv_on_grid(conv, grid).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(conv(tokens), expected)
 
 
-def test_patch_embedding_of_tokens_equals_that_of_the_grid():
+def test_patch_embedding_of_cells_equals_that_of_the_grid():
     embed = randomize(PatchEmbed(3, 6, (2, 4)))
     grid = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    tokens = to_nested_blocks(grid, [(2, 4)]).reshape(2, 8, 8, 3)
-    expected = embed(grid).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(embed.forward_tokens(tokens).flatten(1, 2), expected)
-
-
-def test_patch_embedding_with_channels_last_equals_that_of_the_grid():
-    embed = randomize(PatchEmbed(3, 6, (2, 4)))
-    grid = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    actual = embed.forward_channels_last(grid.movedim(1, -1))
-    torch.testing.assert_close(actual, embed(grid).movedim(1, -1))
-
-
-class Adapted(torch.nn.Module):
-    """A layer with something added to it, such as LoRA's product of two small matrices."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
-
-    def forward(self, x):
-        return self.layer(x) + 1
-
-
-@pytest.mark.parametrize("name", ["attn.qkv", "mlp.fc1", "mlp.fc2"])
-def test_an_adapter_in_a_blocks_place_for_a_linear_map_is_called(name):
-    block = randomize(Block(8, num_heads=2, mlp_ratio=3))
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    shifted = copy.deepcopy(block)
-    with torch.no_grad():
-        shifted.get_submodule(name).bias += 1
-    block.set_submodule(name, Adapted(block.get_submodule(name)))
-    torch.testing.assert_close(block(x), shifted(x))
-
-
-@pytest.mark.parametrize("name", ["attn.qkv", "mlp.fc1", "mlp.fc2"])
-def test_a_linear_map_without_bias_may_take_the_place_of_one_with(name):
-    block = randomize(Block(8, num_heads=2, mlp_ratio=3))
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    layer = block.get_submodule(name)
-    torch.nn.init.zeros_(layer.bias)
-    expected = block(x)
-    layer.bias = None
-    torch.testing.assert_close(block(x), expected)
-
-
-@pytest.mark.parametrize("name", ["norm1", "attn.qkv", "norm2", "mlp.fc1", "mlp.fc2"])
-def test_hooks_in_a_block_are_called(name):
-    block, seen = randomize(Block(8, num_heads=2, mlp_ratio=3)), []
-    hook = block.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    hooked = block(x)
-    hook.remove()
-    torch.testing.assert_close(hooked, block(x))
-    assert seen == [1]
-
-
-def test_mlp_of_tokens_equals_that_of_the_grid():
-    mlp, norm = randomize(ConvMlp(4, 10, ndim=2)), randomize(torch.nn.LayerNorm(4))
-    grid = torch.randn(2, 4, 3, 5, dtype=torch.float64)
-    tokens = grid.flatten(2).transpose(1, 2).unsqueeze(2)
-    expected = mlp(channel_norm(grid, norm)).flatten(2).transpose(1, 2).unsqueeze(2)
-    torch.testing.assert_close(mlp.forward_tokens(tokens, norm), expected)
+    cells = to_cells(grid.movedim(1, -1), (2, 4))  # [N, 4, 2, K, C]
+    torch.testing.assert_close(embed(cells), patch_embed_on_grid(embed, grid).movedim(1, -1))
 
 
 @pytest.mark.parametrize(("grid", "kernel"), [((6, 8), (5, 5)), ((3, 4, 6), (5, 5, 5))])
@@ -132,8 +68,8 @@ def test_conv_block_of_visible_tokens_equals_the_masked_block(grid, kernel):
         tokens = grid_values.flatten(2).transpose(1, 2)  # [N, L, C]
         return torch.stack([t[p] for t, p in zip(tokens, positions, strict=True)]).unsqueeze(2)
 
-    expected = visible(block(x, mask.view(3, 1, *grid)))
-    tokens = block.forward_tokens(visible(x), visible_grid(positions, grid))
+    expected = visible(conv_block_on_grid(block, x, mask.view(3, 1, *grid)))
+    tokens = block(visible(x), visible_grid(positions, grid))
     torch.testing.assert_close(tokens, expected)
 
 
@@ -141,17 +77,8 @@ def test_conv_block_of_visible_tokens_equals_the_masked_block(grid, kernel):
 def test_conv_block_of_all_tokens_equals_the_unmasked_block(grid, kernel):
     block = randomize(ConvBlock(4, mlp_ratio=2, kernel_size=kernel))
     x = torch.randn(2, 4, *grid, dtype=torch.float64)
-    actual = block.forward_tokens(x.movedim(1, -1), DenseGrid())
-    torch.testing.assert_close(actual, block(x).movedim(1, -1))
-
-
-def test_conv_block_without_a_mask_sees_everything():
-    block = randomize(ConvBlock(4, mlp_ratio=2))
-    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    everything, half = torch.zeros(2, 1, 6, 6), torch.zeros(2, 1, 6, 6)
-    half[..., 3:] = 1
-    assert torch.equal(block(x), block(x, everything))
-    assert not torch.allclose(block(x)[..., :3], block(x, half)[..., :3])
+    actual = block(x.movedim(1, -1), DenseGrid())
+    torch.testing.assert_close(actual, conv_block_on_grid(block, x).movedim(1, -1))
 
 
 # ---- Transformer blocks --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from timm.optim import param_groups_layer_decay
 
+from benchmarks.reference import GridConvViT
 from models_convvit import ConvViT
 from util.layers.architecture import SIZES
 
@@ -65,18 +66,14 @@ def test_layer_decay_groups_are_the_originals():
 
 
 def test_the_dense_encoder_equals_the_published_form_on_grids():
-    model = tiny()
-    x = torch.randn(2, 3, 64, 96)
-    grid = x
-    for patch_embed, blocks in (
-        (model.patch_embed1, model.blocks1),
-        (model.patch_embed2, model.blocks2),
-    ):
-        grid = patch_embed(grid)
-        for block in blocks:
-            grid = block(grid)
-    actual = model.forward_stages(x, 2)[-1].movedim(-1, 1)
-    torch.testing.assert_close(actual, grid, rtol=1e-4, atol=1e-5)
+    model, published = tiny(), GridConvViT(**SIZES["tiny"], img_size=64).eval()
+    published.load_state_dict(model.state_dict(), strict=False)
+    x = torch.randn(2, 3, 64, 64)
+    *early, last = model.forward_stages(x)
+    *early_grids, expected = published.forward_stages(x)
+    for actual, grid in zip(early, early_grids, strict=True):
+        torch.testing.assert_close(actual.movedim(-1, 1), grid, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (32, 160)])

@@ -6,24 +6,37 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+
+def _same(weight: Tensor) -> list[int]:
+    """The padding that keeps a grid's size."""
+    return [k // 2 for k in weight.shape[2:]]
+
+
+def _conv_of_visible(
+    x: Tensor, weight: Tensor, bias: Tensor, index: Tensor, canvas: tuple[int, ...]
+) -> Tensor:
+    """Depthwise convolution of tokens `[T, C]` that lie on an otherwise zero canvas."""
+    conv = F.conv2d if weight.ndim == 4 else F.conv3d
+    grid = _scatter(x, index, canvas)
+    return _gather(conv(grid, weight, bias, padding=_same(weight), groups=len(weight)), index)
 
 
 class _VisibleDepthwiseConv(torch.autograd.Function):
-    """Depthwise convolution of tokens that lie on an otherwise zero canvas.
+    """`_conv_of_visible`, which keeps the tokens alone for the backward pass.
 
-    Scatter, convolve, gather; backward is the same with the gradient. Only the tokens are kept
-    for it, not the canvas, which would be `1 / (1 - mask_ratio)` times as large.
+    The canvas would be `1 / (1 - mask_ratio)` times as large. Backward is the same with the
+    gradient: scatter, convolve, gather.
     """
 
+    forward = staticmethod(_conv_of_visible)
+
     @staticmethod
-    def forward(ctx, x, weight, bias, index, canvas):
+    def setup_context(ctx, inputs, output):
+        x, weight, _, index, canvas = inputs
         ctx.save_for_backward(x, weight, index)
         ctx.canvas = canvas
-        padding = [k // 2 for k in weight.shape[2:]]
-        conv = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
-        out = conv(_scatter(x, index, canvas), weight, bias, padding=padding, groups=len(weight))
-        return _gather(out, index)
 
     @staticmethod
     def backward(ctx, grad):
@@ -35,7 +48,7 @@ class _VisibleDepthwiseConv(torch.autograd.Function):
             weight,
             [channels],
             ones,
-            [k // 2 for k in weight.shape[2:]],
+            _same(weight),
             ones,
             False,
             [0] * len(ones),
@@ -123,28 +136,29 @@ def _overlap(start: int, frames: int, halo: int) -> tuple[slice, slice]:
     return slice(first, last), slice(first + start, last + start)
 
 
-class _FramesDepthwise(torch.autograd.Function):
+def _conv_of_clips(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Depthwise convolution of whole clips `[N, T, H, W, C]`."""
+    return _conv_frames(x, weight, _same(weight)[1:]) + bias
+
+
+class _FramesDepthwise(torch.autograd.Function):
+    """`_conv_of_clips`, which keeps the clips alone for the backward pass."""
+
+    forward = staticmethod(_conv_of_clips)
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return _conv_frames(x, weight, _same(weight)) + bias
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad, padding = grad.contiguous(), _same(weight)[1:]
         return (
-            _conv_frames(grad, weight.flip(2, 3, 4), _same(weight)),
-            _conv_frames_weight_grad(grad, x, weight, _same(weight)),
+            _conv_frames(grad, weight.flip(2, 3, 4), padding),
+            _conv_frames_weight_grad(grad, x, weight, padding),
             grad.sum((0, 1, 2, 3)),
         )
-
-
-def _same(weight: Tensor) -> list[int]:
-    """The padding in space that keeps the size."""
-    return [k // 2 for k in weight.shape[3:]]
 
 
 class Windows(NamedTuple):
@@ -207,7 +221,7 @@ class Windows(NamedTuple):
 
     def padding(self, weight: Tensor) -> list[int]:
         """Of height and width: where a unit is as long as the grid, what is beyond are zeros."""
-        return [0 if h else p for h, p in zip(self.halo[1:], _same(weight), strict=True)]
+        return [0 if h else p for h, p in zip(self.halo[1:], _same(weight)[1:], strict=True)]
 
     def convolve(self, boxes: Tensor, weight: Tensor) -> Tensor:
         """Boxes to the tokens `[V, C]` of their units, convolved."""
@@ -215,18 +229,27 @@ class Windows(NamedTuple):
         return out.view(-1, out.shape[-1]).index_select(0, self.order)
 
 
-class _WindowsDepthwise(torch.autograd.Function):
-    """Depthwise convolution of a clip's visible tokens; only around them anything is computed.
+def _conv_of_windows(
+    x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, halo: tuple[int, ...], order: Tensor
+) -> Tensor:
+    """Depthwise convolution of a clip's visible tokens; only around them anything is computed."""
+    windows = Windows(rows, halo, order)
+    return windows.convolve(windows.gather(x), weight) + bias
 
-    Only the tokens are kept for the backward pass, which is the same with the gradient.
+
+class _WindowsDepthwise(torch.autograd.Function):
+    """`_conv_of_windows`, which keeps the tokens alone for the backward pass.
+
+    Backward is the same with the gradient.
     """
 
+    forward = staticmethod(_conv_of_windows)
+
     @staticmethod
-    def forward(ctx, x, weight, bias, rows, halo, order):
-        windows = Windows(rows, halo, order)
+    def setup_context(ctx, inputs, output):
+        x, weight, _, rows, halo, order = inputs
         ctx.save_for_backward(x, weight, rows, order)
         ctx.halo = halo
-        return windows.convolve(windows.gather(x), weight) + bias
 
     @staticmethod
     def backward(ctx, grad):
@@ -238,6 +261,16 @@ class _WindowsDepthwise(torch.autograd.Function):
         )
         grad_x = windows.convolve(boxes, weight.flip(2, 3, 4))
         return grad_x, grad_weight, grad.sum(0), None, None, None
+
+
+def _call(kind: type[torch.autograd.Function], *args: object) -> Tensor:
+    """A function with its lean backward pass, or as plain operations where nothing is kept."""
+    x, weight = args[:2]
+    differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    # Traces can be saved, and functorch can vectorise, plain operations alone.
+    if not differentiates or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+        return kind.forward(*args)
+    return kind.apply(*args)
 
 
 class VisibleGrid(NamedTuple):
@@ -253,25 +286,28 @@ class VisibleGrid(NamedTuple):
     canvas: tuple[int, ...]
     windows: Windows | None = None
 
-    def depthwise(self, x: Tensor, conv: nn.Module) -> Tensor:
-        """Apply a depthwise convolution to tokens `[N, B, U, C]`; what is not visible is zero.
+    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Convolve tokens `[N, B, U, C]` on their grid, with zeros where nothing is visible.
 
-        It is computed in the tokens' type, under autocast too.
+        Args:
+            x: computed in its own type, under autocast too.
+            weight: `[C, 1, *kernel]`.
+            bias: `[C]`.
         """
-        weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
-        tokens = x.flatten(0, 2)
+        weight, bias, tokens = weight.to(x.dtype), bias.to(x.dtype), x.flatten(0, 2)
         if self.windows is None:
-            out = _VisibleDepthwiseConv.apply(tokens, weight, bias, self.index, self.canvas)
+            out = _call(_VisibleDepthwiseConv, tokens, weight, bias, self.index, self.canvas)
         else:
-            out = _WindowsDepthwise.apply(tokens, weight, bias, *self.windows)
+            out = _call(_WindowsDepthwise, tokens, weight, bias, *self.windows)
         return out.view_as(x)
 
 
 class DenseGrid:
     """All tokens of a stage on their grid, `[N, *grid, C]`: nothing is masked."""
 
-    def depthwise(self, x: Tensor, conv: nn.Module) -> Tensor:
-        """Apply a depthwise convolution to tokens `[N, *grid, C]`."""
+    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Convolve tokens `[N, *grid, C]`; arguments as `VisibleGrid.depthwise` takes them."""
         if x.ndim == 5:
-            return _FramesDepthwise.apply(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype))
-        return conv(x.movedim(-1, 1)).movedim(1, -1)
+            return _call(_FramesDepthwise, x, weight.to(x.dtype), bias.to(x.dtype))
+        y = F.conv2d(x.movedim(-1, 1), weight, bias, padding=_same(weight), groups=len(weight))
+        return y.movedim(1, -1)

@@ -141,3 +141,10 @@ def to_nested_blocks(x: Tensor, units: Sequence[Sequence[int]]) -> Tensor:
         shape += [size // math.prod(inner), *inner]
     order = [2 + d * depth + level for level in range(depth) for d in range(ndim)]
     return x.reshape(*x.shape[:2], *shape).permute(0, *order, 1)
+
+
+def to_cells(x: Tensor, cell: Sequence[int]) -> Tensor:
+    """Gather the positions of each cell of a grid: `[N, *size, C]` to `[N, *size / cell, K, C]`."""
+    ndim = len(cell)
+    cells = to_nested_blocks(x.movedim(-1, 1), [cell])  # [N, *grid, *cell, C]
+    return cells.flatten(1 + ndim, -2)
