@@ -9,6 +9,7 @@ from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
 from SEG.backbone import ConvMAE
 from util.errors import UsageError
+from util.layers.geometry import to_cells
 from util.layers.rel_pos import resize_relative_table
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "state_dict_keys.json"
@@ -168,8 +169,9 @@ def test_a_gray_encoder_gives_the_same_features_for_gray_pictures_in_colour(tmp_
     model, gray = small().eval(), torch.randn(2, 1, 64, 64)
     model.load(str(tmp_path / "a.pth"))
     with torch.no_grad():
-        actual = model.patch_embed1(gray.expand(-1, 3, -1, -1))
-        torch.testing.assert_close(actual, source.patch_embed1(gray))
+        cells = to_cells(gray.movedim(1, -1), (4, 4))
+        actual = model.patch_embed1(cells.expand(-1, -1, -1, -1, 3))
+        torch.testing.assert_close(actual, source.patch_embed1(cells))
 
 
 def test_a_checkpoint_of_another_size_is_refused_with_the_reason(tmp_path):
