@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from models_convvit import MODELS, NEW_IN_CLASSIFIER, ConvViT, convvit_from_weights
 from util.data.classes import check_classes
-from util.data.datasets import LabeledImages
+from util.data.datasets import BadFile, LabeledImages
 from util.data.loader import BadImages, Loader
 from util.data.shards import is_shards
 from util.data.transforms import center_crop_transform
@@ -326,7 +326,7 @@ def evaluate(
         TrainingError: more are.
     """
     model.eval()
-    rows, bad = [], set()
+    rows, bad = [], {}
     hidden = not (is_main_process() and sys.stderr.isatty())
     batches = tqdm(loader.epoch(0), "evaluate", len(loader.sampler), disable=hidden, leave=False)
     for imgs, labels, indices, failed in batches:
@@ -337,7 +337,7 @@ def evaluate(
         keep = torch.tensor([i not in bad for i in indices.tolist()])
         rows.append([c[keep] for c in (indices, *judge(logits.float().cpu(), labels))])
     columns = [torch.cat(column) for column in zip(*rows, strict=True)]
-    return _merge(gather_objects((columns, sorted(bad))), loader.dataset, max_bad_images)
+    return _merge(gather_objects((columns, sorted(bad.items()))), loader.dataset, max_bad_images)
 
 
 def mean_over_views(model: nn.Module, views: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 
 def _merge(
-    parts: Sequence[tuple[list[Tensor], list[int]]], dataset: LabeledImages, max_bad: float
+    parts: Sequence[tuple[list[Tensor], list[BadFile]]], dataset: LabeledImages, max_bad: float
 ) -> Evaluation:
     """The parts of all processes in the order of the data set."""
     bad_images = BadImages(lambda text: print_once(text, error=True))
@@ -468,7 +468,7 @@ def val_images(args: argparse.Namespace, classes: Sequence[str] | None = None) -
     Raises:
         UsageError: no such images, or see `LabeledImages`.
     """
-    transform = center_crop_transform(tuple(args.input_size), args.in_chans)
+    transform = center_crop_transform(tuple(args.input_size), args.in_chans, args.max_pixels)
     return eval_loader(args, LabeledImages(_val_path(args), transform), args.batch_size)
 
 

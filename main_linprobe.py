@@ -20,7 +20,7 @@ from engine_finetune import (
     train_one_epoch,
 )
 from models_convvit import MODELS
-from util.data.transforms import pretrain_transform
+from util.data.transforms import probe_transform
 from util.run import args as arguments
 from util.run.distributed import SyncedBatchNorm1d, init_processes, print_once
 from util.run.lars import LARS
@@ -59,8 +59,12 @@ def main(args: argparse.Namespace) -> None:
         return
     content, weights = find_start(args, PROGRAM)
     complete_run(args, device)
-    transform = pretrain_transform(
-        args.input_size, args.in_chans, hflip=args.hflip, scale=tuple(args.crop_scale)
+    transform = probe_transform(
+        args.input_size,
+        args.in_chans,
+        hflip=args.hflip,
+        scale=tuple(args.crop_scale),
+        max_pixels=args.max_pixels,
     )
     train_loader, val_loader = build_data(args, transform)
     classes = train_loader.dataset.classes

@@ -20,9 +20,11 @@ from util.errors import TrainingError, UsageError
 
 
 def test_collate_stacks_images_and_merges_bad_files():
-    images, bad = collate([(torch.zeros(3, 2, 2), (5, 1)), (torch.ones(3, 2, 2), (1,))])
+    images, bad = collate(
+        [(torch.zeros(3, 2, 2), ((5, "b"), (1, "a"))), (torch.ones(3, 2, 2), ((1, "a"),))]
+    )
     assert images.shape == (2, 3, 2, 2) and images[1].eq(1).all()
-    assert bad == [1, 5]
+    assert bad == [(1, "empty"), (5, "torn")]
 
 
 def test_collate_keeps_labels():
@@ -138,25 +140,25 @@ def test_an_evaluation_can_go_on_after_a_lost_worker():
 def test_a_bad_file_is_named_once(tmp_path):
     data, lines = ImageFiles(write_pictures(tmp_path, 4), noisy), []
     bad_images = BadImages(lines.append)
-    for batch in ([2], [], [2, 3], [3]):
+    for batch in ([(2, "torn")], [], [(2, "torn"), (3, "empty")], [(3, "empty")]):
         bad_images.add(batch, data)
     assert bad_images.count == 2
     assert lines == [
-        f"{tmp_path / '002.png'} cannot be decoded: skipped",
-        f"{tmp_path / '003.png'} cannot be decoded: skipped",
+        f"{tmp_path / '002.png'} cannot be decoded: skipped (torn)",
+        f"{tmp_path / '003.png'} cannot be decoded: skipped (empty)",
     ]
 
 
 def test_too_many_bad_files_stop_the_run(tmp_path):
     data = ImageFiles(write_pictures(tmp_path, 4), noisy)
     bad_images = BadImages(lambda line: None)
-    bad_images.add([1], data)
+    bad_images.add([(1, "torn")], data)
     bad_images.check(total=10, num_files=1000, max_share=0.01)
     with pytest.raises(TrainingError) as error:
         bad_images.check(total=11, num_files=1000, max_share=0.01)
     assert str(error.value) == (
         "11 of 1000 images cannot be decoded, more than --max_bad_images 0.01 allows; "
-        f"first: {tmp_path / '001.png'}"
+        f"first: {tmp_path / '001.png'} (torn)"
     )
 
 
@@ -216,7 +218,7 @@ def test_bad_files_are_reported_with_the_batch(tmp_path):
     loader = make_loader(write_pictures(tmp_path, 12), 2)
     (tmp_path / "004.png").write_bytes(b"")
     batches = list(loader.epoch(0))
-    assert [bad for _, bad in batches if bad] == [[4]]
+    assert [[index for index, _ in bad] for _, bad in batches if bad] == [[4]]
     assert [len(batch) for batch, _ in batches] == [2] * 6
 
 

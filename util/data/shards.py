@@ -11,25 +11,46 @@ an index for shards that came without one.
 """
 
 import io
+import math
 import os
+import re
+import resource
 import tarfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from util.atomic import write_atomically
-from util.data.folders import ImageFolder
+from util.data.files import MAX_BYTES, open_regular, reason_of, retried
+from util.data.folders import ImageFolder, kind_of
 from util.data.images import IMAGE_EXTENSIONS
-from util.errors import UsageError
+from util.errors import TrainingError, UsageError
 
 INDEX = "index.npz"
+# Lies beside shards that are being written; after a kill it says that they are not complete.
+UNFINISHED = "unfinished"
 LABEL = "cls"
-# Shards that a process keeps open.
-MAX_OPEN = 128
+# Names that `webdataset` skips, from their start.
+_META = re.compile(r"__[^/]*__($|/)")
+# Bytes of a file's header in a tar.
+HEADER = 512
+# Shards that a process keeps open: a quarter of the files that it may open, and no more than 128.
+MAX_OPEN = min(128, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+# More classes or shards than anybody has: a label or a pattern beyond is a mistake.
+MAX_CLASSES = MAX_SHARDS = 1_000_000
+# What an index holds: kinds of numpy's types; one value per shard, image or thing left out.
+_SCHEMA = {
+    "shards": "U", "bytes": "iu",
+    "shard": "iu", "name": "S", "offset": "iu", "size": "iu", "header": "u",
+    "left_out_shard": "iu", "left_out_kind": "U", "left_out_count": "iu",
+}  # fmt: skip
+_LABEL_SCHEMA = {"label": "iu", "label_offset": "iu", "label_size": "iu", "classes": "U"}
+_PER_IMAGE = ("name", "offset", "size", "header", "label", "label_offset", "label_size")
 
 
 class Shards:
@@ -41,6 +62,7 @@ class Shards:
 
     Attributes:
         group_sizes: images of each shard; those of a shard are neighbours.
+        left_out: how many files of the shards are no images of ours, by their kinds.
 
     Raises:
         UsageError: shards that are missing, or not those of the index.
@@ -60,31 +82,54 @@ class Shards:
         self.group_sizes = [len(samples) for samples in chosen]
         samples = np.concatenate(chosen)
         self._shard = np.repeat(np.arange(len(names)), self.group_sizes)
-        self._offset, self._size = index["offset"][samples], index["size"][samples]
-        self._name = index["name"][samples]
+        self._index = {name: index[name][samples] for name in _PER_IMAGE if name in index}
         self._classes = index["classes"].tolist() if "classes" in index else None
-        self._labels = index["label"][samples] if "classes" in index else None
+        self.left_out = Counter()
+        in_use = np.isin(index["left_out_shard"], [places[name] for name in names])
+        for kind, count in zip(
+            index["left_out_kind"][in_use].tolist(),
+            index["left_out_count"][in_use].tolist(),
+            strict=True,
+        ):
+            self.left_out[kind] += count
 
     def __len__(self) -> int:
         return len(self._shard)
 
     def path(self, index: int) -> str:
         """Where an image is, for people: shard and name in it."""
-        return f"{self._paths[self._shard[index]]}/{os.fsdecode(self._name[index])}"
+        return f"{self._paths[self._shard[index]]}/{os.fsdecode(self._index['name'][index])}"
 
     def open(self, index: int) -> BinaryIO:
         """An image's file.
 
         Raises:
-            OSError: the shard cannot be read, or ends too early.
+            TrainingError: the storage fails, or the shard is no longer the one of the index.
         """
-        shard = _open_shard(self._paths[self._shard[index]])
-        size = int(self._size[index])
-        file = io.BytesIO(os.pread(shard.fileno(), size, int(self._offset[index])))
+        shard = self._paths[self._shard[index]]
+        size = int(self._index["size"][index])
+        # The header lies before the file.
+        data = self._read(index, int(self._index["offset"][index]) - HEADER, HEADER + size)
+        check = zlib.crc32(data[:HEADER])
+        if self._classes is not None:
+            start = int(self._index["label_offset"][index]) - HEADER
+            label = self._read(index, start, HEADER + int(self._index["label_size"][index]))
+            check = zlib.crc32(label, check)
+        if check != self._index["header"][index]:
+            raise TrainingError(
+                f"{self.path(index)} is not where {INDEX} has it: {shard} was written again "
+                f"since; index it again: {_index_command(Path(shard).parent)}"
+            )
+        file = io.BytesIO(data[HEADER:])
         file.name = self.path(index)
-        if file.getbuffer().nbytes != size:
-            raise OSError(f"{file.name} cannot be read: the shard ends before it")
         return file
+
+    def _read(self, index: int, start: int, size: int) -> bytes:
+        shard = self._paths[self._shard[index]]
+        data = retried(partial(_read_part, shard, start, size), shard)
+        if len(data) != size:
+            raise TrainingError(f"{self.path(index)} cannot be read: the shard ends before it")
+        return data
 
     def read_classes(self) -> tuple[list[str], np.ndarray]:
         """Names of the classes, and the label of each image, `[num_images]`.
@@ -94,13 +139,22 @@ class Shards:
         """
         if self._classes is None:
             raise UsageError(f"the images of {self.root} have no labels: no .{LABEL} in the shards")
-        return self._classes, self._labels
+        return self._classes, self._index["label"].astype(np.int64)
+
+
+def _read_part(path: str, start: int, size: int) -> bytes:
+    """Some bytes of a shard."""
+    try:
+        return os.pread(_open_shard(path).fileno(), size, start)
+    except OSError:
+        _open_shard.cache_clear()  # a shard that went stale, or too many of them
+        raise
 
 
 @lru_cache(maxsize=MAX_OPEN)
 def _open_shard(path: str) -> BinaryIO:
     """A shard, read by position: so processes that share it do not disturb each other."""
-    return open(path, "rb", buffering=0)
+    return open_regular(path)
 
 
 def is_shards(path: str | os.PathLike) -> bool:
@@ -112,13 +166,20 @@ def expand(pattern: str | os.PathLike) -> tuple[Path, list[str] | None]:
     """The folder of a pattern, and the names of its shards; None for all of a folder.
 
     Raises:
-        UsageError: shards in several folders, or one named twice.
+        UsageError: shards in several folders, one named twice, more than anybody has, or braces
+            that do not match.
     """
     if not str(pattern).endswith(".tar"):
         return Path(pattern), None
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", str(pattern))
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_SHARDS:
+        raise UsageError(f"{pattern} names more than {MAX_SHARDS} shards")
     from webdataset.shardlists import expand_urls  # takes a second
 
-    paths = [Path(url) for url in expand_urls(str(pattern))]
+    try:
+        paths = [Path(url) for url in expand_urls(str(pattern))]
+    except ValueError as error:
+        raise UsageError(f"{pattern} is no pattern of shards: {error}") from error
     folders, counts = {path.parent for path in paths}, Counter(paths)
     if len(folders) > 1:
         raise UsageError(f"the shards of {pattern} must lie in one folder, beside their index")
@@ -127,18 +188,72 @@ def expand(pattern: str | os.PathLike) -> tuple[Path, list[str] | None]:
     return paths[0].parent, [path.name for path in paths]
 
 
+def _index_command(folder: Path) -> str:
+    return f"python -m tools.shards index '{folder}/*.tar'"
+
+
 def _read_index(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of an index, of whose types, lengths and values one can be sure.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
     path = folder / INDEX
-    try:
-        with np.load(path, allow_pickle=False) as index:
-            return dict(index)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise UsageError(
             f"there is no {path}, which says where in the shards the images are: "
-            f"python -m tools.shards index '{folder}/*.tar' writes it"
-        ) from None
+            f"{_index_command(folder)} writes it"
+        )
+    try:
+        index = retried(partial(_load_arrays, path), path)
+        _check_index(index)
+    except TrainingError:
+        raise
     except Exception as error:  # Damaged bytes raise nearly anything.
-        raise UsageError(f"{path} cannot be read ({error}): write it again") from error
+        raise UsageError(
+            f"{path} cannot be read ({error}): write it again by {_index_command(folder)}"
+        ) from error
+    return index
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    with io.BufferedReader(open_regular(path)) as file, np.load(file, allow_pickle=False) as arrays:
+        if any(entry.compress_type for entry in arrays.zip.infolist()):
+            raise ValueError("it is compressed, so that nothing bounds its size")
+        return dict(arrays)
+
+
+def _check_index(index: dict[str, np.ndarray]) -> None:
+    """Refuse arrays that do not fit each other.
+
+    Raises:
+        ValueError: saying which.
+    """
+    labels = _LABEL_SCHEMA if "classes" in index else {}
+    for name, kinds in (_SCHEMA | labels).items():
+        if name not in index:
+            raise ValueError(f"it has no {name}")
+        if index[name].ndim != 1 or index[name].dtype.kind not in kinds:
+            raise ValueError(f"its {name} are of another type")
+    groups = (
+        ("shards", "bytes"),
+        ("shard", *(name for name in _PER_IMAGE if name in _SCHEMA | labels)),
+        ("left_out_shard", "left_out_kind", "left_out_count"),
+    )
+    for first, *others in groups:
+        if any(len(index[name]) != len(index[first]) for name in others):
+            raise ValueError(f"not as many {', '.join(others)} as {first}")
+    shards, last = index["shard"], len(index["shards"]) - 1
+    if not len(shards) or shards.min() < 0 or shards.max() > last or (np.diff(shards) < 0).any():
+        raise ValueError("its images are in no order of its shards")
+    for what in ("", "label_")[: 1 + bool(labels)]:
+        start, size = (index[what + name].astype(np.int64) for name in ("offset", "size"))
+        room = index["bytes"].astype(np.int64)[shards] - start
+        beyond = (size < 0) | (size > np.minimum(room, MAX_BYTES))
+        if (beyond | (start < HEADER)).any():
+            raise ValueError("it has images beyond the ends of their shards")
+    if labels and not set(np.unique(index["label"])) <= set(range(len(index["classes"]))):
+        raise ValueError("it has labels beyond its classes")
 
 
 def _check_shards(
@@ -158,7 +273,21 @@ def _check_shards(
             )
 
 
-def write_index(folder: Path, names: Sequence[str], classes: Sequence[str] | None = None) -> int:
+class _Sample(NamedTuple):
+    """An image of a shard, and its label if it has one; see `Shards.open` for the check."""
+
+    name: str
+    offset: int
+    size: int
+    header: int
+    label: int = -1
+    label_offset: int = -1
+    label_size: int = -1
+
+
+def write_index(
+    folder: Path, names: Sequence[str], classes: Sequence[str] | None = None
+) -> tuple[int, Counter[str]]:
     """Read through shards and write the index beside them.
 
     Args:
@@ -167,69 +296,162 @@ def write_index(folder: Path, names: Sequence[str], classes: Sequence[str] | Non
         classes: names of the classes; by default their numbers.
 
     Returns:
-        The number of images.
+        The number of images, and of the files that are left out, by their kinds.
 
     Raises:
         UsageError: a file that is no tar, no image at all, or labels of some images only, or
             beyond the classes.
     """
-    samples = [
-        (place, *sample) for place, name in enumerate(names) for sample in _images_of(folder / name)
-    ]
+    places, samples, left_out = [], [], []
+    for place, name in enumerate(names):
+        found, others = _scan(folder / name)
+        samples += found
+        places += [place] * len(found)
+        left_out += [(place, kind, count) for kind, count in others.items()]
     if not samples:
         raise UsageError(f"no image in {folder / names[0]} and the other {len(names) - 1} shards")
-    shard, name, offset, size, label = zip(*samples, strict=True)
+    columns = dict(zip(_Sample._fields, map(np.array, zip(*samples, strict=True)), strict=True))
     arrays = {
         "shards": np.array(names),
         "bytes": np.array([(folder / shard).stat().st_size for shard in names]),
-        "shard": np.array(shard, np.int32),
-        "name": np.array([os.fsencode(text) for text in name]),
-        "offset": np.array(offset, np.int64),
-        "size": np.array(size, np.int64),
+        "shard": np.array(places, np.int32),
+        **columns,
+        "name": np.array([os.fsencode(sample.name) for sample in samples]),
+        "header": columns["header"].astype(np.uint32),
+        "left_out_shard": np.array([place for place, _, _ in left_out], np.int32),
+        "left_out_kind": np.array([kind for _, kind, _ in left_out], np.str_),
+        "left_out_count": np.array([count for _, _, count in left_out], np.int64),
     }
-    labels = np.array(label, np.int64)
-    if (labels >= 0).any():
-        arrays |= {"label": labels, "classes": np.array(_class_names(labels, classes, folder))}
+    if (arrays["label"] >= 0).any():
+        arrays["classes"] = np.array(_class_names(arrays["label"], classes, folder))
     elif classes is not None:
         raise UsageError(f"the samples of {folder} have no .{LABEL}, so there are no classes")
+    else:
+        for name in ("label", "label_offset", "label_size"):
+            del arrays[name]
     write_atomically(folder / INDEX, partial(np.savez, **arrays))
-    return len(samples)
+    total = Counter()
+    for _, kind, count in left_out:
+        total[kind] += count
+    return len(samples), total
 
 
 def _class_names(labels: np.ndarray, classes: Sequence[str] | None, folder: Path) -> Sequence[str]:
     if labels.min() < 0:
-        raise UsageError(f"{(labels < 0).sum()} samples of {folder} have no .{LABEL}")
+        raise UsageError(
+            f"{(labels < 0).sum()} samples of {folder} have no .{LABEL}: the files of a sample "
+            f"must follow each other in the tar (`tar --sort=name`)"
+        )
+    if classes is None and labels.max() >= MAX_CLASSES:
+        raise UsageError(f"label {labels.max()} of {folder} is beyond {MAX_CLASSES} classes")
     classes = classes or [str(number) for number in range(labels.max() + 1)]
     if labels.max() >= len(classes):
         raise UsageError(f"label {labels.max()} of {folder} is beyond the {len(classes)} classes")
     return classes
 
 
-def _images_of(path: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Name, offset, size and label (-1 for none) of each image of a shard."""
-    from webdataset.tariterators import base_plus_ext
+def _scan(path: Path) -> tuple[list[_Sample], Counter[str]]:
+    """The samples of a shard, as `webdataset` has them, and what is left out, by its kind.
 
-    images, labels = {}, {}
+    Raises:
+        UsageError: a file that is no whole tar.
+    """
+    samples, left_out = [], Counter()
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, ending = base_plus_ext(member.name)
-                if not member.isfile() or key is None:
-                    continue
-                if ending == LABEL:
-                    labels[key] = int(tar.extractfile(member).read())
-                elif f".{ending.lower()}" in IMAGE_EXTENSIONS:
-                    images[key] = (member.name, member.offset_data, member.size)
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for files in _group(tar, left_out):
+                if sample := _sample_of(files, file, left_out):
+                    samples.append(sample)
+            _check_end(file, tar.offset)
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UsageError(f"{path} is no whole shard: {error}") from error
-    for key, image in images.items():
-        yield (*image, labels.get(key, -1))
+    return samples, left_out
+
+
+def _group(
+    tar: Iterable[tarfile.TarInfo], left_out: Counter[str]
+) -> Iterator[dict[str, tarfile.TarInfo]]:
+    """Neighbouring files of the same name, by their endings: `webdataset`'s samples."""
+    from webdataset.tariterators import base_plus_ext
+
+    current, files = None, {}
+    for member in tar:
+        if member.isdir():
+            continue
+        name = os.path.basename(member.name)
+        key, ending = base_plus_ext(member.name)
+        if not member.isreg() or member.issparse():
+            left_out["links"] += 1
+        elif key is None or name.startswith(".") or _META.match(member.name):
+            left_out[kind_of(name)] += 1
+        else:
+            if key != current and files:
+                yield files
+                files = {}
+            current = key
+            if ending.lower() in files:
+                left_out["named twice in a row"] += 1
+            else:
+                files[ending.lower()] = member
+    if files:
+        yield files
+
+
+def _sample_of(
+    files: dict[str, tarfile.TarInfo], tar: BinaryIO, left_out: Counter[str]
+) -> _Sample | None:
+    """The image of a sample: the first, but one of a plain ending before `.left.jpg`."""
+    endings = [e for e in files if f".{e.rpartition('.')[2]}" in IMAGE_EXTENSIONS]
+    endings.sort(key=lambda ending: "." in ending)
+    label = None
+    if endings:
+        stem = endings[0].rpartition(".")[0]
+        label = next((e for e in (f"{stem}.{LABEL}", LABEL) if e in files), None)
+    for ending in files:
+        if ending in endings[1:]:
+            left_out[f"further images of a sample (.{ending})"] += 1
+        elif ending not in (*endings[:1], label):
+            left_out[f"of .{ending}"] += 1
+    if not endings:
+        return None
+    image = files[endings[0]]
+    header = zlib.crc32(_header_and(0, image, tar))
+    place = (image.name, image.offset_data, image.size)
+    if label is None:
+        return _Sample(*place, header)
+    member = files[label]
+    if member.size > 32:
+        raise ValueError(f"{member.name} is no label: it has {member.size} bytes")
+    data = _header_and(member.size, member, tar)
+    text = data[HEADER:].decode("ascii", "replace")
+    if not text.strip().isdecimal() or int(text) > np.iinfo(np.int64).max:
+        raise ValueError(f"{member.name} is no label: it holds {text!r}, not a number from 0")
+    header = zlib.crc32(data, header)
+    return _Sample(*place, header, int(text), member.offset_data, member.size)
+
+
+def _header_and(size: int, member: tarfile.TarInfo, tar: BinaryIO) -> bytes:
+    """The header of a file in a tar, and the first bytes of the file."""
+    return os.pread(tar.fileno(), HEADER + size, member.offset_data - HEADER)
+
+
+def _check_end(file: BinaryIO, end: int) -> None:
+    """Refuse a tar with anything behind its end, where no reader looks.
+
+    Raises:
+        ValueError: there is something: a damaged header, or another tar.
+    """
+    file.seek(end)
+    while data := file.read(1 << 20):
+        if any(data):
+            raise ValueError(f"damaged, or another tar joined to it, behind byte {end}")
 
 
 def write_shards(source: ImageFolder, folder: Path, shard_size: int) -> tuple[int, int | None]:
     """Copy images into shards, in random order, with an index.
 
-    An image keeps its bytes. Its label is its class folder, if all images lie in such.
+    An image keeps its bytes. Its label is its class folder, if all images lie in such. Shards of
+    a call that was killed are written again.
 
     Args:
         source: the images.
@@ -240,13 +462,19 @@ def write_shards(source: ImageFolder, folder: Path, shard_size: int) -> tuple[in
         The number of shards, and that of classes or None.
 
     Raises:
-        UsageError: there are shards in the folder already.
+        UsageError: there are shards in the folder already, or an image cannot be read.
+        TrainingError: the disk is full, or the storage fails.
     """
-    from webdataset import TarWriter
-
-    if folder.is_dir() and any(folder.glob("*.tar")):
+    unfinished = folder / UNFINISHED
+    if folder.is_dir() and not unfinished.exists() and any(folder.glob("*.tar")):
         raise UsageError(f"{folder} holds shards already: give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
+    for path in (folder / INDEX, *folder.glob("[0-9]*.tar*")):
+        path.unlink(missing_ok=True)
     try:
         classes, labels = source.read_classes()
     except UsageError:
@@ -255,19 +483,33 @@ def write_shards(source: ImageFolder, folder: Path, shard_size: int) -> tuple[in
     names = []
     for start in range(0, len(order), shard_size):
         names.append(f"{len(names):06d}.tar")
-        with TarWriter(str(folder / names[-1]), encoder=False, mtime=0) as shard:
-            for index in order[start : start + shard_size].tolist():
-                shard.write(_sample(source, index, None if labels is None else labels[index]))
+        chosen = order[start : start + shard_size].tolist()
+        samples = (_sample(source, i, None if labels is None else labels[i]) for i in chosen)
+        write_atomically(folder / names[-1], partial(_write_tar, samples))
     write_index(folder, names, classes)
+    unfinished.unlink()
     return len(names), classes and len(classes)
+
+
+def _write_tar(samples: Iterable[dict[str, str | bytes]], file: BinaryIO) -> None:
+    from webdataset import TarWriter
+
+    # GNU's form, because names may be longer than the library's own choice allows.
+    with TarWriter(file, encoder=False, mtime=0, format="GNU_FORMAT") as tar:
+        for sample in samples:
+            tar.write(sample)
 
 
 def _sample(source: ImageFolder, index: int, label: int | None) -> dict[str, str | bytes]:
     """An image as `webdataset` writes it; the number makes its key unique."""
     path = Path(source.path(index)).relative_to(source.root)
-    key = f"{path.with_suffix('').as_posix().replace('.', '_')}_{index}"
-    with source.open(index) as file:
-        sample = {"__key__": key, path.suffix[1:].lower(): file.read()}
+    # Dots begin an ending, and two underscores what the library skips.
+    key = f"{path.with_suffix('').as_posix().replace('.', '_')}_{index}".lstrip("_")
+    try:
+        data = source.open(index).read()
+    except OSError as error:
+        raise UsageError(f"{source.path(index)}: {reason_of(error, source.path(index))}") from error
+    sample = {"__key__": key, path.suffix[1:].lower(): data}
     return sample if label is None else sample | {LABEL: str(label).encode()}
 
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from util.data.images import MAX_PIXELS
 from util.errors import UsageError
 from util.layers.architecture import describe_architecture, flags_of, size_name
 from util.run.distributed import cores_per_process
@@ -25,7 +26,7 @@ from util.run.parser import (
 MAY_CHANGE = frozenset(
     {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
     | {"dist_eval", "log_dir", "max_bad_images", "num_workers", "output_dir", "pin_mem"}
-    | {"predictions", "print_freq", "resume", "save_freq", "save_steps", "val_path"}
+    | {"max_pixels", "predictions", "print_freq", "resume", "save_freq", "save_steps", "val_path"}
 )
 # Of a model that no checkpoint describes.
 DEFAULT_INPUT_SIZE, DEFAULT_IN_CHANS, DEFAULT_PATCH_SIZE = 224, 3, (4, 2, 2)
@@ -67,6 +68,14 @@ def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False)
         default=0.01,
         metavar="SHARE",
         help="share of files that may fail to decode; they are skipped",
+    )
+    group.add_argument(
+        "--max_pixels",
+        type=positive_int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="a larger image counts as one that cannot be decoded; a pixel takes up to 10 bytes "
+        "of memory in each worker",
     )
     group.add_argument(
         "--num_workers",
