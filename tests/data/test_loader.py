@@ -1,6 +1,11 @@
 import os
 import random
+import re
+import resource
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from itertools import chain
@@ -20,9 +25,8 @@ from util.errors import TrainingError, UsageError
 
 
 def test_collate_stacks_images_and_merges_bad_files():
-    images, bad = collate(
-        [(torch.zeros(3, 2, 2), ((5, "b"), (1, "a"))), (torch.ones(3, 2, 2), ((1, "a"),))]
-    )
+    first, second = ((5, "torn"), (1, "empty")), ((1, "empty"),)
+    images, bad = collate([(torch.zeros(3, 2, 2), first), (torch.ones(3, 2, 2), second)])
     assert images.shape == (2, 3, 2, 2) and images[1].eq(1).all()
     assert bad == [(1, "empty"), (5, "torn")]
 
@@ -308,3 +312,53 @@ def test_an_interrupt_surfaces_as_itself(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         list(make_loader(write_pictures(tmp_path, 4), 0, interrupted).epoch(0))
+
+
+# --- too little shared memory --------------------------------------------------------------------
+
+
+def limited(file: BinaryIO) -> torch.Tensor:
+    """In a worker whose files, shared memory among them, may have 4 KiB: as on a full /dev/shm."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    return torch.zeros(3, 64, 64)
+
+
+def test_a_batch_that_finds_no_shared_memory_is_one_line_with_the_remedy(tmp_path):
+    loader = make_loader(write_pictures(tmp_path, 4), 2, limited)
+    with pytest.raises(TrainingError) as error:
+        list(loader.epoch(0))
+    assert re.fullmatch(
+        r"the shared memory is too small for the batches of the 2 data workers: /dev/shm has \d+ "
+        r"MiB; start the container with --shm-size=8g or --ipc=host, or lower --num_workers or "
+        r"--batch_size",
+        str(error.value),
+    )
+
+
+SMALL_MEMORY = """
+import sys
+import torch
+from util.data.datasets import ImageFiles
+from util.data.loader import Loader
+from util.data.samplers import StepSampler
+from util.errors import TrainingError
+
+data = ImageFiles(sys.argv[1], lambda file: torch.zeros(3, 256, 256))
+try:
+    list(Loader(data, StepSampler(len(data), 2), 2).epoch(0))
+except TrainingError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("size", ["64k", "1m"])
+def test_a_container_s_small_shared_memory_is_one_line_with_the_remedy(tmp_path, size):
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("needs the right to mount another /dev/shm")
+    python = shlex.join([sys.executable, "-c", SMALL_MEMORY, str(write_pictures(tmp_path, 8))])
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"{mount} && {python}"], capture_output=True, text=True
+    )
+    assert result.stdout.startswith("the shared memory is too small"), result
+    assert result.stdout.count("\n") == 1 and result.stderr == ""

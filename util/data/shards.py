@@ -322,7 +322,7 @@ def write_index(
         "left_out_kind": np.array([kind for _, kind, _ in left_out], np.str_),
         "left_out_count": np.array([count for _, _, count in left_out], np.int64),
     }
-    if (arrays["label"] >= 0).any():
+    if any(kind == f"of .{LABEL}" for _, kind, _ in left_out) or (arrays["label"] >= 0).any():
         arrays["classes"] = np.array(_class_names(arrays["label"], classes, folder))
     elif classes is not None:
         raise UsageError(f"the samples of {folder} have no .{LABEL}, so there are no classes")
@@ -339,8 +339,8 @@ def write_index(
 def _class_names(labels: np.ndarray, classes: Sequence[str] | None, folder: Path) -> Sequence[str]:
     if labels.min() < 0:
         raise UsageError(
-            f"{(labels < 0).sum()} samples of {folder} have no .{LABEL}: the files of a sample "
-            f"must follow each other in the tar (`tar --sort=name`)"
+            f"{(labels < 0).sum()} samples of {folder} have no .{LABEL} beside them: the files "
+            f"of a sample must follow each other in the tar (`tar --sort=name`)"
         )
     if classes is None and labels.max() >= MAX_CLASSES:
         raise UsageError(f"label {labels.max()} of {folder} is beyond {MAX_CLASSES} classes")
