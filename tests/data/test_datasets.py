@@ -209,6 +209,14 @@ def test_the_default_takes_what_cameras_make_and_no_bomb(tmp_path):
         open_image(file)
 
 
+def test_more_pixels_than_pillow_takes_can_be_allowed(tmp_path):
+    Image.new("1", (20000, 10000)).save(tmp_path / "large.png")
+    with open(tmp_path / "large.png", "rb") as file:
+        assert open_image(file, 200_000_000).size == (20000, 10000)
+    with pytest.raises(Image.DecompressionBombError):  # who opens it otherwise is as safe as before
+        Image.open(tmp_path / "large.png")
+
+
 @pytest.mark.parametrize("name", ["EPS", "GIF", "PDF", "ICO", "TGA"])
 def test_content_of_another_format_is_refused_whatever_the_ending(tmp_path, monkeypatch, name):
     picture().save(tmp_path / "photo.jpg", name)

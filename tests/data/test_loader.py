@@ -362,3 +362,28 @@ def test_a_container_s_small_shared_memory_is_one_line_with_the_remedy(tmp_path,
     )
     assert result.stdout.startswith("the shared memory is too small"), result
     assert result.stdout.count("\n") == 1 and result.stderr == ""
+
+
+FEW_FILES = """
+import os, resource, sys
+import torch
+from util.data.datasets import ImageFiles
+from util.data.loader import Loader
+from util.data.samplers import StepSampler
+from util.errors import TrainingError
+
+data = ImageFiles(sys.argv[1], lambda file: torch.zeros(3, 8, 8))
+limit = max(map(int, os.listdir("/dev/fd"))) + 4
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+try:
+    list(Loader(data, StepSampler(len(data), 1), 2).epoch(0))
+except TrainingError as error:
+    print(error)
+"""
+
+
+def test_workers_that_may_open_too_few_files_are_one_line_with_the_remedy(tmp_path):
+    command = [sys.executable, "-c", FEW_FILES, str(write_pictures(tmp_path, 4))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert "raise the limit of open files (`ulimit -n` is" in result.stdout, result
+    assert result.stdout.count("\n") == 1 and "Traceback" not in result.stderr

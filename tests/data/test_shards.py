@@ -639,6 +639,27 @@ def test_a_shard_is_opened_once_for_many_images(shards, monkeypatch):
     assert sorted(opened) == [f"{i:06d}.tar" for i in range(5)]
 
 
+MANY_SHARDS = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from tests.pictures import decode
+from util.data.datasets import ImageFiles
+
+data = ImageFiles(sys.argv[1], decode)
+print(len(data), sum(bad == () for _, bad in (data[i, 0] for i in range(len(data)))))
+"""
+
+
+def test_more_shards_than_files_that_may_be_open_are_read(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(80):
+        picture(i).save(tmp_path / "images" / f"{i}.png")
+    write_shards(ImageFolder(tmp_path / "images"), tmp_path / "shards", 1)
+    command = [sys.executable, "-c", MANY_SHARDS, str(tmp_path / "shards")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "80 80\n"
+
+
 def test_the_index_holds_where_tar_has_the_files(shards):
     files = Shards(shards)
     with tarfile.open(shards / "000000.tar") as tar:

@@ -1,6 +1,7 @@
 """Image files to pictures: what a viewer shows for a file, upright, 8 bits a channel."""
 
 import os
+import warnings
 from typing import BinaryIO
 
 import numpy as np
@@ -29,8 +30,8 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# `open_image` has a limit of its own.
-Image.MAX_IMAGE_PIXELS = None
+# Pillow warns from half its own limit on; `open_image` has another.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def load_image(
@@ -72,10 +73,13 @@ def open_image(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         OSError: of another format, or larger than `max_pixels`.
     """
+    pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise OSError(f"it is no sound file of {', '.join(FORMATS)}") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = pillows
     if image.width * image.height > max_pixels:
         raise OSError(
             f"its {image.width} x {image.height} pixels are more than --max_pixels {max_pixels}"
