@@ -485,6 +485,24 @@ def test_a_tar_of_which_no_reader_sees_the_rest_is_refused(tmp_path, change):
         write_index(folder, ["0.tar"])
 
 
+def test_damaged_bytes_of_a_shard_are_refused_or_told(tmp_path):
+    folder = write_tar(tmp_path / "s" / "0.tar", ODD_NAMES)
+    whole, draw, outcomes = (folder / "0.tar").read_bytes(), np.random.default_rng(0), Counter()
+    with tarfile.open(folder / "0.tar") as tar:
+        headers = [member.offset for member in tar]
+    for _ in range(200):
+        data = bytearray(whole)
+        data[draw.choice(headers) + draw.integers(512)] ^= 1 << draw.integers(8)
+        (folder / "0.tar").write_bytes(data)
+        try:
+            write_index(folder, ["0.tar"])
+            outcomes[len(contents(Shards(folder)))] += 1
+        except UsageError as error:
+            outcomes["refused"] += 1
+            assert "\n" not in str(error)
+    assert outcomes["refused"] > 150
+
+
 def test_a_fifo_is_no_shard(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     with pytest.raises(UsageError, match="a FIFO"):

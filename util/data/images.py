@@ -32,6 +32,8 @@ _TRANSPOSE = {
 
 # Pillow warns from half its own limit on; `open_image` has another.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What decoders remark on odd metadata; a damaged picture is an error.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def load_image(

@@ -40,7 +40,8 @@ _META = re.compile(r"__[^/]*__($|/)")
 # Bytes of a file's header in a tar.
 HEADER = 512
 # Shards that a process keeps open: a quarter of the files that it may open, and no more than 128.
-MAX_OPEN = min(128, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MAX_OPEN = 128 if _limit == resource.RLIM_INFINITY else min(128, max(1, _limit // 4))
 # More classes or shards than anybody has: a label or a pattern beyond is a mistake.
 MAX_CLASSES = MAX_SHARDS = 1_000_000
 # What an index holds: kinds of numpy's types; one value per shard, image or thing left out.
