@@ -252,6 +252,7 @@ FUZZED = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FUZZED)
 def test_damaged_bytes_give_a_picture_or_an_error_of_the_file(tmp_path, name):
     path, draw, outcomes = tmp_path / f"a.{name}", np.random.default_rng(0), Counter()

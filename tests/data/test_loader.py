@@ -3,6 +3,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -351,10 +352,10 @@ except TrainingError as error:
 """
 
 
-@pytest.mark.parametrize("size", ["64k", "1m"])
-def test_a_container_s_small_shared_memory_is_one_line_with_the_remedy(tmp_path, size):
-    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
-    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+def test_a_container_s_small_shared_memory_is_one_line_with_the_remedy(tmp_path):
+    mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+    mounting = ["unshare", "-m", "sh", "-c", mount]
+    if not shutil.which("unshare") or subprocess.run(mounting, capture_output=True).returncode:
         pytest.skip("needs the right to mount another /dev/shm")
     python = shlex.join([sys.executable, "-c", SMALL_MEMORY, str(write_pictures(tmp_path, 8))])
     result = subprocess.run(

@@ -316,6 +316,7 @@ def damaged(index: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
         "no such shard": {"shard": index["shard"] + 7},
         "no such class": {"label": index["label"] + 10**9},
         "two-dimensional": {"name": index["name"][None]},
+        "a shard twice": {"shards": index["shards"].repeat(2), "bytes": index["bytes"].repeat(2)},
         "no shards": {"shards": index["shards"][:0], "bytes": index["bytes"][:0]},
     }[kind]
     return {name: array for name, array in (index | change).items() if array is not None}
@@ -326,6 +327,7 @@ def damaged(index: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
     [
         *("lacks an array", "other lengths", "floats", "beyond the shard", "negative", "huge size"),
         *("shards out of order", "no such shard", "no such class", "two-dimensional", "no shards"),
+        "a shard twice",
     ],
 )
 def test_an_index_whose_arrays_do_not_fit_is_refused(equal_sizes, kind):

@@ -244,6 +244,8 @@ def _check_index(index: dict[str, np.ndarray]) -> None:
     for first, *others in groups:
         if any(len(index[name]) != len(index[first]) for name in others):
             raise ValueError(f"not as many {', '.join(others)} as {first}")
+    if len(np.unique(index["shards"])) < len(index["shards"]):
+        raise ValueError("it names a shard twice")
     shards, last = index["shard"], len(index["shards"]) - 1
     if not len(shards) or shards.min() < 0 or shards.max() > last or (np.diff(shards) < 0).any():
         raise ValueError("its images are in no order of its shards")
