@@ -146,9 +146,10 @@ class Loader:
                 kind = type(error)
                 raise kind(str(error).rsplit(f"{kind.__name__}: ")[-1].strip()) from error
             except Exception as error:
-                if advice := self._advice(error):
-                    raise TrainingError(advice) from error
+                # A lost worker may look like any of the troubles that there is advice for.
                 if not self._lost_worker():
+                    if advice := self._advice(error):
+                        raise TrainingError(advice) from error
                     raise
                 lost += 1
                 self._report_lost_worker(lost, error)
@@ -198,10 +199,11 @@ class Loader:
 
     def _report_lost_worker(self, lost: int, error: Exception) -> None:
         if lost > MAX_LOST_WORKERS:
-            raise TrainingError(
-                f"{lost} data workers were lost in this epoch, probably for want of memory "
-                f"or of shared memory: give the job more memory; {self._enlarge()}"
-            ) from error
+            advice = self._advice(error) or (
+                f"probably for want of memory or of shared memory: give the job more memory; "
+                f"{self._enlarge()}"
+            )
+            raise TrainingError(f"{lost} data workers were lost in this epoch, {advice}") from error
         self.warn(
             "a data worker was killed or crashed: starting the workers again, no image is lost"
         )
