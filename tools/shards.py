@@ -10,14 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from util.data.folders import ImageFolder, describe, find_train_folder
-from util.data.shards import (
-    INDEX,
-    UNFINISHED,
-    expand,
-    known_classes,
-    write_index,
-    write_shards,
-)
+from util.data.shard_index import INDEX, known_classes, write_index
+from util.data.shards import UNFINISHED, expand, write_shards
 from util.errors import UsageError
 from util.run.parser import Parser, positive_int
 from util.run.run import run_main
