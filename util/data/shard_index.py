@@ -33,7 +33,7 @@ MAX_CLASSES = 1_000_000
 # What an index holds: kinds of numpy's types; one value per shard, image or thing left out.
 _SCHEMA = {
     "shards": "U", "bytes": "iu",
-    "shard": "iu", "name": "S", "offset": "iu", "size": "iu", "header": "u",
+    "shard": "i", "name": "S", "offset": "iu", "size": "iu", "header": "u",
     "left_out_shard": "iu", "left_out_kind": "U", "left_out_count": "iu",
 }  # fmt: skip
 _LABEL_SCHEMA = {"label": "iu", "label_offset": "iu", "label_size": "iu", "classes": "U"}
