@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.data.datasets import LabeledImages
+from util.data.datasets import BadFile, LabeledImages
 from util.data.loader import BadImages, Loader
 from util.errors import UsageError
 from util.run.distributed import gather_objects, is_main_process, print_once
@@ -73,7 +73,7 @@ class Evaluation:
         if not is_main_process():
             return
         columns = (self.indices, self.predictions, self.probabilities)
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.writer(file)
             table.writerow(["path", "label", "prediction", "probability"])
             for index, prediction, probability in zip(*(c.tolist() for c in columns), strict=True):
@@ -114,7 +114,7 @@ def evaluate(
         TrainingError: more are.
     """
     model.eval()
-    rows, bad = [], set()
+    rows, bad = [], {}
     hidden = not (is_main_process() and sys.stderr.isatty())
     batches = tqdm(loader.epoch(0), "evaluate", len(loader.sampler), disable=hidden, leave=False)
     for imgs, labels, indices, failed in batches:
@@ -130,7 +130,7 @@ def evaluate(
     if any(gather_objects(stopping())):
         return None
     columns = [torch.cat(column) for column in zip(*rows, strict=True)]
-    return _merge(gather_objects((columns, sorted(bad))), loader.dataset, max_bad_images)
+    return _merge(gather_objects((columns, sorted(bad.items()))), loader.dataset, max_bad_images)
 
 
 def mean_over_views(model: nn.Module, views: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 
 def _merge(
-    parts: Sequence[tuple[list[Tensor], list[int]]], dataset: LabeledImages, max_bad: float
+    parts: Sequence[tuple[list[Tensor], list[BadFile]]], dataset: LabeledImages, max_bad: float
 ) -> Evaluation:
     """The parts of all processes in the order of the data set."""
     bad_images = BadImages(lambda text: print_once(text, error=True))

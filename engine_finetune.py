@@ -371,7 +371,7 @@ def val_images(args: argparse.Namespace, classes: Sequence[str] | None = None) -
     Raises:
         UsageError: no such images, or see `LabeledImages`.
     """
-    transform = center_crop_transform(tuple(args.input_size), args.in_chans)
+    transform = center_crop_transform(tuple(args.input_size), args.in_chans, args.max_pixels)
     return eval_loader(args, LabeledImages(_val_path(args), transform), args.batch_size)
 
 

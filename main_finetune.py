@@ -65,6 +65,7 @@ def build_transform(args: argparse.Namespace) -> Callable[[BinaryIO], Tensor]:
             auto_augment=None if args.aa == "none" else args.aa,
             color_jitter=args.color_jitter,
             reprob=args.reprob,
+            max_pixels=args.max_pixels,
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise UsageError(

@@ -20,7 +20,7 @@ from engine_finetune import (
     train_one_epoch,
 )
 from models_convvit import MODELS
-from util.data.transforms import pretrain_transform
+from util.data.transforms import probe_transform
 from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import SyncedBatchNorm1d, init_processes, print_once, world_size
@@ -64,8 +64,12 @@ def main(args: argparse.Namespace) -> None:
     complete_run(args, device)
     if args.batch_size * world_size() == 1:
         raise UsageError("--batch_size 1: a probe's batch norm needs at least two images a step")
-    transform = pretrain_transform(
-        args.input_size, args.in_chans, hflip=args.hflip, scale=tuple(args.crop_scale)
+    transform = probe_transform(
+        args.input_size,
+        args.in_chans,
+        hflip=args.hflip,
+        scale=tuple(args.crop_scale),
+        max_pixels=args.max_pixels,
     )
     train_loader, val_loader = build_data(args, transform)
     classes = train_loader.dataset.classes

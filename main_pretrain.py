@@ -70,7 +70,11 @@ def build_data(args: argparse.Namespace) -> Loader:
     if args.demo and args.data_path is None:
         args.data_path = write_digits(args.output_dir / "digits")
     transform = pretrain_transform(
-        args.input_size, args.in_chans, hflip=args.hflip, scale=tuple(args.crop_scale)
+        args.input_size,
+        args.in_chans,
+        hflip=args.hflip,
+        scale=tuple(args.crop_scale),
+        max_pixels=args.max_pixels,
     )
     return train_loader(args, ImageFiles(find_train_folder(args.data_path), transform))
 
@@ -83,7 +87,9 @@ def main(args: argparse.Namespace) -> None:
     run = build_run(args, device, build_data(args), MODELS, PROGRAM)
     draw = None
     if is_main_process():
-        samples = load_samples(args.data_path, args.input_size, args.in_chans).to(device)
+        samples = load_samples(
+            args.data_path, args.input_size, args.in_chans, max_pixels=args.max_pixels
+        ).to(device)
         draw = partial(reconstruction_grid, run.model, samples, args.mask_ratio)
     pretrain(run, draw)
 

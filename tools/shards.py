@@ -5,11 +5,13 @@
 
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from util.data.folders import ImageFolder, find_train_folder
-from util.data.shards import INDEX, expand, known_classes, write_index, write_shards
+from util.data.folders import ImageFolder, describe, find_train_folder
+from util.data.shard_index import INDEX, known_classes, write_index
+from util.data.shards import UNFINISHED, expand, write_shards
 from util.errors import UsageError
 from util.run.parser import Parser, positive_int
 from util.run.program import run_main
@@ -50,6 +52,7 @@ def write(args: Namespace) -> None:
             count, classes = write_shards(images, target, args.shard_size)
             labels = f"{classes} classes" if classes else "no labels"
             print(f"{len(images)} images, {labels}: {count} shards and their index in {target}")
+            _print_left_out(images.left_out, source)
 
 
 def index(args: Namespace) -> None:
@@ -58,10 +61,31 @@ def index(args: Namespace) -> None:
     folder = paths[0].parent
     if any(path.parent != folder for path in paths):
         raise UsageError("the shards must lie in one folder, beside their index")
-    classes = args.classes.read_text().splitlines() if args.classes else known_classes(folder)
-    count = write_index(folder, [path.name for path in paths], classes)
+    if (folder / UNFINISHED).exists():
+        raise UsageError(f"{folder} was not written to its end: `write` it again, index and all")
+    classes = _read_names(args.classes) if args.classes else known_classes(folder)
+    count, left_out = write_index(folder, [path.name for path in paths], classes)
     named = f", {len(classes)} classes from {args.classes or 'the last index'}" if classes else ""
     print(f"{count} images in {len(paths)} shards{named}: {folder / INDEX}")
+    _print_left_out(left_out, folder)
+
+
+def _read_names(path: Path) -> list[str]:
+    """The lines of a text file, with or without a byte order mark."""
+    try:
+        lines = path.read_text("utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise UsageError(f"--classes {path} cannot be read: {error.strerror}") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines or not all(map(str.strip, lines)):
+        raise UsageError(f"--classes {path} must have the name of a class in each line")
+    return lines
+
+
+def _print_left_out(left_out: Counter[str], folder: Path) -> None:
+    if left_out:
+        print(f"left out of {folder}: {describe(left_out)}")
 
 
 def _existing(pattern: Path) -> list[Path]:
@@ -83,4 +107,5 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="surrogateescape")  # names need not be UTF-8
     sys.exit(run_main(main, parse_args()))

@@ -1,3 +1,4 @@
+import json
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -12,7 +13,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from tests.pictures import photo
 from util.data import crop
-from util.data.crop import Box, load_crop, random_box, resize_crop
+from util.data.crop import Box, clamped_box, load_crop, random_box, resize_crop
 from util.data.datasets import seeded
 from util.data.images import load_image
 
@@ -243,3 +244,33 @@ def test_boxes_take_the_shares_asked_for():
         boxes = np.array([random_box(Image.new("L", (400, 400)), (0.3, 0.5)) for _ in range(500)])
     shares = boxes[:, 2] * boxes[:, 3] / 400**2
     assert 0.29 < shares.min() < 0.31 and 0.49 < shares.max() < 0.51
+
+
+# --- the crop of the linear probe ----------------------------------------------------------------
+
+LAW = json.loads(Path("tests/golden/probe_crop.json").read_text())
+
+
+@pytest.mark.parametrize("size", LAW)
+def test_the_probe_s_crops_have_the_law_of_the_original(size):
+    law, (width, height) = LAW[size], map(int, size.split("x"))
+    image = Image.new("L", (width, height))
+    with seeded(0):
+        boxes = np.array([clamped_box(image, (0.08, 1.0)) for _ in range(law["draws"])], float)
+    area = boxes[:, 2] * boxes[:, 3] / (width * height)
+    assert area.mean() == pytest.approx(law["mean_area"], abs=0.006)
+    quantiles = law["area_quantiles_5_25_50_75_95"]
+    assert np.quantile(area, [0.05, 0.25, 0.5, 0.75, 0.95]) == pytest.approx(quantiles, abs=0.015)
+    assert (boxes[:, 3] == width).mean() == pytest.approx(law["share_full_width"], abs=0.015)
+    assert (boxes[:, 2] == height).mean() == pytest.approx(law["share_full_height"], abs=0.015)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 300), (500, 375)])
+def test_the_probe_s_crops_lie_within_the_image_anywhere(size):
+    with seeded(0):
+        boxes = np.array([clamped_box(Image.new("L", size), (0.08, 1.0)) for _ in range(500)])
+    width, height = size
+    assert (boxes >= (0, 0, 1, 1)).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 0] == 0).any()
+    assert (boxes[:, 0] + boxes[:, 2] == height).any()
+    assert (boxes[:, 1] + boxes[:, 3] <= width).all() and (boxes[:, 1] == 0).any()

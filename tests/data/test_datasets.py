@@ -1,17 +1,19 @@
 import os
 import random
+import subprocess
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from tests.pictures import decode, noisy, picture, write_pictures
 from util.data.classes import check_classes
 from util.data.datasets import ImageFiles, LabeledImages, seeded
 from util.data.folders import find_train_folder, list_images
-from util.data.images import load_image
+from util.data.images import load_image, open_image
 from util.errors import TrainingError, UsageError
 
 # What a camera does to an upright picture so that orientation 2…8 turns it back.
@@ -24,6 +26,7 @@ STORED_AS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+NO_IMAGE = "it is no sound file of JPEG, PNG, PPM, BMP, TIFF, WEBP"
 LOSSLESS = {"png": {}, "bmp": {}, "tiff": {}, "webp": {"lossless": True}, "ppm": {}}
 
 
@@ -190,11 +193,82 @@ def test_a_file_that_is_no_image_is_an_error(tmp_path, content):
         load_image(tmp_path / "a.jpg")
 
 
-def test_a_decompression_bomb_is_an_error(tmp_path, monkeypatch):
+def test_a_larger_image_than_allowed_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     picture().save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(OSError, match="decompression bomb"):
-        load_image(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", max_pixels=960).size == (40, 24)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("decoded"))
+    with pytest.raises(OSError, match=r"40 x 24 pixels are more than --max_pixels 959$"):
+        load_image(tmp_path / "a.png", max_pixels=959)
+
+
+def test_the_default_takes_what_cameras_make_and_no_bomb(tmp_path):
+    for name, size in {"camera": (12000, 9000), "bomb": (13000, 13000)}.items():
+        Image.new("1", size).save(tmp_path / f"{name}.png")
+    with open(tmp_path / "camera.png", "rb") as file:
+        assert open_image(file).size == (12000, 9000)
+    with open(tmp_path / "bomb.png", "rb") as file, pytest.raises(OSError, match="13000 x 13000"):
+        open_image(file)
+
+
+def test_more_pixels_than_pillow_takes_can_be_allowed(tmp_path):
+    Image.new("1", (20000, 10000)).save(tmp_path / "large.png")
+    with open(tmp_path / "large.png", "rb") as file:
+        assert open_image(file, 200_000_000).size == (20000, 10000)
+    with pytest.raises(Image.DecompressionBombError):  # who opens it otherwise is as safe as before
+        Image.open(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("name", ["EPS", "GIF", "PDF", "ICO", "TGA"])
+def test_content_of_another_format_is_refused_whatever_the_ending(tmp_path, monkeypatch, name):
+    picture().save(tmp_path / "photo.jpg", name)
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a program"))
+    with pytest.raises(OSError, match=f"photo.jpg cannot be decoded: {NO_IMAGE}"):
+        load_image(tmp_path / "photo.jpg")
+
+
+def test_the_content_counts_and_not_the_ending(tmp_path):
+    picture().save(tmp_path / "photo.jpg", "PNG")
+    assert np.array_equal(pixels(tmp_path / "photo.jpg"), np.asarray(picture()))
+
+
+def test_a_high_transparent_image_is_composited_as_pillow_does_it(tmp_path):
+    rgba = np.random.default_rng(0).integers(0, 256, (700, 5, 4), np.uint8)
+    image = Image.fromarray(rgba)
+    image.save(tmp_path / "a.png")
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    for mode, in_chans in (("RGB", 3), ("L", 1)):
+        assert np.array_equal(pixels(tmp_path / "a.png", in_chans), white.convert(mode))
+
+
+def test_a_high_16_bit_image_keeps_its_upper_bytes(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (700, 5), np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.array_equal(pixels(tmp_path / "a.png", 1), values // 256)
+
+
+FUZZED = {
+    "jpg": {}, "png": {}, "webp": {}, "bmp": {}, "ppm": {}, "tiff": {},
+    "deflated.tiff": {"compression": "tiff_adobe_deflate"}, "jpeg.tiff": {"compression": "jpeg"},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FUZZED)
+def test_damaged_bytes_give_a_picture_or_an_error_of_the_file(tmp_path, name):
+    path, draw, outcomes = tmp_path / f"a.{name}", np.random.default_rng(0), Counter()
+    picture(0, 64, 80).save(path, **FUZZED[name])
+    whole = path.read_bytes()
+    for _ in range(100):
+        data = bytearray(whole)
+        for place in draw.integers(0, min(len(data), 500), 3):
+            data[place] = draw.integers(256)
+        path.write_bytes(data[: draw.integers(len(data))] if draw.random() < 0.2 else data)
+        try:
+            outcomes[load_image(path, max_pixels=10**6).mode] += 1
+        except OSError as error:
+            assert str(error).startswith(f"{path} cannot be decoded: ")
+            outcomes["error"] += 1
+    assert outcomes["error"] > 10 and set(outcomes) <= {"RGB", "error"}
 
 
 # --- a folder ----------------------------------------------------------------------------------
@@ -265,6 +339,32 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
         list_images(tmp_path)
 
 
+def test_files_that_are_left_out_are_counted_by_their_endings(tmp_path):
+    write_pictures(tmp_path / "a", 2)
+    (tmp_path / "a" / ".cache").mkdir()
+    for name in ("x.gif", "y.gif", "a/.DS_Store", "a/notes", "z.HEIC", "a/.cache/b.png"):
+        (tmp_path / name).touch()
+    line = ImageFiles(tmp_path, decode).left_out
+    assert line.startswith(f"left out of {tmp_path}: ")
+    counts = set(line.removeprefix(f"left out of {tmp_path}: ").split(", "))
+    assert counts == {"2 of .gif", "2 hidden", "1 without an ending", "1 of .HEIC"}
+
+
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path):
+    assert ImageFiles(write_pictures(tmp_path, 2), decode).left_out == ""
+
+
+def test_names_that_are_no_utf_8_are_read_and_named(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    write_pictures(Path(os.fsdecode(folder)), 2)
+    os.rename(folder + b"/001.png", folder + b"/\xff.png")
+    Path(os.fsdecode(folder + b"/\xff.png")).write_bytes(b"")
+    data = LabeledImages(tmp_path, decode)
+    assert data.classes == ["caf\udce9"]
+    *_, bad = data[1, 0]
+    assert bad[0] == (1, NO_IMAGE) and os.fsencode(data.path(1)) == folder + b"/\xff.png"
+
+
 # --- an item -----------------------------------------------------------------------------------
 
 
@@ -305,7 +405,7 @@ def test_a_bad_file_is_replaced_by_the_same_image_for_the_same_seed(tmp_path):
     data = ImageFiles(write_pictures(tmp_path, 8), decode)
     (tmp_path / "002.png").write_bytes(b"")
     image, bad = data[2, 5]
-    assert bad[0] == 2
+    assert bad[0] == (2, NO_IMAGE)
     assert torch.equal(image, data[2, 5][0])
     good = [data[i, 0][0] for i in range(8) if i != 2]
     assert any(torch.equal(image, other) for other in good)
@@ -367,7 +467,7 @@ def test_a_substitute_comes_with_its_own_label(tmp_path):
     data = LabeledImages(write_classes(tmp_path, ant=1, bee=1), decode)
     (tmp_path / "ant" / "000.png").write_bytes(b"no picture")
     label, index, bad = next(item[1:] for seed in range(9) for item in [data[0, seed]])
-    assert (label, index, set(bad)) == (1, 0, {0})
+    assert (label, index, set(bad)) == (1, 0, {(0, NO_IMAGE)})
 
 
 def test_relative_and_dotted_paths_have_labels_too(tmp_path, monkeypatch):

@@ -1,6 +1,12 @@
 import os
 import random
+import re
+import resource
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from itertools import chain
@@ -20,9 +26,10 @@ from util.errors import TrainingError, UsageError
 
 
 def test_collate_stacks_images_and_merges_bad_files():
-    images, bad = collate([(torch.zeros(3, 2, 2), (5, 1)), (torch.ones(3, 2, 2), (1,))])
+    first, second = ((5, "torn"), (1, "empty")), ((1, "empty"),)
+    images, bad = collate([(torch.zeros(3, 2, 2), first), (torch.ones(3, 2, 2), second)])
     assert images.shape == (2, 3, 2, 2) and images[1].eq(1).all()
-    assert bad == [1, 5]
+    assert bad == [(1, "empty"), (5, "torn")]
 
 
 def test_collate_keeps_labels():
@@ -133,25 +140,25 @@ def test_an_evaluation_can_go_on_after_a_lost_worker():
 def test_a_bad_file_is_named_once(tmp_path):
     data, lines = ImageFiles(write_pictures(tmp_path, 4), noisy), []
     bad_images = BadImages(lines.append)
-    for batch in ([2], [], [2, 3], [3]):
+    for batch in ([(2, "torn")], [], [(2, "torn"), (3, "empty")], [(3, "empty")]):
         bad_images.add(batch, data)
     assert bad_images.count == 2
     assert lines == [
-        f"{tmp_path / '002.png'} cannot be decoded: skipped",
-        f"{tmp_path / '003.png'} cannot be decoded: skipped",
+        f"{tmp_path / '002.png'} cannot be decoded: skipped (torn)",
+        f"{tmp_path / '003.png'} cannot be decoded: skipped (empty)",
     ]
 
 
 def test_too_many_bad_files_stop_the_run(tmp_path):
     data = ImageFiles(write_pictures(tmp_path, 4), noisy)
     bad_images = BadImages(lambda line: None)
-    bad_images.add([1], data)
+    bad_images.add([(1, "torn")], data)
     bad_images.check(total=10, num_files=1000, max_share=0.01)
     with pytest.raises(TrainingError) as error:
         bad_images.check(total=11, num_files=1000, max_share=0.01)
     assert str(error.value) == (
         "11 of 1000 images cannot be decoded, more than --max_bad_images 0.01 allows; "
-        f"first: {tmp_path / '001.png'}"
+        f"first: {tmp_path / '001.png'} (torn)"
     )
 
 
@@ -211,7 +218,7 @@ def test_bad_files_are_reported_with_the_batch(tmp_path):
     loader = make_loader(write_pictures(tmp_path, 12), 2)
     (tmp_path / "004.png").write_bytes(b"")
     batches = list(loader.epoch(0))
-    assert [bad for _, bad in batches if bad] == [[4]]
+    assert [[index for index, _ in bad] for _, bad in batches if bad] == [[4]]
     assert [len(batch) for batch, _ in batches] == [2] * 6
 
 
@@ -301,3 +308,78 @@ def test_an_interrupt_surfaces_as_itself(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         list(make_loader(write_pictures(tmp_path, 4), 0, interrupted).epoch(0))
+
+
+# --- too little shared memory --------------------------------------------------------------------
+
+
+def limited(file: BinaryIO) -> torch.Tensor:
+    """In a worker whose files, shared memory among them, may have 4 KiB: as on a full /dev/shm."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    return torch.zeros(3, 64, 64)
+
+
+def test_a_batch_that_finds_no_shared_memory_is_one_line_with_the_remedy(tmp_path):
+    loader = make_loader(write_pictures(tmp_path, 4), 2, limited)
+    with pytest.raises(TrainingError) as error:
+        list(loader.epoch(0))
+    assert re.fullmatch(
+        r"the shared memory is too small for the batches of the 2 data workers: /dev/shm has \d+ "
+        r"MiB; start the container with --shm-size=8g or --ipc=host, or lower --num_workers or "
+        r"--batch_size",
+        str(error.value),
+    )
+
+
+SMALL_MEMORY = """
+import sys
+import torch
+from util.data.datasets import ImageFiles
+from util.data.loader import Loader
+from util.data.samplers import StepSampler
+from util.errors import TrainingError
+
+data = ImageFiles(sys.argv[1], lambda file: torch.zeros(3, 256, 256))
+try:
+    list(Loader(data, StepSampler(len(data), 2), 2).epoch(0))
+except TrainingError as error:
+    print(error)
+"""
+
+
+def test_a_container_s_small_shared_memory_is_one_line_with_the_remedy(tmp_path):
+    mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+    mounting = ["unshare", "-m", "sh", "-c", mount]
+    if not shutil.which("unshare") or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("needs the right to mount another /dev/shm")
+    python = shlex.join([sys.executable, "-c", SMALL_MEMORY, str(write_pictures(tmp_path, 8))])
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"{mount} && {python}"], capture_output=True, text=True
+    )
+    assert result.stdout.startswith("the shared memory is too small"), result
+    assert result.stdout.count("\n") == 1 and result.stderr == ""
+
+
+FEW_FILES = """
+import os, resource, sys
+import torch
+from util.data.datasets import ImageFiles
+from util.data.loader import Loader
+from util.data.samplers import StepSampler
+from util.errors import TrainingError
+
+data = ImageFiles(sys.argv[1], lambda file: torch.zeros(3, 8, 8))
+limit = max(map(int, os.listdir("/dev/fd"))) + 4
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+try:
+    list(Loader(data, StepSampler(len(data), 1), 2).epoch(0))
+except TrainingError as error:
+    print(error)
+"""
+
+
+def test_workers_that_may_open_too_few_files_are_one_line_with_the_remedy(tmp_path):
+    command = [sys.executable, "-c", FEW_FILES, str(write_pictures(tmp_path, 4))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert "raise the limit of open files (`ulimit -n` is" in result.stdout, result
+    assert result.stdout.count("\n") == 1 and "Traceback" not in result.stderr

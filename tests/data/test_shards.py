@@ -1,5 +1,9 @@
+import io
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,6 +20,7 @@ from util.data.datasets import ImageFiles, LabeledImages
 from util.data.folders import ImageFolder
 from util.data.loader import Loader
 from util.data.samplers import StepSampler, shuffle_groups
+from util.data.shard_index import write_index
 from util.data.shards import Shards, is_shards, write_shards
 from util.errors import TrainingError, UsageError
 
@@ -140,7 +145,10 @@ def test_foreign_shards_can_be_indexed(tmp_path, capsys):
     (tmp_path / "names").write_text("ant\nbee\ncat\n")
     main(parse_args(["index", str(folder / "*.tar"), "--classes", str(tmp_path / "names")]))
     names = f"3 classes from {tmp_path / 'names'}"
-    assert capsys.readouterr().out == f"3 images in 2 shards, {names}: {folder / 'index.npz'}\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"3 images in 2 shards, {names}: {folder / 'index.npz'}",
+        f"left out of {folder}: 3 of .json",
+    ]
     data = LabeledImages(folder / "s-{000..001}.tar", decode)
     assert (data.classes, data.labels.tolist()) == (["ant", "bee", "cat"], [2, 0, 1])
     assert torch.equal(data[1, 0][0], torch.from_numpy(np.array(picture(1))).movedim(-1, 0))
@@ -220,7 +228,12 @@ def test_shards_that_are_not_those_of_the_index_are_refused(shards, change, last
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("{a,b}/0.tar", "must lie in one folder"), ("a/{0,0}.tar", "more than once")],
+    [
+        ("{a,b}/0.tar", "must lie in one folder"),
+        ("a/{0,0}.tar", "more than once"),
+        ("a/{0..999999999}.tar", "more than 1000000 shards"),
+        ("a/{0..3.tar", "no pattern of shards: Unbalanced braces"),
+    ],
 )
 def test_patterns_that_make_no_sense_are_refused(text, complaint):
     with pytest.raises(UsageError, match=complaint):
@@ -237,6 +250,336 @@ def test_a_data_path_says_what_it_is(folder, shards):
     assert is_shards(shards) and is_shards(pattern(shards)) and not is_shards(folder)
 
 
+# --- an index that no longer fits ----------------------------------------------------------------
+
+
+def reverse(tar: Path, change_labels_only: bool = False) -> None:
+    """Write a shard again: the files of the same sizes the other way round, or other labels."""
+    with tarfile.open(tar) as old:
+        files = [(member, old.extractfile(member).read()) for member in old]
+    if change_labels_only:
+        files = [(m, b"1" if data == b"0" else data) for m, data in files]
+    else:
+        pairs = [files[i : i + 2] for i in range(0, len(files), 2)]
+        files = [file for pair in reversed(pairs) for file in pair]
+    with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as new:
+        for member, data in files:
+            new.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def equal_sizes(tmp_path) -> Path:
+    """A shard of bitmaps of the same size with labels, and its index."""
+    (tmp_path / "s").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "s" / "0.tar"), mtime=0) as tar:
+        for i in range(6):
+            file = io.BytesIO()
+            picture(i).save(file, "BMP")
+            tar.write({"__key__": f"{i}", "bmp": file.getvalue(), "cls": i % 2})
+    write_index(tmp_path / "s", ["0.tar"])
+    return tmp_path / "s"
+
+
+@pytest.mark.parametrize("labels_only", [False, True])
+def test_a_shard_written_again_with_the_same_size_is_noticed(equal_sizes, labels_only):
+    size = (equal_sizes / "0.tar").stat().st_size
+    reverse(equal_sizes / "0.tar", labels_only)
+    assert (equal_sizes / "0.tar").stat().st_size == size
+    data = LabeledImages(equal_sizes, decode)
+    with pytest.raises(TrainingError, match=r"bmp is not where index\.npz has it.*index it again"):
+        for i in range(6):
+            data[i, 0]
+
+
+def test_a_shard_copied_elsewhere_still_fits_its_index(equal_sizes, tmp_path):
+    shutil.copytree(equal_sizes, tmp_path / "copy", copy_function=shutil.copyfile)
+    data = LabeledImages(tmp_path / "copy", decode)
+    assert [data[i, 0][1:] for i in range(6)] == [(i % 2, i, ()) for i in range(6)]
+
+
+def test_a_shard_that_no_longer_fits_ends_an_epoch_with_one_line(equal_sizes):
+    reverse(equal_sizes / "0.tar")
+    data = ImageFiles(equal_sizes, decode)
+    with pytest.raises(TrainingError) as error:
+        list(Loader(data, StepSampler(6, 2), 1).epoch(0))
+    assert "is not where index.npz has it" in str(error.value) and "\n" not in str(error.value)
+
+
+def damaged(index: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+    change = {
+        "lacks an array": {"offset": None},
+        "other lengths": {"size": index["size"][:-1]},
+        "floats": {"offset": index["offset"].astype(float)},
+        "beyond the shard": {"offset": index["offset"] + 10**9},
+        "negative": {"offset": -index["offset"]},
+        "huge size": {"size": index["size"] * 0 + 2**62},
+        "shards out of order": {"shard": index["shard"][::-1] + np.arange(6)[::-1]},
+        "no such shard": {"shard": index["shard"] + 7},
+        "no such class": {"label": index["label"] + 10**9},
+        "two-dimensional": {"name": index["name"][None]},
+        "a shard twice": {"shards": index["shards"].repeat(2), "bytes": index["bytes"].repeat(2)},
+        "no shards": {"shards": index["shards"][:0], "bytes": index["bytes"][:0]},
+    }[kind]
+    return {name: array for name, array in (index | change).items() if array is not None}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("lacks an array", "other lengths", "floats", "beyond the shard", "negative", "huge size"),
+        *("shards out of order", "no such shard", "no such class", "two-dimensional", "no shards"),
+        "a shard twice",
+    ],
+)
+def test_an_index_whose_arrays_do_not_fit_is_refused(equal_sizes, kind):
+    with np.load(equal_sizes / "index.npz") as file:
+        index = damaged(dict(file), kind)
+    np.savez(equal_sizes / "index.npz", **index)
+    with pytest.raises(UsageError, match=r"index\.npz cannot be read \(.*\): write it again by"):
+        Shards(equal_sizes)
+
+
+def test_an_index_that_is_compressed_is_refused(equal_sizes):
+    with np.load(equal_sizes / "index.npz") as file:
+        np.savez_compressed(equal_sizes / "index.npz", **dict(file))
+    with pytest.raises(UsageError, match="compressed"):
+        Shards(equal_sizes)
+
+
+def test_damaged_bytes_of_an_index_are_refused_or_change_nothing(equal_sizes):
+    whole = (equal_sizes / "index.npz").read_bytes()
+    before, draw, refused = contents(Shards(equal_sizes)), np.random.default_rng(0), 0
+    for _ in range(150):
+        data = bytearray(whole)
+        data[draw.integers(len(data))] ^= 1 << draw.integers(8)
+        (equal_sizes / "index.npz").write_bytes(data)
+        try:
+            assert contents(Shards(equal_sizes)) == before
+        except UsageError:
+            refused += 1
+    assert refused > 75
+
+
+# --- samples as the webdataset library has them --------------------------------------------------
+
+
+def write_tar(path: Path, files: dict[str, bytes | Image.Image] | list[tuple]) -> Path:
+    """Files in a tar, as `tar` writes them; pictures as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items() if isinstance(files, dict) else files:
+            if isinstance(content, Image.Image):
+                file = io.BytesIO()
+                content.save(file, "PNG")
+                content = file.getvalue()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path.parent
+
+
+def names_of(folder: Path) -> list[str]:
+    files = Shards(folder)
+    return [files.path(i).split(".tar/")[1] for i in range(len(files))]
+
+
+def library_s_keys(path: Path) -> list[str]:
+    return [sample["__key__"] for sample in webdataset.WebDataset(str(path), shardshuffle=False)]
+
+
+ODD_NAMES = {
+    "a.v2.png": picture(0), "a.v2.cls": b"1",  # a dot in the name
+    "b.left.png": picture(1), "b.right.png": picture(2), "b.cls": b"0",  # a pair
+    "c.json": b"{}", "c.mask.png": picture(3), "c.PNG": picture(4), "c.cls": b"1",
+    "dir.with.dots/d.png": picture(5), "dir.with.dots/d.cls": b"0",
+    "__MACOSX/._c.png": b"no picture", "__meta__/e.png": picture(0), "README": b"text",
+}  # fmt: skip
+
+
+def test_a_sample_has_one_picture_and_what_is_left_out_is_counted(tmp_path, capsys):
+    folder = write_tar(tmp_path / "s" / "0.tar", ODD_NAMES)
+    index(parse_args(["index", str(folder / "0.tar")]))
+    data = LabeledImages(folder, decode)
+    assert names_of(folder) == ["a.v2.png", "b.left.png", "c.PNG", "dir.with.dots/d.png"]
+    assert data.labels.tolist() == [1, 0, 1, 0]
+    left_out = {
+        "further images of a sample (.right.png)": 1, "further images of a sample (.mask.png)": 1,
+        "of .json": 1, "hidden": 1, "without an ending": 1, "of .png": 1,
+    }  # fmt: skip
+    assert data.files.left_out == left_out
+    assert data.left_out == capsys.readouterr().out.splitlines()[1]
+    for count_and_kind in ("1 hidden", "1 of .json"):
+        assert count_and_kind in data.left_out
+
+
+def test_samples_are_those_of_the_library(tmp_path):
+    folder = write_tar(
+        tmp_path / "s" / "0.tar", {n: c for n, c in ODD_NAMES.items() if "_" not in n}
+    )
+    write_index(folder, ["0.tar"])
+    assert library_s_keys(folder / "0.tar") == ["a", "b", "c", "dir.with.dots/d"]
+    assert len(Shards(folder)) == 4
+
+
+def test_a_key_that_comes_again_later_is_another_sample_as_in_the_library(tmp_path):
+    files = [("a.png", picture(0)), ("b.png", picture(1)), ("a.png", picture(2))]
+    folder = write_tar(tmp_path / "s" / "0.tar", files)
+    write_index(folder, ["0.tar"])
+    assert library_s_keys(folder / "0.tar") == ["a", "b", "a"]
+    assert names_of(folder) == ["a.png", "b.png", "a.png"]
+    data = ImageFiles(folder, decode)
+    assert torch.equal(data[2, 0][0], torch.from_numpy(np.array(picture(2))).movedim(-1, 0))
+
+
+def test_what_is_left_out_of_some_shards_is_counted_for_these(tmp_path):
+    for i in range(3):
+        extra = {f"{j}.txt": b"x" for j in range(i)}
+        write_tar(tmp_path / "s" / f"{i}.tar", {"a.png": picture(i), **extra})
+    write_index(tmp_path / "s", ["0.tar", "1.tar", "2.tar"])
+    assert Shards(tmp_path / "s").left_out == {"of .txt": 3}
+    assert Shards(tmp_path / "s" / "{0..1}.tar").left_out == {"of .txt": 1}
+
+
+@pytest.mark.parametrize(
+    ("order", "count"), [("a.png b.png a.cls b.cls", 2), ("a.png b.png b.cls a.cls", 1)]
+)
+def test_labels_apart_from_their_pictures_are_told_with_the_remedy(tmp_path, order, count):
+    files = {"a.png": picture(0), "b.png": picture(1), "a.cls": b"0", "b.cls": b"1"}
+    folder = write_tar(tmp_path / "s" / "0.tar", {name: files[name] for name in order.split()})
+    complaint = rf"{count} samples of .* no \.cls beside them.*tar --sort=name"
+    with pytest.raises(UsageError, match=complaint):
+        write_index(folder, ["0.tar"])
+
+
+@pytest.mark.parametrize(
+    ("label", "complaint"),
+    [
+        (b"cat", r"a\.cls is no label: it holds 'cat', not a number from 0"),
+        (b"-1", "not a number from 0"),
+        (b"1" * 25, "not a number from 0"),
+        (b"1" * 1000, "it has 1000 bytes"),
+        (b"1000000000", "label 1000000000 of .* is beyond 1000000 classes"),
+    ],
+)
+def test_labels_that_are_none_are_refused_and_allocate_nothing(tmp_path, label, complaint):
+    folder = write_tar(tmp_path / "s" / "0.tar", {"a.png": picture(0), "a.cls": label})
+    with pytest.raises(UsageError, match=complaint):
+        write_index(folder, ["0.tar"])
+
+
+def join(first: Path, second: Path) -> None:
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+
+
+def damage_a_header(first: Path, second: Path) -> None:
+    data = bytearray(first.read_bytes())
+    with tarfile.open(first) as tar:
+        data[tar.getmembers()[1].offset + 3] ^= 0xFF
+    first.write_bytes(data)
+
+
+@pytest.mark.parametrize("change", [join, damage_a_header])
+def test_a_tar_of_which_no_reader_sees_the_rest_is_refused(tmp_path, change):
+    files = {f"{i}.png": picture(i) for i in range(3)}
+    for name in ("0", "1"):
+        folder = write_tar(tmp_path / "s" / f"{name}.tar", files)
+    change(folder / "0.tar", folder / "1.tar")
+    with pytest.raises(UsageError, match=r"0\.tar is no whole shard: .* behind byte"):
+        write_index(folder, ["0.tar"])
+
+
+def test_damaged_bytes_of_a_shard_are_refused_or_told(tmp_path):
+    folder = write_tar(tmp_path / "s" / "0.tar", ODD_NAMES)
+    whole, draw, outcomes = (folder / "0.tar").read_bytes(), np.random.default_rng(0), Counter()
+    with tarfile.open(folder / "0.tar") as tar:
+        headers = [member.offset for member in tar]
+    for _ in range(200):
+        data = bytearray(whole)
+        data[draw.choice(headers) + draw.integers(512)] ^= 1 << draw.integers(8)
+        (folder / "0.tar").write_bytes(data)
+        try:
+            write_index(folder, ["0.tar"])
+            outcomes[len(contents(Shards(folder)))] += 1
+        except UsageError as error:
+            outcomes["refused"] += 1
+            assert "\n" not in str(error)
+    assert outcomes["refused"] > 150
+
+
+def test_a_fifo_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(UsageError, match="a FIFO"):
+        write_index(tmp_path, ["a.tar"])
+
+
+def test_long_and_strange_names_are_written_and_read(tmp_path):
+    folder = tmp_path / "images" / ("long" * 40) / ("name" * 50)
+    folder.mkdir(parents=True)
+    names = [b"x" * 150 + b".png", b"caf\xe9.png", "näme.png".encode(), b"__a__.png"]
+    for i, name in enumerate(names):
+        picture(i).save(folder / "p.png")
+        os.rename(folder / "p.png", os.fsencode(folder) + b"/" + name)
+    source = ImageFolder(tmp_path / "images")
+    write_shards(source, tmp_path / "shards", 2)
+    assert Counter(contents(Shards(tmp_path / "shards"))) == Counter(contents(source))
+    pattern = str(tmp_path / "shards" / "{000000..000001}.tar")
+    assert len(list(webdataset.WebDataset(pattern, shardshuffle=False))) == 4
+
+
+# --- a call that was killed ----------------------------------------------------------------------
+
+
+def test_shards_of_a_killed_call_are_written_again(folder, tmp_path, monkeypatch):
+    write_shards(ImageFolder(folder), tmp_path / "expected", 5)
+    kill = f"""
+import os, signal
+from pathlib import Path
+from util.data.folders import ImageFolder
+from util.data import shards
+
+real, opened = ImageFolder.open, []
+def open_until_killed(self, index):
+    opened.append(index)
+    if len(opened) == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, index)
+ImageFolder.open = open_until_killed
+shards.write_shards(ImageFolder({str(folder)!r}), Path({str(tmp_path / "out")!r}), 5)
+"""
+    assert subprocess.run([sys.executable, "-c", kill]).returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / "000001.tar").exists()
+    with pytest.raises(UsageError, match="was not written to its end"):
+        index(parse_args(["index", str(tmp_path / "out" / "*.tar")]))
+    write_shards(ImageFolder(folder), tmp_path / "out", 5)
+    for name in ("out", "expected"):
+        assert len(list((tmp_path / name).iterdir())) == 6
+    for path in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_the_call_can_be_repeated(folder, tmp_path):
+    (folder / "ant" / "gone.png").symlink_to("nowhere")
+    with pytest.raises(UsageError, match=r"gone\.png: No such file or directory"):
+        write_shards(ImageFolder(folder), tmp_path / "out", 5)
+    (folder / "ant" / "gone.png").unlink()
+    write_shards(ImageFolder(folder), tmp_path / "out", 5)
+    assert len(Shards(tmp_path / "out")) == COUNT
+
+
+def test_files_that_are_left_out_of_shards_are_told(folder, tmp_path, capsys):
+    (folder / "notes.txt").touch()
+    main(parse_args(["write", str(folder), str(tmp_path / "out")]))
+    assert capsys.readouterr().out.splitlines()[1] == f"left out of {folder}: 1 of .txt"
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "ant\n\nbee\n"])
+def test_names_of_classes_must_be_names(tmp_path, text):
+    folder = write_foreign(tmp_path / "foreign", [0, 1])
+    (tmp_path / "names").write_text(text)
+    with pytest.raises(UsageError, match="must have the name of a class in each line"):
+        index(parse_args(["index", str(folder / "*.tar"), "--classes", str(tmp_path / "names")]))
+
+
 # --- an epoch ------------------------------------------------------------------------------------
 
 
@@ -250,7 +593,7 @@ def test_a_bad_image_in_a_shard_is_named_and_replaced(tmp_path):
     data = ImageFiles(tmp_path / "shards", decode)
     bad = next(i for i in range(5) if "4_4.png" in data.path(i))
     image, reported = data[bad, 0]
-    assert reported[0] == bad and image.shape == (3, 24, 40)
+    assert reported[0][0] == bad and image.shape == (3, 24, 40)
     assert data.path(bad) == f"{tmp_path}/shards/000000.tar/4_4.png"
 
 
@@ -304,16 +647,37 @@ def test_shards_of_different_sizes_are_shuffled_whole():
 def test_a_shard_is_opened_once_for_many_images(shards, monkeypatch):
     import util.data.shards as module
 
-    opened, real = [], open
+    opened, real = [], module.open_regular
 
-    def counted(path, *args, **kwargs):
+    def counted(path):
         opened.append(Path(path).name)
-        return real(path, *args, **kwargs)
+        return real(path)
 
-    monkeypatch.setattr(module, "open", counted, raising=False)
+    monkeypatch.setattr(module, "open_regular", counted)
     module._open_shard.cache_clear()
     contents(Shards(shards))
     assert sorted(opened) == [f"{i:06d}.tar" for i in range(5)]
+
+
+MANY_SHARDS = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from tests.pictures import decode
+from util.data.datasets import ImageFiles
+
+data = ImageFiles(sys.argv[1], decode)
+print(len(data), sum(bad == () for _, bad in (data[i, 0] for i in range(len(data)))))
+"""
+
+
+def test_more_shards_than_files_that_may_be_open_are_read(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(80):
+        picture(i).save(tmp_path / "images" / f"{i}.png")
+    write_shards(ImageFolder(tmp_path / "images"), tmp_path / "shards", 1)
+    command = [sys.executable, "-c", MANY_SHARDS, str(tmp_path / "shards")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "80 80\n"
 
 
 def test_the_index_holds_where_tar_has_the_files(shards):

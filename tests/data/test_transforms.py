@@ -4,21 +4,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from timm.data import create_transform
 from torchvision.transforms import v2
 
 from tests.pictures import photo, picture
 from util.data import transforms
-from util.data.crop import random_box
+from util.data.crop import clamped_box, random_box, resize_crop
 from util.data.datasets import seeded
 from util.data.images import load_image
 from util.data.transforms import (
     center_crop_transform,
     channel_stats,
+    cut_ends,
     denormalize,
     eval_transform,
     finetune_transform,
     normalize,
     pretrain_transform,
+    probe_transform,
 )
 from util.errors import UsageError
 
@@ -199,3 +202,54 @@ def test_half_of_the_views_are_mirrored(tmp_path):
         flips += torch.equal(got, expected.flip(-1))
         assert torch.equal(got, expected) or torch.equal(got, expected.flip(-1))
     assert 70 < flips < 130
+
+
+def test_the_probe_s_views_are_those_of_its_crops(tmp_path, monkeypatch):
+    photo(375, 500).save(tmp_path / "a.png")
+    boxes = []
+
+    def recorded(image, scale):
+        boxes.append(clamped_box(image, scale))
+        return boxes[-1]
+
+    monkeypatch.setattr(transforms, "clamped_box", recorded)
+    with seeded(0), open(tmp_path / "a.png", "rb") as file:
+        got = probe_transform((64, 64), hflip=False)(file)
+    expected = resize_crop(np.array(load_image(tmp_path / "a.png")), boxes[0], (64, 64))
+    assert torch.equal(got, expected)
+
+
+# --- thin strips ---------------------------------------------------------------------------------
+
+
+def reference_view(image: Image.Image, size: int) -> torch.Tensor:
+    """Timm's evaluation of a whole image."""
+    transform = create_transform(
+        *((3, size, size),), interpolation="bicubic", crop_pct=224 / 256 if size <= 224 else 1.0
+    )
+    return transform(image)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (31, 40), (640, 20), (20, 640), (3001, 100), (1, 32)])
+def test_a_classifier_s_view_is_the_reference_s_bit_by_bit(size):
+    image = photo(*size[::-1])
+    assert torch.equal(center_crop_transform((56, 56))(png(image)), reference_view(image, 56))
+
+
+@pytest.mark.parametrize("size", [(4000, 20), (20, 4000), (4001, 20), (3003, 21), (21, 1500)])
+@pytest.mark.parametrize("side", [56, 256])
+def test_a_strip_s_view_is_that_of_the_whole_up_to_a_pixel(size, side):
+    """A picture that is smooth along the strip: one pixel of the view changes it by little."""
+    wave = 128 + 100 * np.sin(np.arange(max(size)) / 40)
+    pixels = np.broadcast_to(wave.astype(np.uint8)[:, None], (max(size), min(size)))
+    image = Image.fromarray(pixels if size[1] > size[0] else pixels.T).convert("RGB")
+    got, want = (
+        denormalize(view)
+        for view in (center_crop_transform((side, side))(png(image)), reference_view(image, side))
+    )
+    assert (got - want).abs().max() < 0.02
+
+
+def test_a_thin_strip_costs_no_more_than_it_must(tmp_path):
+    Image.new("RGB", (20000, 10)).save(tmp_path / "strip.png")
+    assert cut_ends(Image.open(tmp_path / "strip.png")).size == (320, 10)

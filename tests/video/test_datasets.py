@@ -96,7 +96,7 @@ def test_views_are_all_clips_in_all_crops(videos):
 def test_a_broken_video_is_replaced_and_reported(damaged):
     dataset = LabeledClips(damaged, ["a", "b"], as_is, length=4)
     ((clip, label, index, bad),) = dataset[1, 5]
-    assert (index, bad[0]) == (1, 1)
+    assert (index, bad[0][0]) == (1, 1)
     assert clip.shape == (3, 4, 32, 48)
     assert label in (0, 1)
     assert "a.mp4" in dataset.path(1)
@@ -106,7 +106,7 @@ def test_a_broken_video_is_reported_by_the_loader_and_its_place_in_a_test_known(
     dataset = Views(damaged, ["a", "b"], two_crops, length=4)
     batches = list(Loader(dataset, EvalSampler(6, 4)).epoch(0))
     assert [batch[0].shape[:2] for batch in batches] == [(4, 2), (2, 2)]
-    assert sorted({i for batch in batches for i in batch[-1]}) == [1, 4]
+    assert sorted({i for batch in batches for i, _ in batch[-1]}) == [1, 4]
 
 
 def test_nothing_but_broken_videos_ends_the_run(tmp_path):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
-from util.data.images import load_image, orientation
+from util.data.images import MAX_PIXELS, load_image, open_image, orientation
 
 # A JPEG is decoded at a reduced size only if that leaves so many pixels for each of the result:
 # what the result looks like is then left to bicubic interpolation, as at full size.
@@ -72,11 +72,32 @@ def random_box(
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
+def clamped_box(
+    image: Image.Image,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """Draw a part of an image by MAE's rule for the linear probe, from `random`.
+
+    Area and proportions are drawn once, and a side longer than the image is cut to it. The parts
+    are larger than those of `random_box`, which draws again what does not fit.
+
+    Args: see `random_box`.
+    """
+    width, height = image.size
+    area = width * height * random.uniform(*scale)
+    aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w = min(max(round(math.sqrt(area * aspect)), 1), width)
+    h = min(max(round(math.sqrt(area / aspect)), 1), height)
+    return Box(random.randint(0, height - h), random.randint(0, width - w), h, w)
+
+
 def load_crop(
     file: BinaryIO,
     choose: Callable[[Image.Image], Box],
     size: tuple[int, int],
     in_chans: int = 3,
+    max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
     """Read a part of the picture that `load_image` gives, resized by antialiased bicubic.
 
@@ -85,6 +106,7 @@ def load_crop(
         choose: from the picture, of which it may look at the size only, to the part of it.
         size: (height, width) of the result.
         in_chans: 1 for grayscale, 3 for RGB, 4 for RGB with alpha.
+        max_pixels: a larger image is not decoded.
 
     Returns:
         `[in_chans, *size]`, uint8.
@@ -94,13 +116,13 @@ def load_crop(
     """
     # Whatever may be wrong with it, `load_image` knows what to do, or to say.
     with contextlib.suppress(Exception):
-        header = Image.open(file)  # reads no more than that
+        header = open_image(file, max_pixels)
         if _is_plain_jpeg(header, in_chans):
             box = choose(header)
             file.seek(0)
             return _crop_jpeg(file.read(), header.size, box, size, in_chans)
     file.seek(0)
-    image = load_image(file, in_chans)
+    image = load_image(file, in_chans, max_pixels)
     pixels = np.array(image).reshape(image.height, image.width, in_chans)
     return resize_crop(pixels, choose(image), size)
 

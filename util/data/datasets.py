@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,12 +18,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.data.classes import some
-from util.data.folders import ImageFolder
+from util.data.files import reason_of, retried
+from util.data.folders import ImageFolder, describe
 from util.data.shards import Shards, is_shards
 from util.errors import TrainingError, UsageError
 
 # Files that may fail one after the other before a sample is given up.
 MAX_TRIES = 10
+# The number of a file, and why it cannot be decoded.
+BadFile = tuple[int, str]
 # What numpy can draw from within `seeded`.
 _spare_generators: list[np.random.MT19937] = []
 
@@ -62,18 +66,20 @@ class FileDataset(Dataset):
     """Samples of one kind, some of which may be damaged; a subclass says what they are.
 
     An item's key is `(index, seed)`, as a sampler gives it. The item is `(sample, bad)`: what
-    `load` made of the file, and the indices of files that could not be decoded. Another file,
-    drawn by the same seed, takes the place of such a one.
+    `load` made of the file, and `(index, reason)` of each file that could not be decoded. Another
+    file, drawn by the same seed, takes the place of such a one.
 
     Attributes:
         root: the folder or list that the files come from, for messages.
         what: what they are, for messages.
         group_sizes: of files that need to be read in groups, the number in each.
+        left_out: one line on the files that are there but no samples; "" if there are none.
     """
 
     root: Path
     what = "files"
     group_sizes: Sequence[int] | None = None
+    left_out = ""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -86,15 +92,15 @@ class FileDataset(Dataset):
         """A sample; may draw from `torch`, `numpy` and `random`.
 
         Raises:
-            OSError: it cannot be decoded.
+            OSError: it cannot be decoded; or with an `errno` of the storage, see `retried`.
         """
         raise NotImplementedError
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, tuple[BadFile, ...]]:
         sample, _, bad = self.read(*key)
         return sample, bad
 
-    def read(self, index: int, seed: int) -> tuple[Tensor, int, tuple[int, ...]]:
+    def read(self, index: int, seed: int) -> tuple[Tensor, int, tuple[BadFile, ...]]:
         """Load one file, or another in its place.
 
         Args:
@@ -107,18 +113,25 @@ class FileDataset(Dataset):
             bad: the files that failed before.
 
         Raises:
-            TrainingError: `MAX_TRIES` files failed.
+            TrainingError: `MAX_TRIES` files failed, or the storage does.
         """
         bad = []
         while len(bad) < MAX_TRIES:
+            path = self.path(index)
             try:
-                with seeded(seed):
-                    return self.load(index), index, tuple(bad)
+                return retried(partial(self._load_seeded, index, seed), path), index, tuple(bad)
             except OSError as error:
-                bad.append(index)
+                bad.append((index, reason_of(error, path)))
                 draw = random.Random(f"{seed} {len(bad)}")
-                index, reason = draw.randrange(len(self)), error
-        raise TrainingError(f"{MAX_TRIES} files in a row cannot be decoded, the last: {reason}")
+                index = draw.randrange(len(self))
+        raise TrainingError(
+            f"{MAX_TRIES} files in a row cannot be decoded, the last: {path} cannot be decoded: "
+            f"{bad[-1][1]}"
+        )
+
+    def _load_seeded(self, index: int, seed: int) -> Tensor:
+        with seeded(seed):
+            return self.load(index)
 
 
 class ImageFiles(FileDataset):
@@ -149,6 +162,8 @@ class ImageFiles(FileDataset):
         self.transform = transform
         self.files = open_images(root)
         self.group_sizes = self.files.group_sizes
+        if self.files.left_out:
+            self.left_out = f"left out of {root}: {describe(self.files.left_out)}"
 
     def __len__(self) -> int:
         return len(self.files)
@@ -190,7 +205,7 @@ class LabeledImages(ImageFiles):
         super().__init__(root, transform)
         self.classes, self.labels = self.files.read_classes()
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, tuple[int, ...]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, tuple[BadFile, ...]]:
         image, index, bad = self.read(*key)
         return image, int(self.labels[index]), key[0], bad
 

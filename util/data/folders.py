@@ -8,8 +8,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from util.data.files import read_file
 from util.data.images import IMAGE_EXTENSIONS
 from util.errors import UsageError
+
+HIDDEN = "hidden"
 
 
 def find_train_folder(root: str | os.PathLike) -> Path:
@@ -27,40 +30,86 @@ def list_images(root: str | os.PathLike) -> list[str]:
     Raises:
         UsageError: no such folder, one that cannot be read, or no image in it.
     """
+    return scan(root)[0]
+
+
+def scan(root: str | os.PathLike) -> tuple[list[str], Counter[str]]:
+    """The paths of `list_images`, and how many other files there are, by their kinds.
+
+    Raises:
+        UsageError: see `list_images`.
+    """
     if not os.path.isdir(root):
         what = "is not a folder" if os.path.exists(root) else "does not exist"
         raise UsageError(f"the data path {root} {what}: give a folder of images")
-    images, others = [], Counter()
-    for folder, files in walk(root):
+    images, left_out = [], Counter()
+    for folder, files in walk(root, left_out):
         for name in files:
             if name.lower().endswith(IMAGE_EXTENSIONS):
                 images.append(os.path.join(folder, name))
             else:
-                others[os.path.splitext(name)[1] or "unnamed type"] += 1
+                left_out[kind_of(name)] += 1
     if not images:
-        found = ", ".join(f"{count} of {ending}" for ending, count in others.most_common(5))
+        only = f"only other files ({describe(left_out)})" if left_out else "no file at all"
         raise UsageError(
             f"no image below {root}: looked for files that end in {', '.join(IMAGE_EXTENSIONS)}, "
-            f"but it holds {f'only other files ({found})' if found else 'no file at all'}"
+            f"but it holds {only}"
         )
-    return sorted(images)
+    return sorted(images), left_out
 
 
-def walk(root: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
-    """Each visible folder from `root` on, once, with the names of its visible files."""
+def kind_of(name: str) -> str:
+    """The kind of a file that is left out, as `describe` tells it: "of .txt"."""
+    if name.startswith("."):
+        return HIDDEN
+    ending = os.path.splitext(name)[1]
+    return f"of {ending}" if ending else "without an ending"
+
+
+def describe(left_out: Counter[str], most: int = 5) -> str:
+    """How many files of which kinds are left out, the most frequent first; "" for none.
+
+    Such as "12 of .txt, 3 hidden".
+    """
+    kinds = left_out.most_common()
+    parts = [f"{count} {kind}" for kind, count in kinds[:most]]
+    if others := sum(count for _, count in kinds[most:]):
+        parts.append(f"{others} of {len(kinds) - most} other kinds")
+    return ", ".join(parts)
+
+
+def walk(
+    root: str | os.PathLike, left_out: Counter[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Each visible folder from `root` on, once, with the names of its visible files.
+
+    Args:
+        root: where to begin.
+        left_out: gets the numbers of the hidden files and folders.
+
+    Raises:
+        UsageError: a folder that cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise UsageError(f"cannot read the data folder {error.filename}: {error.strerror}")
 
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
-        status = os.stat(folder)
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            refuse(error)
         if (status.st_dev, status.st_ino) in seen:  # A link to a parent would never end.
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield folder, [name for name in files if not name.startswith(".")]
+        for names in (subfolders, files):
+            visible = sorted(name for name in names if not name.startswith("."))
+            if left_out is not None and len(visible) < len(names):
+                left_out[HIDDEN] += len(names) - len(visible)
+            names[:] = visible
+        yield folder, files
 
 
 class ImageFolder:
@@ -71,6 +120,7 @@ class ImageFolder:
 
     Attributes:
         group_sizes: None: the files need not be read in groups.
+        left_out: how many other files there are, by their kinds.
 
     Raises:
         UsageError: a folder without images, see `list_images`.
@@ -80,8 +130,9 @@ class ImageFolder:
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
+        paths, self.left_out = scan(self.root)
         # One array, because workers would copy a list bit by bit as they touch its strings.
-        self._paths = np.array([os.fsencode(path) for path in list_images(self.root)])
+        self._paths = np.array([os.fsencode(path) for path in paths])
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -91,8 +142,13 @@ class ImageFolder:
         return os.fsdecode(self._paths[index])
 
     def open(self, index: int) -> BinaryIO:
-        """An image's file."""
-        return open(self.path(index), "rb")
+        """An image's file, read whole.
+
+        Raises:
+            OSError: the file is to blame.
+            TrainingError: the storage fails, see `read_file`.
+        """
+        return read_file(self.path(index))
 
     def read_classes(self) -> tuple[list[str], np.ndarray]:
         """Names of the class folders, sorted, and the label of each image, `[num_images]`.

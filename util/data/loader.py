@@ -1,33 +1,42 @@
 """Batches of an epoch, through worker processes that may be lost."""
 
+import contextlib
+import errno
 import logging
 import multiprocessing.connection
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from util.data.datasets import FileDataset
+from util.data.datasets import BadFile, FileDataset
+from util.data.files import too_many_open_files
 from util.data.samplers import EvalSampler, StepSampler
-from util.errors import TrainingError
+from util.errors import TrainingError, UsageError
 
 _logger = logging.getLogger(__name__)  # Prints warnings even if nobody sets it up.
 # How often workers may be lost in an epoch before the run is given up.
 MAX_LOST_WORKERS = 3
+_SHARED_MEMORY = "/dev/shm"
 
 
 def collate(items: Sequence[tuple]) -> tuple:
     """Items `(sample, …, bad)` to a batch `([N, *sample], …, bad)`.
 
-    A list of items, several views of one file, counts as so many. `bad` is the sorted list of the
-    indices that any of the items reports.
+    A list of items, several views of one file, counts as so many. `bad` is the sorted list of what
+    any of the items reports: `(index, reason)`.
     """
     flat = [i for item in items for i in (item if isinstance(item, list) else [item])]
     *columns, bad = zip(*flat, strict=True)
-    return *(default_collate(column) for column in columns), sorted(set().union(*bad))
+    batch = [default_collate(column) for column in columns]
+    if get_worker_info():
+        # Here a want of shared memory is an error; in torch's queue the batch would be lost.
+        batch = [column.share_memory_() for column in batch]
+    return *batch, sorted(set().union(*bad))
 
 
 class BadImages:
@@ -39,19 +48,20 @@ class BadImages:
 
     def __init__(self, warn: Callable[[str], object] = _logger.warning) -> None:
         self.warn = warn
-        self.paths: dict[int, str] = {}
+        self.named: dict[int, str] = {}
 
     @property
     def count(self) -> int:
         """Number of different files."""
-        return len(self.paths)
+        return len(self.named)
 
-    def add(self, indices: Iterable[int], dataset: FileDataset) -> None:
+    def add(self, bad: Iterable[BadFile], dataset: FileDataset) -> None:
         """Take note of what a batch of `dataset` reports as bad."""
-        for index in indices:
-            if index not in self.paths:
-                self.paths[index] = dataset.path(index)
-                self.warn(f"{self.paths[index]} cannot be decoded: skipped")
+        for index, reason in bad:
+            if index not in self.named:
+                path = dataset.path(index)
+                self.named[index] = f"{path} ({reason})"
+                self.warn(f"{path} cannot be decoded: skipped ({reason})")
 
     def check(self, total: int, num_files: int, max_share: float, what: str = "images") -> None:
         """Stop a run on damaged data.
@@ -66,7 +76,7 @@ class BadImages:
             TrainingError: more are.
         """
         if total > max_share * num_files:
-            first = next((f"; first: {path}" for path in self.paths.values()), "")
+            first = next((f"; first: {name}" for name in self.named.values()), "")
             raise TrainingError(
                 f"{total} of {num_files} {what} cannot be decoded, "
                 f"more than --max_bad_images {max_share} allows{first}"
@@ -131,11 +141,15 @@ class Loader:
                     self.sampler.set_epoch(epoch, start_step, delivered)
                     batches = self._start()
                 batch = next(batches, None)
-            except TrainingError as error:
+            except (TrainingError, UsageError) as error:
                 # torch puts the worker's stack before the message.
-                raise TrainingError(str(error).rsplit("TrainingError: ")[-1].strip()) from error
+                kind = type(error)
+                raise kind(str(error).rsplit(f"{kind.__name__}: ")[-1].strip()) from error
             except Exception as error:
+                # A lost worker may look like any of the troubles that there is advice for.
                 if not self._lost_worker():
+                    if advice := self._advice(error):
+                        raise TrainingError(advice) from error
                     raise
                 lost += 1
                 self._report_lost_worker(lost, error)
@@ -158,12 +172,38 @@ class Loader:
         sentinels = [worker.sentinel for worker in self._workers]
         return bool(sentinels and multiprocessing.connection.wait(sentinels, timeout=1))
 
+    def _advice(self, error: Exception) -> str:
+        """What to do about an error of the machinery between workers and this process; "" if none.
+
+        torch raises it with the worker's stack before it, and at times as "Success".
+        """
+        text = str(error)
+        if "Too many open files" in text or "ancdata" in text:
+            return f"the data workers cannot send their batches: {too_many_open_files()}"
+        if "</torch_" in text or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+            return (
+                f"the shared memory is too small for the batches of the "
+                f"{self._dataloader.num_workers} data workers: {self._enlarge()}"
+            )
+        return ""
+
+    def _enlarge(self) -> str:
+        with contextlib.suppress(OSError):
+            state = os.statvfs(_SHARED_MEMORY)
+            size = state.f_blocks * state.f_frsize / 2**20
+            return (
+                f"{_SHARED_MEMORY} has {size:.0f} MiB; start the container with --shm-size=8g or "
+                f"--ipc=host, or lower --num_workers or --batch_size"
+            )
+        return "lower --num_workers or --batch_size"
+
     def _report_lost_worker(self, lost: int, error: Exception) -> None:
         if lost > MAX_LOST_WORKERS:
-            raise TrainingError(
-                f"{lost} data workers were lost in this epoch, probably for want of memory "
-                f"or of shared memory (/dev/shm): lower --num_workers, or give the job more memory"
-            ) from error
+            advice = self._advice(error) or (
+                f"probably for want of memory or of shared memory: give the job more memory; "
+                f"{self._enlarge()}"
+            )
+            raise TrainingError(f"{lost} data workers were lost in this epoch, {advice}") from error
         self.warn(
             "a data worker was killed or crashed: starting the workers again, no image is lost"
         )

@@ -11,10 +11,13 @@ an index for shards that came without one.
 """
 
 import io
+import math
 import os
-import tarfile
+import re
+import resource
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
@@ -22,14 +25,26 @@ from typing import BinaryIO
 import numpy as np
 
 from util.atomic import write_atomically
+from util.data.files import open_regular, reason_of, retried
 from util.data.folders import ImageFolder
-from util.data.images import IMAGE_EXTENSIONS
-from util.errors import UsageError
+from util.data.shard_index import (
+    HEADER,
+    INDEX,
+    LABEL,
+    PER_IMAGE,
+    index_command,
+    read_index,
+    write_index,
+)
+from util.errors import TrainingError, UsageError
 
-INDEX = "index.npz"
-LABEL = "cls"
-# Shards that a process keeps open.
-MAX_OPEN = 128
+# Lies beside shards that are being written; after a kill it says that they are not complete.
+UNFINISHED = "unfinished"
+# Shards that a process keeps open: a quarter of the files that it may open, and no more than 128.
+_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MAX_OPEN = 128 if _limit == resource.RLIM_INFINITY else min(128, max(1, _limit // 4))
+# More shards than anybody has: a pattern beyond is a mistake.
+MAX_SHARDS = 1_000_000
 
 
 class Shards:
@@ -41,6 +56,7 @@ class Shards:
 
     Attributes:
         group_sizes: images of each shard; those of a shard are neighbours.
+        left_out: how many files of the shards are no images of ours, by their kinds.
 
     Raises:
         UsageError: shards that are missing, or not those of the index.
@@ -49,7 +65,7 @@ class Shards:
     def __init__(self, pattern: str | os.PathLike) -> None:
         self.root = Path(pattern)
         folder, names = expand(pattern)
-        index = _read_index(folder)
+        index = read_index(folder)
         places = {name: place for place, name in enumerate(index["shards"].tolist())}
         names = names or list(places)
         _check_shards(folder, names, places, index["bytes"])
@@ -60,31 +76,54 @@ class Shards:
         self.group_sizes = [len(samples) for samples in chosen]
         samples = np.concatenate(chosen)
         self._shard = np.repeat(np.arange(len(names)), self.group_sizes)
-        self._offset, self._size = index["offset"][samples], index["size"][samples]
-        self._name = index["name"][samples]
+        self._index = {name: index[name][samples] for name in PER_IMAGE if name in index}
         self._classes = index["classes"].tolist() if "classes" in index else None
-        self._labels = index["label"][samples] if "classes" in index else None
+        self.left_out = Counter()
+        in_use = np.isin(index["left_out_shard"], [places[name] for name in names])
+        for kind, count in zip(
+            index["left_out_kind"][in_use].tolist(),
+            index["left_out_count"][in_use].tolist(),
+            strict=True,
+        ):
+            self.left_out[kind] += count
 
     def __len__(self) -> int:
         return len(self._shard)
 
     def path(self, index: int) -> str:
         """Where an image is, for people: shard and name in it."""
-        return f"{self._paths[self._shard[index]]}/{os.fsdecode(self._name[index])}"
+        return f"{self._paths[self._shard[index]]}/{os.fsdecode(self._index['name'][index])}"
 
     def open(self, index: int) -> BinaryIO:
         """An image's file.
 
         Raises:
-            OSError: the shard cannot be read, or ends too early.
+            TrainingError: the storage fails, or the shard is no longer the one of the index.
         """
-        shard = _open_shard(self._paths[self._shard[index]])
-        size = int(self._size[index])
-        file = io.BytesIO(os.pread(shard.fileno(), size, int(self._offset[index])))
+        shard = self._paths[self._shard[index]]
+        size = int(self._index["size"][index])
+        # The header lies before the file.
+        data = self._read(index, int(self._index["offset"][index]) - HEADER, HEADER + size)
+        check = zlib.crc32(data[:HEADER])
+        if self._classes is not None:
+            start = int(self._index["label_offset"][index]) - HEADER
+            label = self._read(index, start, HEADER + int(self._index["label_size"][index]))
+            check = zlib.crc32(label, check)
+        if check != self._index["header"][index]:
+            raise TrainingError(
+                f"{self.path(index)} is not where {INDEX} has it: {shard} was written again "
+                f"since; index it again: {index_command(Path(shard).parent)}"
+            )
+        file = io.BytesIO(data[HEADER:])
         file.name = self.path(index)
-        if file.getbuffer().nbytes != size:
-            raise OSError(f"{file.name} cannot be read: the shard ends before it")
         return file
+
+    def _read(self, index: int, start: int, size: int) -> bytes:
+        shard = self._paths[self._shard[index]]
+        data = retried(partial(_read_part, shard, start, size), shard)
+        if len(data) != size:
+            raise TrainingError(f"{self.path(index)} cannot be read: the shard ends before it")
+        return data
 
     def read_classes(self) -> tuple[list[str], np.ndarray]:
         """Names of the classes, and the label of each image, `[num_images]`.
@@ -94,13 +133,22 @@ class Shards:
         """
         if self._classes is None:
             raise UsageError(f"the images of {self.root} have no labels: no .{LABEL} in the shards")
-        return self._classes, self._labels
+        return self._classes, self._index["label"].astype(np.int64)
+
+
+def _read_part(path: str, start: int, size: int) -> bytes:
+    """Some bytes of a shard."""
+    try:
+        return os.pread(_open_shard(path).fileno(), size, start)
+    except OSError:
+        _open_shard.cache_clear()  # a shard that went stale, or too many of them
+        raise
 
 
 @lru_cache(maxsize=MAX_OPEN)
 def _open_shard(path: str) -> BinaryIO:
     """A shard, read by position: so processes that share it do not disturb each other."""
-    return open(path, "rb", buffering=0)
+    return open_regular(path)
 
 
 def is_shards(path: str | os.PathLike) -> bool:
@@ -112,33 +160,26 @@ def expand(pattern: str | os.PathLike) -> tuple[Path, list[str] | None]:
     """The folder of a pattern, and the names of its shards; None for all of a folder.
 
     Raises:
-        UsageError: shards in several folders, or one named twice.
+        UsageError: shards in several folders, one named twice, more than anybody has, or braces
+            that do not match.
     """
     if not str(pattern).endswith(".tar"):
         return Path(pattern), None
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", str(pattern))
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) > MAX_SHARDS:
+        raise UsageError(f"{pattern} names more than {MAX_SHARDS} shards")
     from webdataset.shardlists import expand_urls  # takes a second
 
-    paths = [Path(url) for url in expand_urls(str(pattern))]
+    try:
+        paths = [Path(url) for url in expand_urls(str(pattern))]
+    except ValueError as error:
+        raise UsageError(f"{pattern} is no pattern of shards: {error}") from error
     folders, counts = {path.parent for path in paths}, Counter(paths)
     if len(folders) > 1:
         raise UsageError(f"the shards of {pattern} must lie in one folder, beside their index")
     if max(counts.values()) > 1:
         raise UsageError(f"{pattern} names {counts.most_common(1)[0][0]} more than once")
     return paths[0].parent, [path.name for path in paths]
-
-
-def _read_index(folder: Path) -> dict[str, np.ndarray]:
-    path = folder / INDEX
-    try:
-        with np.load(path, allow_pickle=False) as index:
-            return dict(index)
-    except FileNotFoundError:
-        raise UsageError(
-            f"there is no {path}, which says where in the shards the images are: "
-            f"python -m tools.shards index '{folder}/*.tar' writes it"
-        ) from None
-    except Exception as error:  # Damaged bytes raise nearly anything.
-        raise UsageError(f"{path} cannot be read ({error}): write it again") from error
 
 
 def _check_shards(
@@ -158,78 +199,11 @@ def _check_shards(
             )
 
 
-def write_index(folder: Path, names: Sequence[str], classes: Sequence[str] | None = None) -> int:
-    """Read through shards and write the index beside them.
-
-    Args:
-        folder: of the shards.
-        names: their files.
-        classes: names of the classes; by default their numbers.
-
-    Returns:
-        The number of images.
-
-    Raises:
-        UsageError: a file that is no tar, no image at all, or labels of some images only, or
-            beyond the classes.
-    """
-    samples = [
-        (place, *sample) for place, name in enumerate(names) for sample in _images_of(folder / name)
-    ]
-    if not samples:
-        raise UsageError(f"no image in {folder / names[0]} and the other {len(names) - 1} shards")
-    shard, name, offset, size, label = zip(*samples, strict=True)
-    arrays = {
-        "shards": np.array(names),
-        "bytes": np.array([(folder / shard).stat().st_size for shard in names]),
-        "shard": np.array(shard, np.int32),
-        "name": np.array([os.fsencode(text) for text in name]),
-        "offset": np.array(offset, np.int64),
-        "size": np.array(size, np.int64),
-    }
-    labels = np.array(label, np.int64)
-    if (labels >= 0).any():
-        arrays |= {"label": labels, "classes": np.array(_class_names(labels, classes, folder))}
-    elif classes is not None:
-        raise UsageError(f"the samples of {folder} have no .{LABEL}, so there are no classes")
-    write_atomically(folder / INDEX, partial(np.savez, **arrays))
-    return len(samples)
-
-
-def _class_names(labels: np.ndarray, classes: Sequence[str] | None, folder: Path) -> Sequence[str]:
-    if labels.min() < 0:
-        raise UsageError(f"{(labels < 0).sum()} samples of {folder} have no .{LABEL}")
-    classes = classes or [str(number) for number in range(labels.max() + 1)]
-    if labels.max() >= len(classes):
-        raise UsageError(f"label {labels.max()} of {folder} is beyond the {len(classes)} classes")
-    return classes
-
-
-def _images_of(path: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Name, offset, size and label (-1 for none) of each image of a shard."""
-    from webdataset.tariterators import base_plus_ext
-
-    images, labels = {}, {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, ending = base_plus_ext(member.name)
-                if not member.isfile() or key is None:
-                    continue
-                if ending == LABEL:
-                    labels[key] = int(tar.extractfile(member).read())
-                elif f".{ending.lower()}" in IMAGE_EXTENSIONS:
-                    images[key] = (member.name, member.offset_data, member.size)
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise UsageError(f"{path} is no whole shard: {error}") from error
-    for key, image in images.items():
-        yield (*image, labels.get(key, -1))
-
-
 def write_shards(source: ImageFolder, folder: Path, shard_size: int) -> tuple[int, int | None]:
     """Copy images into shards, in random order, with an index.
 
-    An image keeps its bytes. Its label is its class folder, if all images lie in such.
+    An image keeps its bytes. Its label is its class folder, if all images lie in such. Shards of
+    a call that was killed are written again.
 
     Args:
         source: the images.
@@ -240,13 +214,19 @@ def write_shards(source: ImageFolder, folder: Path, shard_size: int) -> tuple[in
         The number of shards, and that of classes or None.
 
     Raises:
-        UsageError: there are shards in the folder already.
+        UsageError: there are shards in the folder already, or an image cannot be read.
+        TrainingError: the disk is full, or the storage fails.
     """
-    from webdataset import TarWriter
-
-    if folder.is_dir() and any(folder.glob("*.tar")):
+    unfinished = folder / UNFINISHED
+    if folder.is_dir() and not unfinished.exists() and any(folder.glob("*.tar")):
         raise UsageError(f"{folder} holds shards already: give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror}") from error
+    for path in (folder / INDEX, *folder.glob("[0-9]*.tar*")):
+        path.unlink(missing_ok=True)
     try:
         classes, labels = source.read_classes()
     except UsageError:
@@ -255,26 +235,31 @@ def write_shards(source: ImageFolder, folder: Path, shard_size: int) -> tuple[in
     names = []
     for start in range(0, len(order), shard_size):
         names.append(f"{len(names):06d}.tar")
-        with TarWriter(str(folder / names[-1]), encoder=False, mtime=0) as shard:
-            for index in order[start : start + shard_size].tolist():
-                shard.write(_sample(source, index, None if labels is None else labels[index]))
+        chosen = order[start : start + shard_size].tolist()
+        samples = (_sample(source, i, None if labels is None else labels[i]) for i in chosen)
+        write_atomically(folder / names[-1], partial(_write_tar, samples))
     write_index(folder, names, classes)
+    unfinished.unlink()
     return len(names), classes and len(classes)
+
+
+def _write_tar(samples: Iterable[dict[str, str | bytes]], file: BinaryIO) -> None:
+    from webdataset import TarWriter
+
+    # GNU's form, because names may be longer than the library's own choice allows.
+    with TarWriter(file, encoder=False, mtime=0, format="GNU_FORMAT") as tar:
+        for sample in samples:
+            tar.write(sample)
 
 
 def _sample(source: ImageFolder, index: int, label: int | None) -> dict[str, str | bytes]:
     """An image as `webdataset` writes it; the number makes its key unique."""
     path = Path(source.path(index)).relative_to(source.root)
-    key = f"{path.with_suffix('').as_posix().replace('.', '_')}_{index}"
-    with source.open(index) as file:
-        sample = {"__key__": key, path.suffix[1:].lower(): file.read()}
-    return sample if label is None else sample | {LABEL: str(label).encode()}
-
-
-def known_classes(folder: Path) -> list[str] | None:
-    """The names in an index that is about to be written again; None without one that has names."""
+    # Dots begin an ending, and two underscores what the library skips.
+    key = f"{path.with_suffix('').as_posix().replace('.', '_')}_{index}".lstrip("_")
     try:
-        index = _read_index(folder)
-    except UsageError:
-        return None
-    return index["classes"].tolist() if "classes" in index else None
+        data = source.open(index).read()
+    except OSError as error:
+        raise UsageError(f"{source.path(index)}: {reason_of(error, source.path(index))}") from error
+    sample = {"__key__": key, path.suffix[1:].lower(): data}
+    return sample if label is None else sample | {LABEL: str(label).encode()}

@@ -12,8 +12,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch import Tensor
 from torchvision.transforms import v2
 
-from util.data.crop import load_crop, random_box
-from util.data.images import check_channels, load_image
+from util.data.crop import Box, clamped_box, load_crop, random_box
+from util.data.images import MAX_PIXELS, check_channels, load_image
+
+# Evaluation resizes no more of a strip than so many squares of it.
+LONGEST = 32
 
 
 def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -36,21 +39,52 @@ def pretrain_transform(
     *,
     hflip: bool = True,
     scale: tuple[float, float] = (0.2, 1.0),
+    max_pixels: int = MAX_PIXELS,
 ) -> Callable[[BinaryIO], Tensor]:
-    """The augmentation of pretraining and probing: random resized crop and flip.
+    """The augmentation of pretraining: random resized crop and flip.
 
     Args:
         img_size: (H, W).
         in_chans: channels of the images.
         hflip: mirror every second image; not for digits, letters or the like.
         scale: share of the image's area that a crop takes.
+        max_pixels: a larger image is not decoded.
 
     Returns:
         Image file to `[in_chans, H, W]`, uint8, for `normalize`.
     """
-    check_channels(in_chans)
     choose = partial(random_box, scale=scale)
-    crop = partial(load_crop, choose=choose, size=img_size, in_chans=in_chans)
+    return _crop_transform(choose, img_size, in_chans, hflip, max_pixels)
+
+
+def probe_transform(
+    img_size: tuple[int, int],
+    in_chans: int = 3,
+    *,
+    hflip: bool = True,
+    scale: tuple[float, float] = (0.08, 1.0),
+    max_pixels: int = MAX_PIXELS,
+) -> Callable[[BinaryIO], Tensor]:
+    """The augmentation of the linear probe: as in pretraining, but with MAE's `clamped_box`.
+
+    Args and result: see `pretrain_transform`.
+    """
+    choose = partial(clamped_box, scale=scale)
+    return _crop_transform(choose, img_size, in_chans, hflip, max_pixels)
+
+
+def _crop_transform(
+    choose: Callable[[Image.Image], Box],
+    img_size: tuple[int, int],
+    in_chans: int,
+    hflip: bool,
+    max_pixels: int,
+) -> Callable[[BinaryIO], Tensor]:
+    """A random part of an image, resized and maybe mirrored."""
+    check_channels(in_chans)
+    crop = partial(
+        load_crop, choose=choose, size=img_size, in_chans=in_chans, max_pixels=max_pixels
+    )
     return partial(_crop_and_flip, crop=crop) if hflip else crop
 
 
@@ -68,6 +102,7 @@ def finetune_transform(
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     color_jitter: float = 0.0,
     reprob: float = 0.25,
+    max_pixels: int = MAX_PIXELS,
 ) -> Callable[[BinaryIO], Tensor]:
     """The augmentation of fine-tuning, timm's: random resized crop, flip, RandAugment, erasing.
 
@@ -79,6 +114,7 @@ def finetune_transform(
         auto_augment: timm's name of a policy, or None.
         color_jitter: strength of the colour jitter that takes the policy's place if there is none.
         reprob: share of the images in which a rectangle is erased with noise.
+        max_pixels: a larger image is not decoded.
 
     Returns:
         Image file to `[in_chans, H, W]`, float32, normalised.
@@ -96,16 +132,23 @@ def finetune_transform(
         mean=mean,
         std=std,
     )
-    view = pretrain_transform(img_size, in_chans, hflip=hflip, scale=scale)
+    crop = dict(hflip=hflip, scale=scale, max_pixels=max_pixels)
+    view = pretrain_transform(img_size, in_chans, **crop)
     return v2.Compose([view, v2.ToPILImage(), augment, finish])
 
 
 def center_crop_transform(
-    img_size: tuple[int, int], in_chans: int = 3
+    img_size: tuple[int, int], in_chans: int = 3, max_pixels: int = MAX_PIXELS
 ) -> Callable[[BinaryIO], Tensor]:
     """The view by which a classifier is evaluated, as MAE's: 224 of 256 pixels around the centre.
 
-    Above 224 pixels nothing is cut but what the proportions demand.
+    Above 224 pixels nothing is cut but what the proportions demand. Of an image more than
+    `LONGEST` times as long as wide only the middle is resized.
+
+    Args:
+        img_size: (H, W).
+        in_chans: channels of the images.
+        max_pixels: a larger image is not decoded.
 
     Returns:
         Image file to `[in_chans, H, W]`, float32, normalised.
@@ -118,11 +161,27 @@ def center_crop_transform(
         mean=mean,
         std=std,
     )
-    return v2.Compose([partial(load_image, in_chans=in_chans), transform])
+    load = partial(load_image, in_chans=in_chans, max_pixels=max_pixels)
+    return v2.Compose([load, cut_ends, transform])
+
+
+def cut_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image more than `LONGEST` times as long as wide; another as it is.
+
+    Whole, such a strip would be enlarged to hundreds of megabytes, of which a view takes the
+    middle. Both ends lose the same, so the view stays where it was, to a pixel of it.
+    """
+    short, long = sorted(image.size)
+    keep = LONGEST * short - (LONGEST * short - long) % 2  # leaves an equal number on both sides
+    if long <= keep:
+        return image
+    start = (long - keep) // 2
+    wide = image.width == long
+    return image.crop((start, 0, start + keep, short) if wide else (0, start, short, start + keep))
 
 
 def eval_transform(
-    img_size: tuple[int, int], in_chans: int = 3
+    img_size: tuple[int, int], in_chans: int = 3, max_pixels: int = MAX_PIXELS
 ) -> Callable[[str | os.PathLike | BinaryIO], Tensor]:
     """The largest centred part of the proportions H : W, resized to (H, W) and normalised.
 
@@ -132,7 +191,7 @@ def eval_transform(
     height, width = img_size
     return v2.Compose(
         [
-            partial(load_image, in_chans=in_chans),
+            partial(load_image, in_chans=in_chans, max_pixels=max_pixels),
             partial(ImageOps.fit, size=(width, height), method=Image.Resampling.BICUBIC),
             v2.PILToTensor(),
             normalize,

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from util.data.images import MAX_PIXELS
 from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.run.distributed import cores_per_process
@@ -58,6 +59,14 @@ def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False)
         default=0.01,
         metavar="SHARE",
         help="share of files that may fail to decode; they are skipped",
+    )
+    group.add_argument(
+        "--max_pixels",
+        type=positive_int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="a larger image counts as one that cannot be decoded; a pixel takes up to 10 bytes "
+        "of memory in each worker",
     )
     group.add_argument(
         "--num_workers",

@@ -10,6 +10,7 @@ from torchvision.utils import make_grid
 
 from util.data.datasets import open_images
 from util.data.folders import find_train_folder
+from util.data.images import MAX_PIXELS
 from util.data.transforms import denormalize, eval_transform
 from util.errors import UsageError
 from util.run.run_log import read_log
@@ -96,7 +97,11 @@ def load_images(paths: Sequence[Path], img_size: tuple[int, int], in_chans: int)
 
 
 def load_samples(
-    data_path: Path, img_size: tuple[int, int], in_chans: int, count: int = 16
+    data_path: Path,
+    img_size: tuple[int, int],
+    in_chans: int,
+    count: int = 16,
+    max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
     """Images to watch a run by: spread over `val/`, else over the training images.
 
@@ -106,7 +111,7 @@ def load_samples(
     Raises:
         UsageError: not one can be decoded.
     """
-    transform = eval_transform(img_size, in_chans)
+    transform = eval_transform(img_size, in_chans, max_pixels)
     for source in (data_path / "val", find_train_folder(data_path)):
         images = []
         with contextlib.suppress(UsageError):  # no such folder, or no image in it

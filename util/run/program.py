@@ -24,6 +24,8 @@ def run_main(main: Callable[[argparse.Namespace], object], args: argparse.Namesp
 
     The environment variable `STOPPED_EXIT_CODE` is that of a run saved on a signal.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files may be any bytes
+        stream.reconfigure(errors="surrogateescape")
     code = together = 0
     try:
         main(args)

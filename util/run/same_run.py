@@ -12,7 +12,7 @@ from util.run.parser import show_value
 MAY_CHANGE = frozenset(
     {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
     | {"dist_eval", "log_dir", "max_bad_images", "num_workers", "output_dir", "pin_mem"}
-    | {"predictions", "print_freq", "resume", "save_freq", "save_steps", "val_path"}
+    | {"max_pixels", "predictions", "print_freq", "resume", "save_freq", "save_steps", "val_path"}
 )
 # What `derive_args` takes from other flags.
 _DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}

@@ -13,7 +13,7 @@ from util.data.samplers import EvalSampler, StepSampler
 from util.data.shards import is_shards
 from util.errors import UsageError
 from util.run.args import check_writable, derive_args
-from util.run.distributed import is_main_process, rank, world_size
+from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.optim_step import amp_dtype
 
 
@@ -57,7 +57,7 @@ def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
         args.seed,
         group_sizes=dataset.group_sizes,
     )
-    return Loader(dataset, sampler, args.num_workers, args.pin_mem)
+    return _loader(args, dataset, sampler)
 
 
 def eval_loader(args: argparse.Namespace, dataset: FileDataset, batch_size: int) -> Loader:
@@ -66,4 +66,13 @@ def eval_loader(args: argparse.Namespace, dataset: FileDataset, batch_size: int)
         sampler = EvalSampler(len(dataset), batch_size, rank(), world_size())
     else:
         sampler = EvalSampler(len(dataset) * is_main_process(), batch_size)
+    return _loader(args, dataset, sampler)
+
+
+def _loader(
+    args: argparse.Namespace, dataset: FileDataset, sampler: StepSampler | EvalSampler
+) -> Loader:
+    """A loader as the flags say; tells which files of the data path are left out."""
+    if dataset.left_out:
+        print_once(f"{dataset.root}: {dataset.left_out}", error=True)
     return Loader(dataset, sampler, args.num_workers, args.pin_mem)
