@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 
+from util import atomic
 from util.data.datasets import seeded
 from util.errors import TrainingError, UsageError
 from util.run.resume import LAST
@@ -50,10 +51,11 @@ def test_what_was_written_is_read(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk without space")
 @pytest.mark.parametrize("size", [1, 300_000], ids=["small", "large"])
-def test_a_full_disk_is_an_error_that_keeps_the_older_file(tmp_path, size):
-    path, temporary = tmp_path / LAST, tmp_path / (LAST + ".tmp")
+def test_a_full_disk_is_an_error_that_keeps_the_older_file(tmp_path, size, monkeypatch):
+    path, temporary = tmp_path / LAST, tmp_path / "temporary"
     save_atomically(CONTENT, path)
     temporary.symlink_to("/dev/full")
+    monkeypatch.setattr(atomic, "temporary_name", lambda path: temporary)
     with pytest.raises(TrainingError, match=r"cannot write .*; the previous one is intact"):
         save_atomically({"model": torch.zeros(size)}, path)
     assert os.listdir(tmp_path) == [LAST]

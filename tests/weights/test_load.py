@@ -12,6 +12,7 @@ from torch import nn
 import models_convmae
 from models_convvit import ConvViT, convvit_from_checkpoint, convvit_from_weights
 from tests.runs import call
+from util import atomic
 from util.errors import TrainingError, UsageError
 from util.layers.architecture import SIZES, read_architecture
 from util.layers.rel_pos import RelativePositionBias, resize_relative_table
@@ -484,9 +485,10 @@ def test_an_export_that_cannot_be_written_is_one_line_and_exit_2(kind, launcher,
     assert path.read_bytes() == before
 
 
-def test_a_full_disk_is_an_error_of_the_export(tmp_path):
+def test_a_full_disk_is_an_error_of_the_export(tmp_path, monkeypatch):
     ours(classifier(), tmp_path / "x.pth")
-    (tmp_path / "model.safetensors.tmp").symlink_to("/dev/full")
+    (tmp_path / "temporary").symlink_to("/dev/full")
+    monkeypatch.setattr(atomic, "temporary_name", lambda path: tmp_path / "temporary")
     with pytest.raises(TrainingError, match="No space left"):
         export_weights(read_weights(tmp_path / "x.pth"), tmp_path / "model.safetensors")
 

@@ -32,6 +32,7 @@ from util.run.distributed import (
     wrap_model,
 )
 from util.run.feed import DeviceFeed, Pace
+from util.run.lock import hold
 from util.run.logger import Meters, Progress, RunLog, peak_memory_mb
 from util.run.lr_sched import adjust_learning_rate
 from util.run.optim_step import OptimStep, amp_dtype
@@ -89,13 +90,17 @@ def seed_everything(seed: int) -> None:
 def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     """Fill in the arguments and check all that can be checked before anything is built.
 
+    The output folder is this run's until the process ends.
+
     Raises:
-        UsageError: values that do not go together or that this machine cannot do.
+        UsageError: values that do not go together or that this machine cannot do; another run
+            has the output folder.
     """
     complete(args, device.type, world_size())
     amp_dtype(args.amp, device)
     check_writable(args.output_dir, "--output_dir")
     check_writable(args.log_dir, "--log_dir")
+    hold(args.output_dir)
 
 
 def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
