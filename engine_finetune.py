@@ -419,7 +419,8 @@ def check_resumed(content: dict | None, args: argparse.Namespace, dataset: Label
     """
     if content:
         check_state(content, args, len(dataset))
-        check_classes(content["classes"], dataset.classes, "the run to resume", dataset.root)
+        if "classes" in content:  # not in files of the original code
+            check_classes(content["classes"], dataset.classes, "the run to resume", dataset.root)
 
 
 def build_classifier(

@@ -122,11 +122,11 @@ def test_a_folder_is_refused(tmp_path):
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
-    def load(*args, **kwargs):  # Permissions themselves do not stop a superuser.
+    def may_not(*args, **kwargs):  # Permissions themselves do not stop a superuser.
         raise PermissionError(13, "Permission denied")
 
     torch.save(CONTENT, tmp_path / LAST)
-    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr("builtins.open", may_not)
     with pytest.raises(UsageError, match=f"{LAST}.*Permission denied"):
         load_file(tmp_path / LAST)
 

@@ -63,9 +63,8 @@ def encoder_only(model):
 
 def ours(model, path):
     args = {"model": "convvit_tiny_patch16", "input_size": [64, 64]}
-    torch.save(
-        {"model": model.state_dict(), "args": args, "epoch": 3, "classes": list("abcde")}, path
-    )
+    content = {"model": model.state_dict(), "args": args, "epoch": 3, "step": 0}
+    torch.save(content | {"classes": list("abcde")}, path)
 
 
 def the_originals(model, path):
@@ -442,7 +441,7 @@ def test_inspect_and_export_from_the_command_line(tmp_path):
     result = call("-m", "tools.checkpoint", "inspect", path)
     assert result.code == 0, result.err
     assert "a linear probe: an encoder, a batch norm and a linear head of 5 classes" in result.out
-    assert "99 epochs done" in result.out
+    assert "100 epochs done" in result.out
     result = call("-m", "tools.checkpoint", "export", path, "--to", exported)
     assert (result.code, result.err) == (0, "")
     assert "model.safetensors" in result.out and exported.exists()

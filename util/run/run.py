@@ -36,6 +36,7 @@ from util.run.lock import hold
 from util.run.logger import Meters, Progress, RunLog, peak_memory_mb
 from util.run.lr_sched import adjust_learning_rate
 from util.run.optim_step import OptimStep, amp_dtype
+from util.run.original import comparable_args
 from util.run.resume import BEST, LAST, Checkpoints, Stateful
 
 # A larger share of waiting for data is said in a line, once so many steps of an epoch are done.
@@ -160,7 +161,10 @@ def check_state(content: Mapping, args: argparse.Namespace, num_images: int) -> 
     Raises:
         UsageError: saying what differs.
     """
-    check_same_run(args, content["args"])
+    saved = content["args"]
+    if content.get("original"):
+        saved = comparable_args(saved, plain(args))
+    check_same_run(args, saved)
     if content["step"] and content["num_images"] != num_images:
         raise UsageError(
             f"cannot go on at step {content['step']} of an epoch of {content['num_images']} "

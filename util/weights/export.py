@@ -1,15 +1,16 @@
 """Write weights alone, for other programs."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-
-from util.atomic import write_atomically
 from util.errors import UsageError
 from util.weights.checkpoint import save_atomically
 from util.weights.read import Weights
+from util.weights.tensorfile import save_tensors
+
+_MOST = 100_000  # entries of a list; more are no argument of a run
 
 
 def export_weights(weights: Weights, path: Path) -> None:
@@ -26,12 +27,26 @@ def export_weights(weights: Weights, path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise UsageError(f"the folder of {path} does not exist")
     info = {k: v for k, v in weights.info.items() if k in ("epoch", "args", "classes", "program")}
-    state = {name: t.detach().clone().contiguous() for name, t in weights.state.items()}
+    info = {name: _plain(value) for name, value in info.items()}
     if path.suffix == ".safetensors":
-        # The format's metadata are texts.
-        data = safetensors.torch.save(state, {"format": "pt", "info": json.dumps(info)})
-        write_atomically(path, lambda file: file.write(data))
+        save_tensors(weights.state, {"info": json.dumps(info)}, path)
     elif path.suffix in (".pth", ".pt"):
+        state = {name: tensor.detach().clone() for name, tensor in weights.state.items()}
         save_atomically({"model": state, **info}, path)
     else:
         raise UsageError(f"{path} must end in .safetensors, .pth or .pt")
+
+
+def _plain(value: object, depth: int = 4) -> object:
+    """A value as JSON has it: what it cannot have becomes text, and what is nested deeper, None."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        return value if math.isfinite(value) and abs(value) < 2**63 else str(float(value))
+    if depth == 0:
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, depth - 1) for k, v in list(value.items())[:_MOST]}
+    if isinstance(value, list | tuple):
+        return [_plain(v, depth - 1) for v in value[:_MOST]]
+    return str(value)
