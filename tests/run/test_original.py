@@ -11,9 +11,13 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 
+import models_convmae
+import models_convvit
 from engine_finetune import build_optimizer
 from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
+from tests.checks import assert_ok, assert_one_line, command_line, load, log_lines
+from tests.runs import write_images
 from util.data.datasets import seeded
 from util.errors import UsageError
 from util.run.lars import LARS
@@ -22,6 +26,7 @@ from util.run.original import comparable_args
 from util.run.resume import Checkpoints, find_resumable
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "state_dict_keys.json").read_text())
+TINY = dict(img_size=(32, 32), patch_size=(2, 2, 1))
 SMALL = dict(
     img_size=(32, 32), embed_dim=(8, 16, 32), depth=(1, 2, 3), num_heads=2, mlp_ratio=(2, 2, 2)
 )
@@ -96,7 +101,7 @@ def pretraining_loss(model, step):
 
 def classifying_loss(model, step):
     torch.manual_seed(step)
-    return F.cross_entropy(model(torch.randn(6, 3, 32, 32)), torch.arange(6) % 5)
+    return F.cross_entropy(model(torch.randn(6, 3, 32, 32)), torch.arange(6) % 2)
 
 
 KINDS = {
@@ -142,9 +147,10 @@ def take_step(model, optimizer, loss, number):
     optimizer.step()
 
 
-def the_originals_file(kind, path, steps=3, **entries):
+def the_originals_file(kind, path, steps=3, build=None, **entries):
     """Train in the original's order, save as the original does; returns model and optimizer."""
-    build, their_optimizer, _, loss = KINDS[kind]
+    small, their_optimizer, _, loss = KINDS[kind]
+    build = build or small
     torch.manual_seed(1)
     model = build()
     names = names_in_the_originals_order(model)
@@ -272,3 +278,67 @@ def test_arguments_are_compared_where_both_mean_the_same():
     now |= dict(effective_batch_size=512, amp="none")
     expected = now | {"effective_batch_size": 1024, "weight_decay": 0.1}
     assert comparable_args(saved, now) == expected
+
+
+# --- from the command line ------------------------------------------------------------------------
+
+
+def tiny(kind):
+    """Builds the smallest model that the programs know."""
+    if kind == "pretraining":
+        return models_convmae.MODELS["convmae_convvit_tiny_patch16"](**TINY)
+    model = models_convvit.MODELS["convvit_tiny_patch16"](**TINY, num_classes=2)
+    if kind == "probing":
+        model.requires_grad_(False).head.requires_grad_(True)
+        model.add_probe_norm()
+    return model
+
+
+def labeled(folder):
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            write_images(folder / split / name, 8)
+    return folder
+
+
+PROGRAMS = {
+    "pretraining": "main_pretrain.py",
+    "fine-tuning": "main_finetune.py",
+    "probing": "main_linprobe.py",
+}
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_a_program_goes_on_from_the_originals_file(kind, launcher, tmp_path):
+    settings = dict(lr=1e-3, epochs=6, warmup_epochs=1, weight_decay=0.05)
+    settings |= {"layer_decay": 0.65} if kind == "fine-tuning" else {}
+    path, output = tmp_path / "original.pth", tmp_path / "run"
+    args = argparse.Namespace(**settings, input_size=32, batch_size=4, world_size=1, start_epoch=0)
+    the_originals_file(kind, path, build=lambda: tiny(kind), args=args)
+    here = dict(data_path=labeled(tmp_path / "data"), output_dir=output, resume=path, batch_size=4)
+    here |= dict(num_workers=0, device="cpu")
+    if kind == "pretraining":
+        here |= dict(model="convmae_convvit_tiny_patch16", input_size=32, patch_size=(2, 2, 1))
+    command = command_line(settings | here)
+    result = launcher.run(*command, program=PROGRAMS[kind])
+    assert_ok(result)
+    assert "from epoch 6, step 0" in result.out
+    assert [line["epoch"] for line in log_lines(output)] == [5]
+    steps = {
+        s["step"].item()
+        for s in load(output / "checkpoint.pth")["optimizer"]["state"].values()
+        if "step" in s
+    }
+    assert steps == ({3.0 + 4} if kind != "probing" else set())
+
+
+def test_other_flags_than_the_originals_are_named(launcher, tmp_path):
+    path = tmp_path / "original.pth"
+    args = argparse.Namespace(mask_ratio=0.6, epochs=100, input_size=32)
+    the_originals_file("pretraining", path, build=lambda: tiny("pretraining"), args=args)
+    command = command_line(
+        dict(data_path=labeled(tmp_path / "data"), output_dir=tmp_path / "run", resume=path,
+             model="convmae_convvit_tiny_patch16", input_size=32, patch_size=(2, 2, 1),
+             num_workers=0, device="cpu", epochs=100)
+    )  # fmt: skip
+    assert_one_line(launcher.run(*command), 2, "--mask_ratio 0.6 there, 0.75 here")
