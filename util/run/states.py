@@ -13,13 +13,20 @@ from util.weights.unpickle import Foreign
 _MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "LARS": {"mu"}}
 
 
-def _is_plain(value: object, depth: int = 5) -> bool:
-    """Whether a value is what command lines give."""
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return depth > 0 and all(_is_plain(v, depth - 1) for v in value)
-    return value is None or isinstance(value, bool | int | float | str)
+def _is_plain(value: object) -> bool:
+    """Whether a value is what command lines give, and no more of it."""
+    todo, count = [value], 0
+    while todo:
+        value, count = todo.pop(), count + 1
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            todo += value.values()
+        elif isinstance(value, list | tuple):
+            todo += value
+        elif not (value is None or isinstance(value, bool | int | float | str)):
+            return False
+        if count > 10_000:  # lists of the same lists, for one
+            return False
+    return True
 
 
 def _is_count(value: object) -> bool:
@@ -74,7 +81,8 @@ def check_content(content: Mapping, title: str) -> None:
     Raises:
         UsageError: entries that are missing or of another type.
     """
-    needed = _ENTRIES.keys() | ({"num_images"} if content.get("step") else set())
+    within_epoch = _is_count(content.get("step")) and content["step"] > 0
+    needed = _ENTRIES.keys() | ({"num_images"} if within_epoch else set())
     if missing := needed - content.keys():
         raise UsageError(
             f"{title}: it holds no training state of this program (no {', '.join(sorted(missing))})"

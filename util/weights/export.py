@@ -1,8 +1,7 @@
 """Write weights alone, for other programs."""
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from util.errors import UsageError
@@ -10,7 +9,7 @@ from util.weights.checkpoint import save_atomically
 from util.weights.read import Weights
 from util.weights.tensorfile import save_tensors
 
-_MOST = 100_000  # entries of a list; more are no argument of a run
+_MOST = 1000  # lists in lists and the like; more are no argument of a run
 
 
 def export_weights(weights: Weights, path: Path) -> None:
@@ -27,7 +26,7 @@ def export_weights(weights: Weights, path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise UsageError(f"the folder of {path} does not exist")
     info = {k: v for k, v in weights.info.items() if k in ("epoch", "args", "classes", "program")}
-    info = {name: _plain(value) for name, value in info.items()}
+    info = {name: _plain(value, iter(range(_MOST))) for name, value in info.items()}
     if path.suffix == ".safetensors":
         save_tensors(weights.state, {"info": json.dumps(info)}, path)
     elif path.suffix in (".pth", ".pt"):
@@ -37,16 +36,16 @@ def export_weights(weights: Weights, path: Path) -> None:
         raise UsageError(f"{path} must end in .safetensors, .pth or .pt")
 
 
-def _plain(value: object, depth: int = 4) -> object:
-    """A value as JSON has it: what it cannot have becomes text, and what is nested deeper, None."""
+def _plain(value: object, budget: Iterator[int]) -> object:
+    """A value as JSON has it: what it cannot have becomes text, what is too much None."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float):
-        return value if math.isfinite(value) and abs(value) < 2**63 else str(float(value))
-    if depth == 0:
+        return value if abs(value) < 2**63 else None
+    if next(budget, None) is None:
         return None
     if isinstance(value, Mapping):
-        return {str(k): _plain(v, depth - 1) for k, v in list(value.items())[:_MOST]}
+        return {str(k): _plain(v, budget) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v, depth - 1) for v in value[:_MOST]]
+        return [_plain(v, budget) for v in value]
     return str(value)

@@ -153,13 +153,12 @@ def weights_of(content: Mapping, path: str | Path) -> Weights:
     if not _is_state(state):
         there = {printable(name, 20): value for name, value in list(content.items())[:8]}
         for name in _ENTRIES:
-            for inner, value in _items(content.get(name)):
+            state = content.get(name)
+            for inner, value in state.items() if isinstance(state, Mapping) else ():
                 if not isinstance(value, Tensor):
                     there = {f"{name} with {printable(inner)}": value}
-        kinds = (f"{name} (a {_kind(value)})" for name, value in there.items())
-        raise UsageError(
-            f"checkpoint {path} holds no weights, only {', '.join(kinds) or 'nothing'}"
-        )
+        kinds = ", ".join(f"{name} ({_kind(value)})" for name, value in there.items())
+        raise UsageError(f"checkpoint {path} holds no weights, only {kinds or 'nothing'}")
     meta = content.get("meta") if entry else None
     info = {"args": {}} if not entry else {k: v for k, v in content.items() if k != entry}
     if isinstance(meta, Mapping):  # MMSegmentation's, of today and of before

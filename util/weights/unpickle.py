@@ -11,6 +11,7 @@ import datetime
 import math
 import pathlib
 import pickle
+import re
 import sys
 import types
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -132,11 +133,11 @@ class Unpickler(pickle._Unpickler):
 
     def make(self, maker: object, args: object, kwargs: object = None) -> object:
         """What a name makes of arguments."""
-        if not isinstance(maker, Name) or not isinstance(args, tuple):
+        if not isinstance(maker, Name | Foreign) or not isinstance(args, tuple):
             raise Refused(f"it calls a {type(maker).__name__}")
         if maker.kind == "copyreg._reconstructor" and args and isinstance(args[0], Name):
             return self.make(args[0], ())  # what the oldest protocols put around a class
-        known = _KNOWN.get(maker.kind)
+        known = _KNOWN.get(maker.kind) if isinstance(maker, Name) else None
         if known is None:
             return Foreign(maker.kind, (*args, kwargs) if kwargs else args)
         if kwargs:
@@ -297,10 +298,10 @@ def _dtype(stated: Foreign) -> np.dtype:
     name, order, rest = stated.args[0], "=", ()
     if isinstance(stated.state, tuple):
         _, order, *rest = stated.state
-    dtype = np.dtype(name if isinstance(name, str) and len(name) < 8 else "V")
-    if stated.kind != "numpy.dtype" or any(rest[:3]) or dtype.kind not in "biufcSUO":
+    known = stated.kind == "numpy.dtype" and re.fullmatch(r"[biufcSUO]\d{0,6}", str(name))
+    if not known or any(rest[:3]):  # parts of a structured type
         raise Refused("it holds numbers of a type of numpy that is not supported")
-    return dtype.newbyteorder(order)
+    return np.dtype(name).newbyteorder(order)
 
 
 def _array(reader: Unpickler, *args: object) -> np.ndarray:
