@@ -297,7 +297,7 @@ def test_a_hostile_file_is_refused_in_a_line_runs_nothing_and_allocates_nothing(
     kind, write, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    write(b"N", tmp_path / "x.pth")
+    write(tensor(4, [4], [1]), tmp_path / "x.pth")
     load_file(tmp_path / "x.pth")  # imports what reading a sound file does
     write(HOSTILE[kind], tmp_path / "x.pth")
     tracemalloc.start()

@@ -261,6 +261,8 @@ def _check_shapes(shapes: Mapping[str, Sequence[int]]) -> None:
         if 0 in shape and not name.endswith("relative_position_index"):
             raise ValueError(f"these are no weights of a ConvViT: {name} is empty, {[*shape]}")
     for stage, there in numbers.items():
+        if f"{stage}.0.mlp.fc1.weight" not in shapes:
+            raise ValueError(f"its weights are not all there: {stage}.0.mlp.fc1.weight is missing")
         if there != set(map(str, range(len(there)))):
             odd = printable(max(there, key=lambda n: (len(n), n)))
             raise ValueError(f"its blocks {stage}.0, {stage}.1 … {stage}.{odd} are not all there")
