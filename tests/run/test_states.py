@@ -108,6 +108,9 @@ ODD = [
 ]  # fmt: skip
 
 
+NAMES = [".".join(map(str, keys)) for keys, *_ in ODD]
+
+
 def resume(content, path):
     torch.save(content, path)
     parts = run_parts()
@@ -120,7 +123,7 @@ def test_a_sound_state_is_restored(saved, tmp_path):
     assert len(parts["optimizer"].state) == len(list(parts["model"].parameters()))
 
 
-@pytest.mark.parametrize(("keys", "new", "phrase"), ODD, ids=[f"{i}" for i in range(len(ODD))])
+@pytest.mark.parametrize(("keys", "new", "phrase"), ODD, ids=NAMES)
 def test_a_state_that_does_not_fit_is_refused_in_a_line(keys, new, phrase, saved, tmp_path):
     with pytest.raises(UsageError) as error:
         resume(changed(saved, keys, new), tmp_path / "x.pth")

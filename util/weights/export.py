@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from util.errors import UsageError
 from util.weights.checkpoint import save_atomically
 from util.weights.read import Weights
 from util.weights.tensorfile import save_tensors
 
-_MOST = 1000  # lists in lists and the like; more are no argument of a run
+_MOST = 300  # lists in lists and the like; more are no argument of a run
 
 
 def export_weights(weights: Weights, path: Path) -> None:
@@ -26,7 +26,8 @@ def export_weights(weights: Weights, path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise UsageError(f"the folder of {path} does not exist")
     info = {k: v for k, v in weights.info.items() if k in ("epoch", "args", "classes", "program")}
-    info = {name: _plain(value, iter(range(_MOST))) for name, value in info.items()}
+    args = {name: _plain(value, iter(range(_MOST))) for name, value in weights.args.items()}
+    info |= {"args": args} if args else {}
     if path.suffix == ".safetensors":
         save_tensors(weights.state, {"info": json.dumps(info)}, path)
     elif path.suffix in (".pth", ".pt"):
@@ -37,7 +38,7 @@ def export_weights(weights: Weights, path: Path) -> None:
 
 
 def _plain(value: object, budget: Iterator[int]) -> object:
-    """A value as JSON has it: what it cannot have becomes text, what is too much None."""
+    """A value as JSON has it: of other things their kind, of what is too much None."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float):
@@ -48,4 +49,4 @@ def _plain(value: object, budget: Iterator[int]) -> object:
         return {str(k): _plain(v, budget) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v, budget) for v in value]
-    return str(value)
+    return str(value) if isinstance(value, PurePath) else f"<{type(value).__name__}>"

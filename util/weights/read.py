@@ -274,4 +274,6 @@ _NDIM = {
     "patch_embed[123].proj.weight": (4, 5),
     "blocks[123].*.mlp.fc1.weight": (2, 4, 5),
     "blocks[12].*.attn.weight": (4, 5),
+    "head.weight": (2,),
+    "head.1.weight": (2,),
 }
