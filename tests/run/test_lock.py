@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import Process, code_of
+from tests.checks import assert_one_line, command_line
+from tests.runs import Process, code_of, write_images
 from util.atomic import temporary_name
 from util.errors import UsageError
 from util.run import lock
@@ -230,3 +231,26 @@ def test_without_locks_a_number_used_again_is_not_the_holder(no_locks, holder, f
     (folder / LOCK).write_text(re.sub(r'"ticks": "\d+"', '"ticks": "1"', text))
     with FolderLock(folder):
         assert holder_says(folder)["pid"] == os.getpid()
+
+
+# ---- A run ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(launcher, tmp_path):
+    command = command_line(
+        {"data_path": write_images(tmp_path / "images", 8), "output_dir": tmp_path / "out"}
+        | {"model": "convmae_convvit_tiny_patch16", "input_size": 32, "patch_size": (2, 2, 1)}
+        | {"device": "cpu", "num_workers": 0, "batch_size": 4, "epochs": 10**5, "print_freq": 1}
+    )
+    first = launcher.start(*command)
+    first.wait_for("Epoch 2/")
+    for _ in range(2):
+        second = launcher.run(*command)
+        assert_one_line(second, 2, "--output_dir", f"is in use by process {first.pid} on ")
+    first.signal(signal.SIGKILL)
+    first.wait()
+    third = launcher.start(*command)
+    third.wait_for("from epoch")
+    third.signal(signal.SIGTERM)
+    assert third.wait().code == 0
+    assert LOCK not in os.listdir(tmp_path / "out")

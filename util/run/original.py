@@ -40,7 +40,7 @@ def as_content(content: Mapping, path: str | Path) -> dict[str, object]:
     Raises:
         UsageError: entries that are not what the original writes.
     """
-    weights = weights_of(content, path)
+    weights = weights_of({name: content[name] for name in ("model", "epoch", "args")}, path)
     program = _PROGRAMS.get(weights.kind)
     if program is None or not weights.args or "epoch" not in weights.info:
         raise UsageError(
