@@ -25,7 +25,8 @@ _FREE = {"blr", "finetune", "seed"}
 
 def is_original(content: Mapping) -> bool:
     """True for contents in the original's format."""
-    return {"model", "optimizer", "epoch", "args"} <= content.keys() and "step" not in content
+    ours = {"step", "random_state", "meters", "program"}
+    return {"model", "optimizer", "epoch", "args"} <= content.keys() and not ours & content.keys()
 
 
 def as_content(content: Mapping, path: str | Path) -> dict[str, object]:
