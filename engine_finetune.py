@@ -33,7 +33,7 @@ from util.run.program import Stopped
 from util.run.resume import BEST, LAST, find_resumable
 from util.run.run import Run
 from util.run.same_run import check_program, check_state
-from util.run.setup import eval_loader, seed_everything, train_loader
+from util.run.setup import eval_loader, hold_output, seed_everything, train_loader
 from util.weights.inflate import inflate_weights
 from util.weights.load import Report, load_weights
 from util.weights.read import KINDS, Weights, read_weights, weights_of
@@ -298,6 +298,8 @@ def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Wei
     Raises:
         UsageError: a file that is no such thing, or flags that contradict it.
     """
+    if args.output_dir.is_dir():
+        hold_output(args.output_dir)
     content, weights = find_resumable(args.resume, args.output_dir), None
     if content:
         check_program(content, program)
@@ -321,7 +323,8 @@ def check_resumed(content: dict | None, args: argparse.Namespace, dataset: Label
     """
     if content:
         check_state(content, args, len(dataset))
-        check_classes(content["classes"], dataset.classes, "the run to resume", dataset.root)
+        if "classes" in content:  # not in files of the original code
+            check_classes(content["classes"], dataset.classes, "the run to resume", dataset.root)
 
 
 def build_classifier(

@@ -169,7 +169,7 @@ def die_in_a_write(name: str, count: int, moment: str) -> None:
     save, replace, writes = torch.save, os.replace, []
 
     def half_save(state, file):
-        writes.append(file.name.endswith(f"{name}.tmp"))
+        writes.append(os.path.basename(file.name).startswith(f"{name}."))
         if moment != "half written" or sum(writes) < count:
             return save(state, file)
         buffer = io.BytesIO()
@@ -215,6 +215,18 @@ def test_a_kill_between_the_checkpoints_of_an_epoch_loses_none(
     )
     assert not list(tmp_path.glob("*.tmp"))
     assert_same_end(tmp_path, whole)
+
+
+def full_disk() -> None:
+    """What is written atomically goes to a disk without space."""
+    import util.atomic
+
+    def on_a_full_disk(path):
+        link = path.with_name(path.name + ".tmp")
+        link.symlink_to("/dev/full")
+        return link
+
+    util.atomic.temporary_name = on_a_full_disk
 
 
 def small_files(limit: int) -> None:
@@ -501,15 +513,11 @@ def test_fewer_images_than_before_are_refused(launcher, tmp_path, stopped):
 def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(
     whole, images, launcher, stopped, form
 ):
-    fault = code_of(small_files, limit=1 << 20) if form == "limited" else ""
-    if form == "full":
-        (stopped / "checkpoint.pth.tmp").unlink(missing_ok=True)
-        (stopped / "checkpoint.pth.tmp").symlink_to("/dev/full")
+    fault = code_of(small_files, limit=1 << 20) if form == "limited" else code_of(full_disk)
     result = launcher.run(*flags(images, stopped, save_freq=100), before=fault)
     reason = {"full": "No space left on device", "limited": "File too large"}[form]
     assert_one_line(result, 1, "cannot write", reason, "the previous one is intact")
     assert saved_position(stopped) == (1, 4)
-    (stopped / "checkpoint.pth.tmp").unlink(missing_ok=True)
     assert_ok(launcher.run(*flags(images, stopped)))
     assert_same_end(stopped, whole)
 
@@ -526,8 +534,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(whole, images, launch
 
 
 def test_a_full_disk_ends_all_processes(images, launcher, tmp_path):
-    (tmp_path / "checkpoint.pth.tmp").symlink_to("/dev/full")
-    first, second = launcher.run_ranks(*flags(images, tmp_path))
+    first, second = launcher.run_ranks(*flags(images, tmp_path), before=code_of(full_disk))
     assert (first.code, second.code) == (1, 1)
     last = first.err.splitlines()[-1]
     assert "cannot write" in last and "No space left on device" in last

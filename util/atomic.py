@@ -1,11 +1,27 @@
 """Files that are whole or not there: temporary name, flush to disk, rename."""
 
 import os
+import re
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from util.errors import TrainingError
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside a file that no other process writes to."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes had half written to a folder that nobody else writes to."""
+    for path in folder.iterdir():
+        if _TEMPORARY.search(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -19,7 +35,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         TrainingError: the disk is full or the folder cannot be written; an older file of that
             name stays.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -15,6 +15,11 @@ class TrainingError(RuntimeError):
     """The run cannot go on: one clear message; mains print it and exit with 1."""
 
 
+def printable(text: object, most: int = 80) -> str:
+    """The beginning of a text that a file holds, for a message of one line."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:most])
+
+
 def require_for_programs(module: str, requirements: str) -> None:
     """End a program of a package, in whose `__init__` this stands, if it lacks an optional module.
 

@@ -1,11 +1,19 @@
 import argparse
 import os
 import pickle
+import random
 import resource
+import sys
+import tarfile
+import warnings
+import zipfile
 
 import pytest
 import torch
+from torch import nn
 
+from tests.checks import same
+from util import atomic
 from util.data.datasets import seeded
 from util.errors import TrainingError, UsageError
 from util.run.resume import LAST
@@ -50,10 +58,11 @@ def test_what_was_written_is_read(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk without space")
 @pytest.mark.parametrize("size", [1, 300_000], ids=["small", "large"])
-def test_a_full_disk_is_an_error_that_keeps_the_older_file(tmp_path, size):
-    path, temporary = tmp_path / LAST, tmp_path / (LAST + ".tmp")
+def test_a_full_disk_is_an_error_that_keeps_the_older_file(tmp_path, size, monkeypatch):
+    path, temporary = tmp_path / LAST, tmp_path / "temporary"
     save_atomically(CONTENT, path)
     temporary.symlink_to("/dev/full")
+    monkeypatch.setattr(atomic, "temporary_name", lambda path: temporary)
     with pytest.raises(TrainingError, match=r"cannot write .*; the previous one is intact"):
         save_atomically({"model": torch.zeros(size)}, path)
     assert os.listdir(tmp_path) == [LAST]
@@ -120,11 +129,11 @@ def test_a_folder_is_refused(tmp_path):
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
-    def load(*args, **kwargs):  # Permissions themselves do not stop a superuser.
+    def may_not(*args, **kwargs):  # Permissions themselves do not stop a superuser.
         raise PermissionError(13, "Permission denied")
 
     torch.save(CONTENT, tmp_path / LAST)
-    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr("builtins.open", may_not)
     with pytest.raises(UsageError, match=f"{LAST}.*Permission denied"):
         load_file(tmp_path / LAST)
 
@@ -209,3 +218,111 @@ def test_arguments_of_the_published_checkpoints_are_read(save, tmp_path):
     args = argparse.Namespace(model="convmae_convvit_base_patch16", input_size=224, blr=1.5e-4)
     save(CONTENT | {"args": args}, tmp_path / LAST)
     assert load_file(tmp_path / LAST)["args"] == args
+
+
+def test_any_flipped_bit_of_a_tensor_is_noticed(tmp_path):
+    path = tmp_path / LAST
+    save_atomically(CONTENT, path)
+    content = path.read_bytes()
+    begin = content.index(CONTENT["model"]["weight"].numpy().tobytes())
+    for bit in range(8 * 24):
+        damaged = bytearray(content)
+        damaged[begin + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        torch.load(path, weights_only=True)  # torch itself does not look
+        with pytest.raises(UsageError, match=r"is damaged or truncated .*data/0"):
+            load_file(path)
+
+
+def test_no_flipped_bit_anywhere_changes_what_is_read(tmp_path):
+    path = tmp_path / LAST
+    save_atomically(CONTENT, path)
+    content = path.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(content)), 1500):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:  # padding and dates do not matter
+            assert same(load_file(path), CONTENT)
+        except UsageError as error:
+            assert str(error).isprintable()
+
+
+@FORMATS
+def test_a_fuzzed_file_is_read_or_refused_in_a_line(save, tmp_path):
+    path, rng = tmp_path / LAST, random.Random(0)
+    save(CONTENT | {"args": argparse.Namespace(a=[1, "x"]), "n": {1, 2}}, path)
+    content = path.read_bytes()
+    for _ in range(400):
+        damaged = bytearray(content)
+        for _ in range(rng.choice([1, 2, 8])):
+            place = rng.randrange(len(damaged))
+            damaged[place : place + rng.choice([0, 1, 4])] = rng.randbytes(rng.choice([0, 1, 4]))
+        path.write_bytes(damaged)
+        try:
+            load_file(path)
+        except UsageError as error:
+            assert str(error).isprintable()
+
+
+def test_a_file_written_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(CONTENT, tmp_path / LAST)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert same(load_file(tmp_path / LAST), CONTENT)
+
+
+def compressed(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("r/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("r/data/0", bytes(10**7))
+
+
+def a_name_twice(path):
+    torch.save(CONTENT, path)
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr(archive.namelist()[0], b"}.")
+
+
+def another_archive(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("picture.png", b"")
+
+
+def torchscript(path):
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
+
+
+def other_byte_order(path):
+    other = {"little": "big", "big": "little"}[sys.byteorder]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("r/data.pkl", pickle.dumps({}, protocol=2))
+        archive.writestr("r/byteorder", other)
+
+
+def tar_of_the_first_format(path):
+    link = tarfile.TarInfo("storages")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(link)
+
+
+def whole_module(path):
+    torch.save(nn.Linear(2, 2), path)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [(compressed, "it is compressed"), (a_name_twice, "a zip archive of something else"),
+     (another_archive, "a zip archive of something else"), (torchscript, "a TorchScript program"),
+     (other_byte_order, f"not {sys.byteorder}-endian"), (tar_of_the_first_format, "no PyTorch"),
+     (whole_module, r"holds a torch\.nn\.modules\.linear\.Linear, not a dictionary")],
+)  # fmt: skip
+def test_an_archive_of_another_kind_is_refused_with_the_reason(write, reason, tmp_path):
+    write(tmp_path / LAST)
+    with pytest.raises(UsageError, match=reason) as error:
+        load_file(tmp_path / LAST)
+    assert str(error.value).isprintable()

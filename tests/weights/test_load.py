@@ -13,6 +13,7 @@ from torch import nn
 import models_convmae
 from models_convvit import ConvViT, convvit_from_checkpoint, convvit_from_weights
 from tests.runs import call
+from util import atomic
 from util.errors import TrainingError, UsageError
 from util.layers.architecture import SIZES
 from util.layers.rel_pos import RelativePositionBias, resize_relative_table
@@ -63,9 +64,8 @@ def encoder_only(model):
 
 def ours(model, path):
     args = {"model": "convvit_tiny_patch16", "input_size": [64, 64]}
-    torch.save(
-        {"model": model.state_dict(), "args": args, "epoch": 3, "classes": list("abcde")}, path
-    )
+    content = {"model": model.state_dict(), "args": args, "epoch": 3, "step": 0}
+    torch.save(content | {"classes": list("abcde")}, path)
 
 
 def the_originals(model, path):
@@ -365,7 +365,9 @@ def test_a_shape_that_claims_more_than_the_file_holds_is_refused(tmp_path):
     state = classifier().state_dict()
     state["pos_embed"] = torch.zeros(1, 1, 24).expand(1, 10**9, 24)
     torch.save({"model": state}, tmp_path / "x.pth")
-    with pytest.raises(UsageError, match=r"numbers of pos_embed: its shape of 1x1000000000x24"):
+    with pytest.raises(
+        UsageError, match=r"a tensor of \(1, 1000000000, 24\) that is larger than its data"
+    ):
         convvit_from_checkpoint(tmp_path / "x.pth")
 
 
@@ -461,7 +463,7 @@ def test_inspect_and_export_from_the_command_line(tmp_path):
     result = call("-m", "tools.checkpoint", "inspect", path)
     assert result.code == 0, result.err
     assert "a linear probe: an encoder, a batch norm and a linear head of 5 classes" in result.out
-    assert "99 epochs done" in result.out
+    assert "100 epochs done" in result.out
     result = call("-m", "tools.checkpoint", "export", path, "--to", exported)
     assert (result.code, result.err) == (0, "")
     assert "model.safetensors" in result.out and exported.exists()
@@ -504,9 +506,10 @@ def test_an_export_that_cannot_be_written_is_one_line_and_exit_2(kind, launcher,
     assert path.read_bytes() == before
 
 
-def test_a_full_disk_is_an_error_of_the_export(tmp_path):
+def test_a_full_disk_is_an_error_of_the_export(tmp_path, monkeypatch):
     ours(classifier(), tmp_path / "x.pth")
-    (tmp_path / "model.safetensors.tmp").symlink_to("/dev/full")
+    (tmp_path / "temporary").symlink_to("/dev/full")
+    monkeypatch.setattr(atomic, "temporary_name", lambda path: tmp_path / "temporary")
     with pytest.raises(TrainingError, match="No space left"):
         export_weights(read_weights(tmp_path / "x.pth"), tmp_path / "model.safetensors")
 
@@ -516,3 +519,79 @@ def test_arguments_of_the_original_survive_an_export(tmp_path):
     export_weights(read_weights(tmp_path / "x.pth"), tmp_path / "m.safetensors")
     assert read_weights(tmp_path / "m.safetensors").args == json.loads(json.dumps(vars(ARGS)))
     assert math.isclose(read_weights(tmp_path / "m.safetensors").args["blr"], 1.5e-4)
+
+
+# --- odd content ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [({"blocks3.1000000000.norm1.weight": torch.zeros(1)}, "blocks3.1000000000 is there, but"),
+     ({"blocks3.x.norm1.weight": torch.zeros(1)}, "blocks3.x is there, but"),
+     ({"pos_embed": torch.zeros(3)}, r"pos_embed is \[3\]"),
+     ({"pos_embed": torch.zeros(1, 10**12, 0)}, "pos_embed is empty"),
+     ({"patch_embed1.proj.weight": torch.zeros(())}, r"patch_embed1.proj.weight is \[\]"),
+     ({"head.weight": torch.zeros(())}, r"head.weight is \[\]"),
+     ({"blocks1.0.conv1.bias": torch.zeros(())}, "have another shape or type"),
+     ({"blocks1.0.conv1.bias": torch.zeros(8, dtype=torch.int64)}, "int64 there, float32"),
+     ({"module.head.bias": torch.zeros(5)}, "holds weights twice")],
+)  # fmt: skip
+def test_weights_of_odd_shapes_are_refused_in_a_line(change, phrase, tmp_path):
+    torch.save({"model": classifier().state_dict() | change}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=phrase) as error:
+        convvit_from_weights(read_weights(tmp_path / "x.pth"))
+    assert str(error.value).isprintable()
+
+
+def test_a_state_with_something_else_in_it_names_that(tmp_path):
+    torch.save({"model": classifier().state_dict() | {"scheme": 4}}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"holds no weights, only model with scheme \(int\)"):
+        read_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"epoch": "x"}, {"epoch": torch.zeros(2)}, {"args": 5}, {"args": {1: 2}},
+     {"args": {"input_size": "big", "patch_size": 16}}, {"args": {"num_frames": 8}},
+     {"classes": 7}, {"meta": {"dataset_meta": 3, "CLASSES": 4}}],
+    ids=["epoch", "epoch_tensor", "args", "args_names", "sizes", "frames", "classes", "meta"],
+)  # fmt: skip
+def test_what_a_file_says_of_itself_in_an_odd_way_does_not_keep_its_weights_from_use(
+    entries, tmp_path
+):
+    torch.save({"model": classifier().state_dict()} | entries, tmp_path / "x.pth")
+    weights = read_weights(tmp_path / "x.pth")
+    convvit_from_weights(weights)
+    assert "64x64 pixels" in describe(weights)
+
+
+class Settings(dict):
+    """Another library's mapping."""
+
+
+def test_arguments_in_a_foreign_mapping_are_read(tmp_path):
+    args = Settings(input_size=64, model="convvit_tiny_patch16")
+    torch.save({"model": classifier().state_dict(), "args": args}, tmp_path / "x.pth")
+    assert read_weights(tmp_path / "x.pth").args == dict(args)
+
+
+def test_arguments_that_json_does_not_have_do_not_hinder_an_export(tmp_path):
+    many = [0]
+    for _ in range(40):
+        many = [many, many]
+    args = {"output_dir": Path("a"), "object": Settings, "many": many, "size": [64, 64]}
+    torch.save({"model": classifier().state_dict(), "args": args}, tmp_path / "x.pth")
+    export_weights(read_weights(tmp_path / "x.pth"), tmp_path / "m.safetensors")
+    got = read_weights(tmp_path / "m.safetensors").args
+    assert (got["output_dir"], got["size"]) == ("a", [64, 64])
+
+
+@pytest.mark.parametrize(("write", "epochs"), [(ours, "3 epochs"), (the_originals, "100 epochs")])
+def test_the_epochs_done_are_counted_alike_in_both_formats(write, epochs, tmp_path):
+    write(classifier(), tmp_path / "x.pth")
+    assert f"{epochs} done" in describe(read_weights(tmp_path / "x.pth"))
+
+
+def test_one_epoch_done_by_the_original_is_one(tmp_path):
+    torch.save({"model": classifier().state_dict(), "epoch": 0, "args": ARGS}, tmp_path / "x.pth")
+    assert "1 epoch done" in describe(read_weights(tmp_path / "x.pth"))

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.errors import UsageError
+from util.errors import UsageError, printable
 from util.run.distributed import gather_objects, is_main_process, print_once, rank
+from util.run.original import as_content, is_original, match_optimizer
+from util.run.states import check_content, compare_moments, compare_state
 from util.weights.checkpoint import load_file, save_atomically
 
 LAST, BEST = "checkpoint.pth", "best_checkpoint.pth"
@@ -38,14 +40,31 @@ def random_state() -> dict[str, object]:
 
 
 def set_random_state(state: Mapping) -> None:
-    """Go on from what `random_state` returned."""
+    """Go on from what `random_state` returned.
+
+    Raises:
+        UsageError: something else; no generator is changed.
+    """
+    try:
+        name, keys, *rest = state["numpy"]
+        of_numpy = (name, keys.to(torch.int64).numpy().astype(np.uint32), *rest)
+        version, internal, gauss = state["python"]
+        of_python = (version, tuple(internal), None if gauss is None else float(gauss))
+        # Tried on generators of their own, which know best what fits.
+        torch.Generator().set_state(state["torch"])
+        np.random.RandomState().set_state(of_numpy)
+        random.Random().setstate(of_python)
+        on_gpu = isinstance(state["cuda"], Tensor) and torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_rng_state(state["cuda"])
+    except Exception as error:  # nearly anything, as the values may be anything
+        raise UsageError(
+            f"the checkpoint's random_state is not one that this program saves "
+            f"({printable(error) or type(error).__name__})"
+        ) from error
     torch.set_rng_state(state["torch"])
-    if isinstance(state["cuda"], Tensor) and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(of_numpy)
+    random.setstate(of_python)
 
 
 class Checkpoints:
@@ -87,14 +106,48 @@ class Checkpoints:
                 save_atomically(content | self.extra, self.folder / name)
 
     def restore(self, content: Mapping) -> tuple[int, int]:
-        """Set every part to a checkpoint's state, and return its position `(epoch, step)`."""
+        """Set every part to a checkpoint's state, and return its position `(epoch, step)`.
+
+        Every part is compared with what is there before one is changed.
+
+        Args:
+            content: see `find_resumable`.
+
+        Raises:
+            UsageError: a state that does not fit, saying what does not.
+        """
+        try:
+            states = {name: self._fitting(name, part, content) for name, part in self.parts.items()}
+        except ValueError as error:
+            raise UsageError(f"the checkpoint to resume from does not fit: {error}") from error
         for name, part in self.parts.items():
-            part.load_state_dict(content[name])
-        states = content["random_state"]
-        # With another number of processes the states of the old ones do not fit: go on from the
-        # first one's, from which the noise of a whole batch is drawn.
-        set_random_state(states[rank() if len(states) > rank() else 0])
+            part.load_state_dict(states[name])
+        if generators := content["random_state"]:
+            # With another number of processes the states of the old ones do not fit: go on from
+            # the first one's, from which the noise of a whole batch is drawn.
+            set_random_state(generators[rank() if len(generators) > rank() else 0])
         return content["epoch"], content["step"]
+
+    def _fitting(self, name: str, part: Stateful, content: Mapping) -> Mapping:
+        """The state of a part in a checkpoint's contents, compared with the part's own."""
+        saved, own = content.get(name), part.state_dict()
+        if isinstance(part, torch.optim.Optimizer):
+            if content.get("original"):
+                model = self.parts["model"]
+                saved = {"state": match_optimizer(saved, [*content["model"]], model, part)}
+            else:
+                compare_state(name, saved, own, skip=("state", "param_groups"))
+                numbers = [group["params"] for group in saved["param_groups"]]
+                if numbers != [group["params"] for group in own["param_groups"]]:
+                    raise ValueError(f"its {name} has other groups of parameters")
+            started = (content["epoch"], content["step"]) != (0, 0)
+            compare_moments(name, saved["state"], part, started)
+            # The settings of the groups follow from the arguments.
+            return {"state": saved["state"], "param_groups": own["param_groups"]}
+        if saved is None and content.get("original"):
+            return content["model"] if isinstance(part, torch.nn.Module) else own
+        compare_state(name, saved, own)
+        return saved
 
 
 def find_resumable(resume: str, folder: str | Path) -> dict | None:
@@ -107,7 +160,8 @@ def find_resumable(resume: str, folder: str | Path) -> dict | None:
         folder: `--output_dir`.
 
     Returns:
-        The file's contents, or None to start from the beginning.
+        The file's contents, those of the original code as `as_content` gives them; or None to
+        start from the beginning.
 
     Raises:
         UsageError: a file that is missing, unreadable, or only weights; "none" in a folder that
@@ -129,11 +183,7 @@ def find_resumable(resume: str, folder: str | Path) -> dict | None:
     elif resume == "auto":
         return None
     content = load_file(resume)
-    parts = {"model", "optimizer", "scaler", "meters"}
-    missing = (parts | {"epoch", "step", "random_state", "args"}) - content.keys()
-    if missing:
-        raise UsageError(
-            f"--resume {resume}: it holds no training state of this program "
-            f"(no {', '.join(sorted(missing))})"
-        )
+    if is_original(content):
+        content = as_content(content, resume)
+    check_content(content, f"--resume {resume}")
     return content

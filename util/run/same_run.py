@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from util.errors import UsageError
+from util.run.original import comparable_args
 from util.run.parser import show_value
 
 # Flags that a resumed run may change; any other difference is another run. The batch is compared
@@ -84,7 +85,10 @@ def check_state(content: Mapping, args: argparse.Namespace, num_images: int) -> 
     Raises:
         UsageError: saying what differs.
     """
-    check_same_run(args, content["args"])
+    saved = content["args"]
+    if content.get("original"):
+        saved = comparable_args(saved, plain(args))
+    check_same_run(args, saved)
     if content["step"] and content["num_images"] != num_images:
         raise UsageError(
             f"cannot go on at step {content['step']} of an epoch of {content['num_images']} "

@@ -14,7 +14,10 @@ from util.data.shards import is_shards
 from util.errors import UsageError
 from util.run.args import check_writable, derive_args
 from util.run.distributed import is_main_process, print_once, rank, world_size
+from util.run.lock import hold
 from util.run.optim_step import amp_dtype
+
+_held: set[Path] = set()
 
 
 def seed_everything(seed: int) -> None:
@@ -27,13 +30,28 @@ def seed_everything(seed: int) -> None:
 def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     """Fill in the arguments and check all that can be checked before anything is built.
 
+    The output folder is this run's until the process ends.
+
     Raises:
-        UsageError: values that do not go together or that this machine cannot do.
+        UsageError: values that do not go together or that this machine cannot do; another run
+            has the output folder.
     """
     derive_args(args, device.type, world_size())
     amp_dtype(args.amp, device)
-    check_writable(args.output_dir, "--output_dir")
+    hold_output(args.output_dir)
     check_writable(args.log_dir, "--log_dir")
+
+
+def hold_output(folder: Path) -> None:
+    """Make the output folder this run's until the process ends; before a checkpoint is read.
+
+    Raises:
+        UsageError: it cannot be written, or another run has it.
+    """
+    if folder not in _held:
+        check_writable(folder, "--output_dir")
+        hold(folder)
+        _held.add(folder)
 
 
 def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:

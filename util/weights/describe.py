@@ -1,6 +1,6 @@
 """Descriptions of weight files, for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from util.layers.geometry import show_size
 from util.weights.read import KINDS, Weights
@@ -8,13 +8,13 @@ from util.weights.read import KINDS, Weights
 
 def describe(weights: Weights) -> str:
     """A few lines on a file: its kind, its model, its run, and the commands that take it."""
-    architecture, epoch = weights.architecture, weights.info.get("epoch")
+    architecture, epochs = weights.architecture, epochs_done(weights.info)
     kind = KINDS[weights.kind]
     kind += f" of {weights.num_classes} classes" if weights.num_classes else ""
     kind += ", averaged (EMA)" if "ema" in weights.entry else ""
     count = sum(t.numel() for t in weights.state.values() if t.is_floating_point())
     said = [weights.info.get("program"), weights.args.get("model")]
-    said += [] if epoch is None else [f"{epoch} epochs done"]
+    said += [] if epochs is None else [f"{epochs} epoch{'s' * (epochs != 1)} done"]
     rows = {
         "file": f"{weights.path} ({weights.path.stat().st_size / 1e6:.1f} MB)",
         "kind": kind,
@@ -27,6 +27,20 @@ def describe(weights: Weights) -> str:
         "use": _USES[weights.kind].format(file=weights.path),
     }
     return "\n".join(f"{name:9}{text}" for name, text in rows.items() if text)
+
+
+def epochs_done(info: Mapping[str, object]) -> int | None:
+    """Whole epochs that a run had done when it wrote a file; None if the file does not say.
+
+    This framework's checkpoints count the epochs that are done, those of the original code (and
+    of MAE and timm) name the last one, from 0.
+
+    Args:
+        info: of `Weights`.
+    """
+    epoch = info.get("epoch")
+    ours = "program" in info or "step" in info
+    return epoch if epoch is None or ours else epoch + 1
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

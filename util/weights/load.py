@@ -89,7 +89,8 @@ def load_weights(
     chosen, resized, misfits = {}, [], []
     for name in own.keys() & there.keys():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if there[name].shape == own[name].shape:
+        of_one_kind = there[name].is_floating_point() == own[name].is_floating_point()
+        if there[name].shape == own[name].shape and of_one_kind:
             chosen[name] = there[name]
         elif fitted := _fit(name, there[name], own[name], owner, weights):
             chosen[name], change = fitted
@@ -120,7 +121,7 @@ def _fit(
         adapted = _adapt_channels(tensor, own.shape[1])
         change = f"{tensor.shape[1]} to {own.shape[1]} channels"
         return (adapted, change) if adapted.shape == own.shape else None
-    if tensor.shape[-1] != own.shape[-1]:
+    if tensor.ndim != own.ndim or tensor.shape[-1:] != own.shape[-1:]:
         return None
     if name.endswith("pos_embed"):
         return _resize_table(tensor, weights.architecture.grid, owner)
@@ -190,8 +191,11 @@ def _why_not(
         return f"{start} has a head of {weights.num_classes} classes, the model has {outputs}"
     name = names[0]
     if misfits:
-        shapes = f"{show_size(there[name].shape)} there, {show_size(own[name].shape)} in the model"
-        return f"{start}: {len(misfits)} weights have another shape ({name}: {shapes})"
+        sizes = [show_size(t[name].shape) for t in (there, own)]
+        if sizes[0] == sizes[1]:
+            sizes = [str(t[name].dtype).removeprefix("torch.") for t in (there, own)]
+        detail = f"{name}: {sizes[0]} there, {sizes[1]} in the model"
+        return f"{start}: {len(misfits)} weights have another shape or type ({detail})"
     return f"{start} lacks {len(absent)} weights of the model ({_modules(absent)})"
 
 

@@ -7,20 +7,19 @@ dicts, names that DDP or torch.compile prefixed, and safetensors.
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
-from util.errors import UsageError
+from util.errors import UsageError, printable
 from util.layers.architecture import Architecture
-from util.layers.geometry import show_size
 from util.weights.checkpoint import load_file
+from util.weights.tensorfile import load_tensors
+from util.weights.unpickle import Foreign
 
 # Where a checkpoint keeps its weights; averaged ones are what one evaluates.
 _ENTRIES = ("model_ema", "state_dict_ema", "model", "state_dict")
@@ -92,10 +91,10 @@ class Weights:
     @property
     def num_classes(self) -> int:
         """Classes of the head, without a detector's background; 0 without a head."""
-        if _BOXES in self.state:
+        if _BOXES in self.state and self.state[_BOXES].ndim:
             return len(self.state[_BOXES]) - 1
         heads = (self.state.get(f"{name}.weight") for name in HEADS)
-        return next((len(head) for head in heads if head is not None), 0)
+        return next((len(head) for head in heads if head is not None and head.ndim), 0)
 
     @property
     def global_pool(self) -> str:
@@ -117,15 +116,9 @@ class Weights:
             for name, tensor in self.state.items()
             if name.startswith(prefix)
         }
-        for name, tensor in encoder.items():
-            sized = name.startswith(("patch_embed", "pos_embed", "blocks"))
-            if sized and tensor.nbytes > tensor.untyped_storage().nbytes():
-                raise UsageError(
-                    f"checkpoint {self.path} does not hold the numbers of {prefix}{name}: its "
-                    f"shape of {show_size(tensor.shape)} claims more than are in the file"
-                )
         shapes = {name: tensor.shape for name, tensor in encoder.items()}
         try:
+            _check_shapes(shapes)
             return Architecture.from_shapes(shapes, self.args)
         except ValueError as error:
             some = ", ".join(sorted(self.state)[:3])
@@ -163,40 +156,126 @@ def weights_of(content: Mapping, path: str | Path) -> Weights:
     entry = next((name for name in _ENTRIES if _is_state(content.get(name))), "")
     state = content[entry] if entry else content
     if not _is_state(state):
-        raise UsageError(
-            f"checkpoint {path} holds no weights, only {', '.join(map(str, content)) or 'nothing'}"
-        )
-    info = {} if not entry else {k: v for k, v in content.items() if not isinstance(v, Mapping)}
-    args = content.get("args") if entry else None
-    if args is not None:
-        info["args"] = vars(args) if isinstance(args, argparse.Namespace) else dict(args)
+        there = {printable(name, 20): value for name, value in list(content.items())[:8]}
+        for name in _ENTRIES:
+            state = content.get(name)
+            for inner, value in state.items() if isinstance(state, Mapping) else ():
+                if not isinstance(value, Tensor):
+                    there = {f"{name} with {printable(inner)}": value}
+        kinds = ", ".join(f"{name} ({_kind(value)})" for name, value in there.items())
+        raise UsageError(f"checkpoint {path} holds no weights, only {kinds or 'nothing'}")
     meta = content.get("meta") if entry else None
+    info = {"args": {}} if not entry else {k: v for k, v in content.items() if k != entry}
     if isinstance(meta, Mapping):  # MMSegmentation's, of today and of before
-        names = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")
-        info |= {"classes": list(names)} if names else {}
-    return Weights(Path(path), _clean(state), info, entry)
+        names = dict(_items(meta.get("dataset_meta"))).get("classes") or meta.get("CLASSES")
+        info |= {"classes": names} if names else {}
+    return Weights(Path(path), _clean(state, path), _known_info(info), entry)
 
 
 def _is_state(value: object) -> bool:
     return (
         isinstance(value, Mapping)
         and len(value) > 0
-        and all(isinstance(t, Tensor) for t in value.values())
+        and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items())
     )
 
 
-def _clean(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+def _kind(value: object) -> str:
+    return printable(value.kind if isinstance(value, Foreign) else type(value).__name__)
+
+
+def _items(value: object) -> Iterable[tuple[object, object]]:
+    """The items of a mapping, or the attributes of an object; of anything else nothing."""
+    if isinstance(value, Foreign):
+        value = value.items or value.state
+    elif isinstance(value, argparse.Namespace):
+        value = vars(value)
+    return value.items() if isinstance(value, Mapping) else ()
+
+
+def _known_info(info: Mapping) -> dict[str, object]:
+    """What a file says of itself, without entries that are not what they should be."""
+    args = {name: value for name, value in _items(info.get("args")) if isinstance(name, str)}
+    args = {n: v for n, v in args.items() if n not in _ARGS or _ARGS[n](v)}
+    if not {"tubelet", "patch_size"} <= args.keys():
+        args.pop("num_frames", None)
+    known = {name: info[name] for name, fits in _INFO.items() if name in info and fits(info[name])}
+    if "classes" in known:
+        known["classes"] = list(known["classes"])
+    return known | ({"args": args} if args else {})
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_size(value: object) -> bool:
+    return _is_count(value) and value > 0
+
+
+def _are(fits: Callable[[object], bool], *lengths: int) -> Callable[[object], bool]:
+    def check(value: object) -> bool:
+        right = isinstance(value, list | tuple) and (not lengths or len(value) in lengths)
+        return right and all(map(fits, value))
+
+    return check
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+# What entries and arguments must be for anything to be concluded from them.
+_INFO = {"epoch": _is_count, "step": _is_count, "program": _is_text, "classes": _are(_is_text)}
+_ARGS = {
+    "input_size": lambda v: _is_size(v) or _are(_is_size, 1, 2)(v),
+    "patch_size": lambda v: _are(lambda p: _is_size(p) or _are(_is_size, 2)(p), 3)(v),
+    **dict.fromkeys(("in_chans", "num_frames", "tubelet", "temporal_kernel"), _is_size),
+    "model": _is_text,
+}
+
+
+def _clean(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    clean = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    if len(clean) < len(state):
+        raise UsageError(f"checkpoint {path} holds weights twice, with and without a prefix")
+    return clean
 
 
 def _read_safetensors(path: Path) -> Weights:
-    if not path.is_file():
-        raise UsageError(f"checkpoint {path} does not exist or is not a file")
+    state, metadata = load_tensors(path)
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        info = json.loads(metadata.get("info", "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"checkpoint {path} cannot be read: {error}") from error
-    return Weights(path, _clean(state), info, metadata.get("entry", ""))
+        info = dict(json.loads(metadata.get("info", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UsageError(f"checkpoint {path} cannot be read: {printable(error)}") from error
+    return Weights(path, _clean(state, path), _known_info(info), metadata.get("entry", ""))
+
+
+def _check_shapes(shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse shapes off which no architecture can be read.
+
+    Raises:
+        ValueError: saying which.
+    """
+    stages = set()
+    for name, shape in shapes.items():
+        if any(fnmatchcase(name, pattern) and len(shape) not in n for pattern, n in _NDIM.items()):
+            raise ValueError(f"these are no weights of a ConvViT: {name} is {[*shape]}")
+        if block := _BLOCK.match(name):
+            stages.add(block[1])
+        if 0 in shape and not name.endswith("relative_position_index"):
+            raise ValueError(f"these are no weights of a ConvViT: {name} is empty, {[*shape]}")
+    for stage in sorted(stages):
+        if f"{stage}.0.mlp.fc1.weight" not in shapes:
+            raise ValueError(f"its weights are not all there: {stage}.0.mlp.fc1.weight is missing")
+
+
+_BLOCK = re.compile(r"(blocks[123])\.")
+_NDIM = {
+    "pos_embed": (3,),
+    "patch_embed[123].proj.weight": (4, 5),
+    "blocks[123].*.mlp.fc1.weight": (2, 4, 5),
+    "blocks[12].*.attn.weight": (4, 5),
+    "head.weight": (2,),
+    "head.1.weight": (2,),
+}
