@@ -36,7 +36,13 @@ from util.errors import UsageError
 from util.layers.architecture import SIZES
 from util.layers.convolution import depthwise_conv, pointwise_conv, strided_conv
 from util.layers.depthwise import DenseGrid, VisibleGrid, Windows
-from util.layers.geometry import Geometry, to_cells, to_nested_blocks
+from util.layers.geometry import (
+    Geometry,
+    channels_first,
+    channels_last,
+    to_cells,
+    to_nested_blocks,
+)
 from util.layers.pos_embed import resize_pos_embed
 from util.layers.recompute import apply_recomputed
 from util.weights.load import Report, load_weights
@@ -413,7 +419,7 @@ class ConvViT(ConvViTEncoder):
             self._make_norm(global_pool)
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(self._initialize).to(self.patch_embed1.proj.weight)
+        self.head.apply(self._initialize).to(next(self.parameters()))
 
     def add_probe_norm(self, norm: type[nn.BatchNorm1d] = nn.BatchNorm1d) -> None:
         """Put a batch norm without affine before the head: a linear probe's (MAE, appendix A)."""
@@ -446,7 +452,7 @@ class ConvViT(ConvViTEncoder):
         """
         self._check_strides(x)
         stages = min(stages, self.num_stages)
-        x = x.movedim(1, -1)
+        x = channels_last(x)
         outputs = []
         patch1, patch2, patch3 = self.geometry.patch_size
         convolutional = (
@@ -536,7 +542,7 @@ class ConvViT(ConvViTEncoder):
                 grid = self.norm(grid) if norm else grid
                 size = [s // p for s, p in zip(x.shape[2:], self.geometry.stride(3), strict=True)]
                 grid = grid[:, self.num_prefix_tokens :].unflatten(1, size)
-            maps.append(grid.movedim(-1, 1) if output_fmt == "NCHW" else grid)
+            maps.append(channels_first(grid) if output_fmt == "NCHW" else grid)
         if intermediates_only:
             return maps
         return (self.norm(outputs[-1]) if len(outputs) == 3 else outputs[-1]), maps

@@ -6,6 +6,14 @@ import torch
 
 from util.layers.depthwise import VisibleGrid
 
+# The least of an image and of a video model that has every kind of module.
+SIZES = dict(embed_dim=(8, 8, 12), depth=(1, 1, 1), num_heads=2, mlp_ratio=(2, 2, 2))
+DECODER = dict(decoder_embed_dim=12, decoder_depth=1, decoder_num_heads=2)
+INPUTS = {
+    "image": dict(img_size=32),
+    "video": dict(img_size=(4, 32, 32), patch_size=((2, 4, 4), (1, 2, 2), (1, 2, 2))),
+}
+
 
 def randomize(module):
     """Give every parameter a value of its own: unit scales and zero biases hide mistakes."""

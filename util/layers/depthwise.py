@@ -8,14 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from util.layers.geometry import channels_first, channels_last
+
 
 def _same(weight: Tensor) -> list[int]:
     """The padding that keeps a grid's size."""
     return [k // 2 for k in weight.shape[2:]]
 
 
+def _cast(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """The bias in the type of `x`."""
+    return bias if bias is None else bias.to(x.dtype)
+
+
+def _add(x: Tensor, bias: Tensor | None) -> Tensor:
+    """`x` `[…, C]` with its bias, if it has one."""
+    return x if bias is None else x + bias
+
+
 def _conv_of_visible(
-    x: Tensor, weight: Tensor, bias: Tensor, index: Tensor, canvas: tuple[int, ...]
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, canvas: tuple[int, ...]
 ) -> Tensor:
     """Depthwise convolution of tokens `[T, C]` that lie on an otherwise zero canvas."""
     conv = F.conv2d if weight.ndim == 4 else F.conv3d
@@ -58,18 +70,19 @@ class _VisibleDepthwiseConv(torch.autograd.Function):
         # Only visible tokens have a gradient, so the bias needs no sum over the canvas.
         # Flat and back, for the strides of the weight itself, which DDP prefers.
         grad_weight = grad_weight.flatten().view(weight.shape)
-        return _gather(grad_input, index), grad_weight, grad.sum(0), None, None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return _gather(grad_input, index), grad_weight, grad_bias, None, None
 
 
 def _scatter(x: Tensor, index: Tensor, canvas: tuple[int, ...]) -> Tensor:
     """Tokens `[T, C]` onto a zero canvas `[N, C, *grid]` (channels last in memory)."""
     rows = x.new_zeros(math.prod(canvas), x.shape[1]).index_copy(0, index, x)
-    return rows.view(*canvas, -1).movedim(-1, 1)
+    return channels_first(rows.view(*canvas, -1))
 
 
 def _gather(grid: Tensor, index: Tensor) -> Tensor:
     """The tokens `[T, C]` of a grid `[N, C, *grid]` that lie at `index`."""
-    return grid.movedim(1, -1).reshape(-1, grid.shape[1]).index_select(0, index)
+    return channels_last(grid).reshape(-1, grid.shape[1]).index_select(0, index)
 
 
 # Depthwise convolutions in space and time are sums of 2-d ones over shifted frames: libraries
@@ -88,11 +101,11 @@ def _conv_frames(x: Tensor, weight: Tensor, padding: Sequence[int], halo: int = 
     Returns:
         `[M, T, H', W', C]`.
     """
-    frames = x.flatten(0, 1).movedim(-1, 1)  # [M * frames, C, H, W]
+    frames = channels_first(x.flatten(0, 1))  # [M * frames, C, H, W]
     out = None
     for tap, start in _taps(weight.shape[2], halo):
         y = F.conv2d(frames, weight[:, :, tap], padding=tuple(padding), groups=len(weight))
-        y = y.movedim(1, -1).unflatten(0, x.shape[:2])
+        y = channels_last(y).unflatten(0, x.shape[:2])
         to, there = _overlap(start, x.shape[1], halo)
         if out is None:  # the middle tap, which has all frames
             out = y[:, there].contiguous()
@@ -109,8 +122,8 @@ def _conv_frames_weight_grad(
     for tap, start in _taps(len(taps), halo):
         to, there = _overlap(start, x.shape[1], halo)
         _, taps[tap], _ = torch.ops.aten.convolution_backward(
-            grad[:, to].flatten(0, 1).movedim(-1, 1),
-            x[:, there].flatten(0, 1).movedim(-1, 1),
+            channels_first(grad[:, to].flatten(0, 1)),
+            channels_first(x[:, there].flatten(0, 1)),
             weight[:, :, tap],
             [len(weight)],
             [1, 1],
@@ -136,9 +149,9 @@ def _overlap(start: int, frames: int, halo: int) -> tuple[slice, slice]:
     return slice(first, last), slice(first + start, last + start)
 
 
-def _conv_of_clips(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _conv_of_clips(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Depthwise convolution of whole clips `[N, T, H, W, C]`."""
-    return _conv_frames(x, weight, _same(weight)[1:]) + bias
+    return _add(_conv_frames(x, weight, _same(weight)[1:]), bias)
 
 
 class _FramesDepthwise(torch.autograd.Function):
@@ -157,7 +170,7 @@ class _FramesDepthwise(torch.autograd.Function):
         return (
             _conv_frames(grad, weight.flip(2, 3, 4), padding),
             _conv_frames_weight_grad(grad, x, weight, padding),
-            grad.sum((0, 1, 2, 3)),
+            grad.sum((0, 1, 2, 3)) if ctx.needs_input_grad[2] else None,
         )
 
 
@@ -198,12 +211,11 @@ class Windows(NamedTuple):
             place, inside = place * size + along, inside & (along >= 0) & (along < size)
         nothing = math.prod(canvas)
         place = torch.where(inside, place, nothing)
+        numbers = torch.arange(len(index), device=index.device)
         token = torch.full((nothing + 1,), len(index), device=index.device)
-        token[index] = torch.arange(len(index), device=index.device)
-        rows = token[place]
+        rows = token.index_copy(0, index, numbers)[place]
         own = rows[cls._inner(halo)].flatten()
-        order = torch.empty_like(own)
-        order[own] = torch.arange(len(own), device=index.device)
+        order = torch.zeros_like(own).index_copy(0, own, numbers)
         return cls(rows, halo, order)
 
     @staticmethod
@@ -230,11 +242,16 @@ class Windows(NamedTuple):
 
 
 def _conv_of_windows(
-    x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, halo: tuple[int, ...], order: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    halo: tuple[int, ...],
+    order: Tensor,
 ) -> Tensor:
     """Depthwise convolution of a clip's visible tokens; only around them anything is computed."""
     windows = Windows(rows, halo, order)
-    return windows.convolve(windows.gather(x), weight) + bias
+    return _add(windows.convolve(windows.gather(x), weight), bias)
 
 
 class _WindowsDepthwise(torch.autograd.Function):
@@ -260,7 +277,8 @@ class _WindowsDepthwise(torch.autograd.Function):
             windows.own(boxes), windows.gather(x), weight, windows.padding(weight), windows.halo[0]
         )
         grad_x = windows.convolve(boxes, weight.flip(2, 3, 4))
-        return grad_x, grad_weight, grad.sum(0), None, None, None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def _call(kind: type[torch.autograd.Function], *args: object) -> Tensor:
@@ -286,15 +304,15 @@ class VisibleGrid(NamedTuple):
     canvas: tuple[int, ...]
     windows: Windows | None = None
 
-    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve tokens `[N, B, U, C]` on their grid, with zeros where nothing is visible.
 
         Args:
             x: computed in its own type, under autocast too.
             weight: `[C, 1, *kernel]`.
-            bias: `[C]`.
+            bias: `[C]`, or None.
         """
-        weight, bias, tokens = weight.to(x.dtype), bias.to(x.dtype), x.flatten(0, 2)
+        weight, bias, tokens = weight.to(x.dtype), _cast(bias, x), x.flatten(0, 2)
         if self.windows is None:
             out = _call(_VisibleDepthwiseConv, tokens, weight, bias, self.index, self.canvas)
         else:
@@ -305,9 +323,9 @@ class VisibleGrid(NamedTuple):
 class DenseGrid:
     """All tokens of a stage on their grid, `[N, *grid, C]`: nothing is masked."""
 
-    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve tokens `[N, *grid, C]`; arguments as `VisibleGrid.depthwise` takes them."""
         if x.ndim == 5:
-            return _call(_FramesDepthwise, x, weight.to(x.dtype), bias.to(x.dtype))
-        y = F.conv2d(x.movedim(-1, 1), weight, bias, padding=_same(weight), groups=len(weight))
-        return y.movedim(1, -1)
+            return _call(_FramesDepthwise, x, weight.to(x.dtype), _cast(bias, x))
+        x, padding = channels_first(x), _same(weight)
+        return channels_last(F.conv2d(x, weight, bias, padding=padding, groups=len(weight)))

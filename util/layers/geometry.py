@@ -123,6 +123,19 @@ class Geometry:
         return math.prod(self.stride(3))
 
 
+# By `permute` of positive axes: the old ONNX exporter gets `movedim` and negative ones wrong.
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """View a grid `[N, C, *size]` as `[N, *size, C]`."""
+    return x.permute(0, *range(2, x.ndim), 1)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """View a grid `[N, *size, C]` as `[N, C, *size]`."""
+    return x.permute(0, x.ndim - 1, *range(1, x.ndim - 1))
+
+
 def to_nested_blocks(x: Tensor, units: Sequence[Sequence[int]]) -> Tensor:
     """View a grid as nested blocks, without a copy.
 
@@ -146,5 +159,5 @@ def to_nested_blocks(x: Tensor, units: Sequence[Sequence[int]]) -> Tensor:
 def to_cells(x: Tensor, cell: Sequence[int]) -> Tensor:
     """Gather the positions of each cell of a grid: `[N, *size, C]` to `[N, *size / cell, K, C]`."""
     ndim = len(cell)
-    cells = to_nested_blocks(x.movedim(-1, 1), [cell])  # [N, *grid, *cell, C]
+    cells = to_nested_blocks(channels_first(x), [cell])  # [N, *grid, *cell, C]
     return cells.flatten(1 + ndim, -2)

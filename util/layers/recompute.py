@@ -15,10 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class _Output(NamedTuple):
+    """Output of a norm or GELU, and the way to compute it again."""
+
+    tensor: Tensor
+    compute: Callable[[], Tensor]
+
+    def gave(self, tensor: Tensor) -> bool:
+        """Tell a view of the output, or of what autocast made of it, not changed in place since."""
+        if tensor._version:
+            return False
+        if tensor.dtype == self.tensor.dtype:
+            return tensor.untyped_storage()._cdata == self.tensor.untyped_storage()._cdata
+        node = (tensor._base if tensor._is_view() else tensor).grad_fn
+        cast = node is not None and node.name() == "ToCopyBackward0"
+        return cast and node.next_functions[0][0] is self.tensor.grad_fn
+
+
 class _Recipe(NamedTuple):
     """Way to compute a tensor that was not kept, as a view of what `compute` gives."""
 
     compute: Callable[[], Tensor]
+    dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -28,7 +46,7 @@ class _Active(threading.local):
     """Tensors that can be computed again, while the modules that take them are called."""
 
     def __init__(self) -> None:
-        self.recipes: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self.outputs: list[_Output] = []
 
 
 _active = _Active()
@@ -49,14 +67,14 @@ def apply_recomputed(
     compute = _way_to_compute(first, y)
     if compute is None:
         return then(y, *args)
-    _active.recipes.append((y, compute))
+    _active.outputs.append(_Output(y, compute))
     try:
-        if len(_active.recipes) > 1:  # the hooks are in place
+        if len(_active.outputs) > 1:  # the hooks are in place
             return then(y, *args)
         with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             return then(y, *args)
     finally:
-        _active.recipes.pop()
+        _active.outputs.pop()
 
 
 def _way_to_compute(first: Callable, y: Tensor) -> Callable[[], Tensor] | None:
@@ -64,10 +82,11 @@ def _way_to_compute(first: Callable, y: Tensor) -> Callable[[], Tensor] | None:
     # Compilers and exporters decide by themselves what they keep, and functorch has no hooks.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(y) is not Tensor:
         return None
-    if y.grad_fn is None or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    # A hook of `first` may have changed its output.
+    if y._version or y.grad_fn is None or not torch._C._autograd._saved_tensors_hooks_is_enabled():
         return None
     # Hooks of somebody else, such as those of activation checkpointing, have precedence.
-    if not _active.recipes and torch._C._autograd._top_saved_tensors_default_hooks(False):
+    if not _active.outputs and torch._C._autograd._top_saved_tensors_default_hooks(False):
         return None
     node = y.grad_fn
     if node.name() == "GeluBackward0":
@@ -82,10 +101,10 @@ def _way_to_compute(first: Callable, y: Tensor) -> Callable[[], Tensor] | None:
 
 
 def _pack(tensor: Tensor) -> Tensor | _Recipe:
-    storage = tensor.untyped_storage()._cdata
-    for y, compute in _active.recipes:
-        if y.untyped_storage()._cdata == storage and y.dtype == tensor.dtype:
-            return _Recipe(compute, tensor.size(), tensor.stride(), tensor.storage_offset())
+    for output in _active.outputs:
+        if output.gave(tensor):
+            view = tensor.size(), tensor.stride(), tensor.storage_offset()
+            return _Recipe(output.compute, tensor.dtype, *view)
     return tensor
 
 
@@ -93,4 +112,4 @@ def _unpack(kept: Tensor | _Recipe) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     with torch.no_grad():
-        return kept.compute().as_strided(kept.size, kept.stride, kept.offset)
+        return kept.compute().to(kept.dtype).as_strided(kept.size, kept.stride, kept.offset)
