@@ -241,6 +241,8 @@ class SingleScaleConvViTDet(_DetectionConvViT):
             window = 0 if i in global_blocks else window_size
             tables = (window, window) if window else grid
             self._set_attention(i, DecomposedAttention(width, heads, window, tables))
+        for conv_block in (*self.blocks1, *self.blocks2):  # else 1e-5, as in the first backbone
+            conv_block.norm1.eps = conv_block.norm2.eps = 1e-6
         self._set_features({"last_feat": width}, {"last_feat": stride[-1]})
 
     def position_embedding(self, grid: Sequence[int]) -> Tensor:

@@ -1,6 +1,7 @@
 """Train or evaluate Mask R-CNN: `python -m DET.train_net --config-file DET/configs/FILE.py`."""
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import signal
@@ -68,10 +69,16 @@ def check_installed() -> None:
     """Refuse to go on without Detectron2.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: it is not installed, or cannot be imported.
     """
     if not find_spec("detectron2"):
         raise UsageError(f"Detectron2 is not installed: {INSTALL}")
+    try:
+        importlib.import_module("detectron2.engine")
+    except ImportError as error:
+        raise UsageError(
+            f"Detectron2 cannot be imported ({error}): pip install -r requirements-det.txt"
+        ) from error
 
 
 def choose_gpus(args: argparse.Namespace) -> None:
