@@ -4,7 +4,15 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from DET.masks import Box, is_number, is_polygon, polygons_extent, rle_extent, rle_runs
+from DET.masks import (
+    Box,
+    are_pixels,
+    is_number,
+    is_polygon,
+    polygons_extent,
+    rle_extent,
+    rle_runs,
+)
 
 
 class Fault(Exception):
@@ -30,7 +38,9 @@ def check_image(image: object, known: Mapping, folder: Path, told: Counter) -> d
     if image["id"] in known:
         raise Fault("whose id another one has")
     size = {side: image.get(side) for side in ("width", "height")}
-    if not all(is_number(n) and n > 0 and n == int(n) for n in size.values()):
+    if not are_pixels(list(size.values())) or not all(
+        n >= 1 and n == int(n) for n in size.values()
+    ):
         raise Fault("without width and height")
     try:
         there = (folder / image["file_name"]).is_file()
@@ -82,7 +92,7 @@ def check_annotation(
         mask, extent = check_mask(annotation.get("segmentation"), image, told)
     except Fault as fault:
         told["mask", f"{fault}, left out"] += 1
-    if isinstance(box, list) and len(box) == 4 and all(map(is_number, box)):
+    if are_pixels(box) and len(box) == 4:
         sound["bbox"] = box
     elif extent:
         sound["bbox"] = list(extent[0])

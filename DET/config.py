@@ -111,7 +111,24 @@ def _check_override(cfg: DictConfig, override: Override) -> None:
         if names is not None and last not in names:
             raise _unknown(key, last, sorted({*names, *map(str, node)} - {"_target_", "self"}))
     else:
-        _child(node, last, key)
+        there, given = _kind(_child(node, last, key)), override.value()
+        # Null takes a part out; a reference is as good as what it refers to.
+        referring = isinstance(given, str) and "${" in given
+        if there and given is not None and not referring and _kind(given) != there:
+            raise UsageError(f"override {key}: {given!r} must be {there}, as it is in the recipe")
+
+
+def _kind(value: object) -> str | None:
+    """What kind of value this is; None for one that says nothing, as null and objects do not."""
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    if isinstance(value, str):
+        return "a text"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "a list" if isinstance(value, Sequence) else None
 
 
 def _child(node: object, part: str, key: str) -> object:

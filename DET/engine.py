@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
@@ -81,12 +81,16 @@ def evaluate_checkpoint(cfg: DictConfig, device: torch.device) -> dict:
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
     """COCO's numbers on `data.val`, of boxes and, if there are any, of masks."""
-    loader = build(cfg.dataloader.test, "dataloader.test")
-    evaluator = build(cfg.dataloader.evaluator, "dataloader.evaluator")
-    results = inference_on_dataset(model, loader, evaluator)
+    results = inference_on_dataset(model, *build_evaluation(cfg))
     if is_main_process():
         print_csv_format(results)
     return results
+
+
+def build_evaluation(cfg: DictConfig) -> tuple[Iterable, DatasetEvaluator]:
+    """The images of `data.val` and what judges detections in them."""
+    loader = build(cfg.dataloader.test, "dataloader.test")
+    return loader, build(cfg.dataloader.evaluator, "dataloader.evaluator")
 
 
 def plan(cfg: DictConfig, images: int) -> Schedule:
@@ -132,6 +136,8 @@ def train(cfg: DictConfig, device: torch.device, resume: bool) -> None:
     options = cfg.train
     dtype = amp_dtype(options.amp, device)
     split = prepare_data(cfg, training=True)
+    if cfg.data.val.json:
+        build_evaluation(cfg)  # settings of it that cannot be are told now, not after an epoch
     records = build(cfg.dataloader.train.dataset, "dataloader.train.dataset")
     schedule = plan(cfg, split.images)
 

@@ -13,18 +13,31 @@ class Evaluator(COCOEvaluator):
     Args:
         dataset_name: of a registered data set in COCO's format.
         tasks: "bbox", "segm"; None for what the detector predicts.
+        max_dets_per_image: how many detections of an image count, the best ones; None for COCO's
+            100.
         use_fast_impl: Detectron2's compiled evaluation, if it is there.
         **options: further arguments of `COCOEvaluator`.
+
+    Raises:
+        ValueError: another task, or no number of detections.
     """
 
     def __init__(
         self,
         dataset_name: str,
         tasks: list[str] | None = None,
+        max_dets_per_image: int | None = None,
         use_fast_impl: bool = True,
         **options,
     ) -> None:
-        super().__init__(dataset_name, tasks, use_fast_impl=use_fast_impl, **options)
+        if not {*(tasks or ())} <= {"bbox", "segm"}:
+            raise ValueError(f"tasks {tasks} must be bbox, segm or both")
+        if max_dets_per_image is not None and not (
+            type(max_dets_per_image) is int and max_dets_per_image > 0
+        ):
+            raise ValueError(f"max_dets_per_image {max_dets_per_image} must be a whole number")
+        options |= {"max_dets_per_image": max_dets_per_image, "use_fast_impl": use_fast_impl}
+        super().__init__(dataset_name, tasks, **options)
         self._coco_api = Truth(self._coco_api.dataset)
 
 

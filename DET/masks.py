@@ -11,6 +11,9 @@ import numpy as np
 
 Box = tuple[float, float, float, float]
 
+# No image has so many pixels a side; pycocotools' memory grows with coordinates.
+MAX_PIXELS = 1_000_000
+
 
 def is_number(value: object) -> bool:
     """Whether a value is a number that a float can hold, and neither infinite nor none."""
@@ -22,14 +25,14 @@ def is_number(value: object) -> bool:
         return False
 
 
+def are_pixels(values: object) -> bool:
+    """Whether these are a list of coordinates or lengths in pixels, on or near an image."""
+    return isinstance(values, list) and all(is_number(v) and abs(v) <= MAX_PIXELS for v in values)
+
+
 def is_polygon(points: object) -> bool:
     """Whether these are x and y of three points or more."""
-    return (
-        isinstance(points, Sequence)
-        and len(points) >= 6
-        and len(points) % 2 == 0
-        and all(map(is_number, points))
-    )
+    return are_pixels(points) and len(points) >= 6 and len(points) % 2 == 0
 
 
 def polygons_extent(polygons: Sequence[Sequence[float]]) -> tuple[Box, float]:

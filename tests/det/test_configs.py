@@ -274,6 +274,62 @@ def test_an_override_that_names_nothing_is_an_error(override, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=many", "'many' must be a number, as it is in the recipe"),
+        ("train.scale_lr=1", "1 must be true or false"),
+        ("train.output_dir=5", "5 must be a text"),
+        ("data.train=a.json", "'a.json' must be an object"),
+        ("model.backbone.bottom_up.depth=3", "3 must be a list"),
+        ("dataloader.train.mapper.augmentations.0.min_scale=a", "'a' must be a number"),
+        ("train.epochs=0", "train.epochs=0 must be a number above 0"),
+        ("train.epochs=.inf", "must be a number"),
+        ("train.epochs=nan", "train.epochs=nan must be a number above 0"),
+        ("train.epochs=null", "train.epochs=None must be a number above 0"),
+        ("dataloader.train.total_batch_size=0", "must be a whole number from 1 on"),
+        ("dataloader.train.total_batch_size=2.5", "must be a whole number from 1 on"),
+        ("dataloader.train.num_workers=-1", "must be a whole number from 0 on"),
+        ("train.accum_iter=0", "must be a whole number from 1 on"),
+        ("train.amp=half", "train.amp=half must be auto, bf16, fp16 or none"),
+        ("train.clip_grad=-1", "train.clip_grad=-1 must be a number above 0, or null"),
+        ("train.seed=-1", "must be a whole number from 0 to"),
+        ("train.log_period=0", "must be a whole number of iterations from 1 on"),
+        ("optimizer.lr=0", "optimizer.lr=0 must be a number above 0"),
+        ("data.image_size=[512,768]", "[512, 768] must be a number"),
+        ("data.image_size=500", "must be a multiple of 32: 480 or 512"),
+        ("data.image_size=20", "must be a multiple of 32: 32 or 64"),
+        ("data.image_size=512.0", "must be the side of a square in pixels, a whole number"),
+        ("data.train.json=null", "data.train.json=None must be a file"),
+        ("data.val.images=null", "data.val.images must be the folder of the images"),
+        ("model.input_format=BGR", "model.input_format=BGR must be L or RGB"),
+        ("model.input_format=L", "model.input_format=L has 1 channels, "),
+        ("model.pixel_mean=[1,2]", "has 3 channels, the numbers of model.pixel_mean are 2"),
+        ("model.backbone.bottom_up.in_chans=1", "the backbone's in_chans are 1"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_before_anything_is_built(override, message):
+    with pytest.raises(UsageError) as error:
+        load(BASE, override)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.epochs=0.5",
+        "train.clip_grad=1",
+        "data.val.json=null",
+        "model.roi_heads.mask_head=null",
+        "model.backbone.norm=''",
+        "train.epochs=${train.checkpoint_epochs}",
+        "optimizer.lr=1",
+    ],
+)
+def test_a_value_that_can_be_is_taken(override):
+    load(BASE, override)
+
+
 def test_an_argument_that_the_recipe_does_not_name_can_be_given():
     cfg = load(BASE, "model.backbone.bottom_up.drop_rate=0.1", "dataloader.evaluator.tasks=[bbox]")
     assert cfg.model.backbone.bottom_up.drop_rate == 0.1
@@ -306,7 +362,7 @@ def test_a_configuration_that_cannot_be_used_is_one_line(tmp_path, name, text, m
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.backbone.bottom_up.depth=3"], "model cannot be built with its settings: "),
+        (["model.backbone.bottom_up.depth=[3]"], "model cannot be built with its settings: "),
         (["model.backbone.bottom_up.num_heads=7"], "width 768 is not divisible by 7 heads"),
         (["model.backbone.in_features=[s9]"], "model cannot be built with its settings: "),
         (["model.backbone._target_=no.such.Class"], "model cannot be built with its settings: "),
