@@ -446,8 +446,8 @@ def test_a_detector_of_classes_in_another_order_cannot_be_evaluated(scenes, trai
         ("dataloader.evaluator.max_dets_per_image=a", "max_dets_per_image a must be a whole num"),
         ("dataloader.evaluator.tasks=[boxes]", "dataloader.evaluator cannot be built with its"),
         ("optimizer.betas=[2,3]", "optimizer cannot be built with its settings: Invalid beta"),
-        ("optimizer.betas=5", "optimizer cannot be built with its settings: "),
-        ("lr_multiplier.warmup_factor=a", "lr_multiplier cannot be built with its settings: "),
+        ("optimizer.betas=[a,b]", "optimizer cannot be built with its settings: "),
+        ("lr_multiplier.warmup_method=a", "lr_multiplier cannot be built with its settings: "),
     ],
 )
 def test_settings_that_a_library_refuses_are_one_line(scenes, tmp_path, override, message):
