@@ -4,7 +4,6 @@ Plain torch: without Detectron2 the classes work as they are, with it they are i
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,9 @@ from models_convvit import Attention, ConvViT
 from util.layers.pos_embed import get_sincos_pos_embed
 from util.layers.rel_pos import RelativePositionBias
 
-if find_spec("detectron2"):
+try:
     from detectron2.modeling import Backbone
-else:
+except ImportError:
     Backbone = nn.Module
 
 

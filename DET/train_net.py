@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from types import FrameType
 
 import torch
@@ -71,13 +70,13 @@ def check_installed() -> None:
     Raises:
         UsageError: it is not installed, or cannot be imported.
     """
-    if not find_spec("detectron2"):
-        raise UsageError(f"Detectron2 is not installed: {INSTALL}")
     try:
         importlib.import_module("detectron2.engine")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "detectron2":
+            raise UsageError(f"Detectron2 is not installed: {INSTALL}") from error
         raise UsageError(
-            f"Detectron2 cannot be imported ({error}): pip install -r requirements-det.txt"
+            f"Detectron2 needs {error.name}: pip install -r requirements-det.txt"
         ) from error
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="needs Detectron2")
+pytest.importorskip("detectron2.engine", reason="needs Detectron2")
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import NaiveSyncBatchNorm

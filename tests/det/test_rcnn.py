@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="needs Detectron2")
+pytest.importorskip("detectron2.engine", reason="needs Detectron2")
 
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.structures import Boxes, Instances, PolygonMasks

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="needs Detectron2")
+pytest.importorskip("detectron2.engine", reason="needs Detectron2")
 
 from detectron2.utils.events import EventStorage
 from PIL import Image
