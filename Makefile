@@ -56,16 +56,18 @@ demo-seg: $(VENV)/.seg demo-pretrain
 	$(VENV)/bin/python -m SEG.demo --pretrained $(PRETRAINED) --output_dir $(OUTPUT)
 
 # Detect and outline the digits of scenes with Mask R-CNN on the pretrained encoder, judged by
-# scenes of digits never seen. Detectron2 must be there, see DET/README.md.
+# scenes of digits never seen. Detectron2 must be there, see DET/README.md: installed, or a plain
+# checkout of it with DETECTRON2=/path/to/checkout.
+D2 := $(if $(DETECTRON2),PYTHONPATH=$(abspath $(DETECTRON2)):$$PYTHONPATH)
 DET := --config-file DET/configs/convmae_tiny_mask_rcnn_FPN_demo.py
 SCENES := $(OUTPUT)/scenes_coco
 DET_DATA := $(foreach s,train val,data.$(s).json=$(SCENES)/$(s).json data.$(s).images=$(SCENES)/$(s))
 
 demo-det: $(VENV)/.det demo-pretrain
 	$(VENV)/bin/python -m tools.demo_coco $(SCENES)
-	$(VENV)/bin/python -m DET.train_net $(DET) --resume $(DET_DATA) \
+	$(D2) $(VENV)/bin/python -m DET.train_net $(DET) --resume $(DET_DATA) \
 		train.init_checkpoint=$(PRETRAINED) train.output_dir=$(OUTPUT)/det
-	$(VENV)/bin/python -m DET.predict $(DET) --checkpoint $(OUTPUT)/det/model_final.pth \
+	$(D2) $(VENV)/bin/python -m DET.predict $(DET) --checkpoint $(OUTPUT)/det/model_final.pth \
 		--out $(OUTPUT)/det/drawn $(addprefix $(SCENES)/val/,0000.png 0001.png 0002.png)
 
 # Videos of digits that move: pretrain, then learn the directions from a few labels.

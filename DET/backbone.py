@@ -4,7 +4,6 @@ Plain torch: without Detectron2 the classes work as they are, with it they are i
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,9 @@ from models_convvit import Attention, ConvViT
 from util.layers.pos_embed import get_sincos_pos_embed
 from util.layers.rel_pos import RelativePositionBias
 
-if find_spec("detectron2"):
+try:
     from detectron2.modeling import Backbone
-else:
+except ImportError:
     Backbone = nn.Module
 
 
@@ -233,6 +232,8 @@ class SingleScaleConvViTDet(_DetectionConvViT):
             window = 0 if i in global_blocks else window_size
             tables = (window, window) if window else grid
             self._set_attention(i, DecomposedAttention(width, heads, window, tables))
+        for conv_block in (*self.blocks1, *self.blocks2):  # else 1e-5, as in the first backbone
+            conv_block.norm1.eps = conv_block.norm2.eps = 1e-6
         self._set_features({"last_feat": width}, {"last_feat": stride[-1]})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

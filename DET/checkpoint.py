@@ -84,27 +84,54 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.has_checkpoint():
             return 0
-        path = self.get_checkpoint_file()
+        path = self._last_checkpoint()
         content = load_file(path)
-        there = content.get("args", {})
+        there = content.get("args")
+        if not isinstance(there, Mapping) or not isinstance(content.get("iteration"), int):
+            raise UsageError(
+                f"{path} is no checkpoint of a run of DET.train_net to go on from; to begin with "
+                f"its weights give train.init_checkpoint={path} and another train.output_dir"
+            )
+        there = {"classes": content.get("classes"), **there}
         differing = [
             f"{name} {there.get(name)} there, {value} here"
-            for name, value in self.run.items()
+            for name, value in {"classes": self.classes, **self.run}.items()
             if there.get(name) != value
         ]
         if differing:
             raise UsageError(
-                f"{path} belongs to another run ({'; '.join(differing)}): give the same settings, "
-                f"or another train.output_dir to start a new run"
+                f"{path} belongs to another run ({'; '.join(differing)}): give the same settings "
+                f"to go on; a longer or another schedule is a new run, with another "
+                f"train.output_dir and train.init_checkpoint={path}"
             )
         try:
             self.model.load_state_dict(content["model"])
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, KeyError) as error:
             raise UsageError(f"{path} holds another model than the recipe describes") from error
-        for name, part in self.checkpointables.items():
-            part.load_state_dict(content[name])
+        try:
+            for name, part in self.checkpointables.items():
+                part.load_state_dict(content[name])
+        except Exception as error:  # parts of another form raise nearly anything
+            raise UsageError(
+                f"{path} cannot be gone on from: its {name} state is damaged or of another recipe "
+                f"({type(error).__name__}: {error})"
+            ) from error
         self.logger.info("Going on from %s", path)
         return content["iteration"] + 1
+
+    def _last_checkpoint(self) -> Path:
+        """The file that the folder's `last_checkpoint` names."""
+        note = Path(self.save_dir) / "last_checkpoint"
+        try:
+            path = note.parent / note.read_text(encoding="utf-8").strip()
+            if path.is_file():
+                return path
+        except (OSError, ValueError):  # unreadable, or a name that no file can have
+            path = None
+        raise UsageError(
+            f"{note} names no checkpoint of its folder{f': {path.name!r}' if path else ''}; write "
+            f"the name of one into it, or begin anew without --resume"
+        )
 
 
 def load_encoder(model: nn.Module, weights: Weights) -> Report:

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from detectron2.config import instantiate
 from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
@@ -21,8 +20,9 @@ from DET.checkpoint import (
     load_to_train,
     read_detector,
 )
-from DET.config import load_config
+from DET.config import build, load_config
 from DET.data import prepare_data
+from DET.rcnn import norms_in_float32
 from DET.schedule import Schedule
 from DET.trainer import SaveOnSignal, ShuffledStream, Trainer
 from util.errors import UsageError
@@ -62,26 +62,35 @@ def evaluate_checkpoint(cfg: DictConfig, device: torch.device) -> dict:
     if not cfg.train.init_checkpoint:
         raise UsageError("--eval-only needs a detector: train.init_checkpoint=FILE")
     weights = read_detector(cfg.train.init_checkpoint)
-    classes = prepare_data(cfg, training=False)
+    classes = prepare_data(cfg, training=False).classes
     if weights.num_classes != len(classes):
         raise UsageError(
             f"checkpoint {weights.path} detects {weights.num_classes} classes, "
             f"{cfg.data.val.json} has {len(classes)}"
         )
+    if weights.classes and weights.classes != classes:
+        raise UsageError(
+            f"checkpoint {weights.path} detects {', '.join(weights.classes)}; "
+            f"{cfg.data.val.json} has, in this order, {', '.join(classes)}"
+        )
     fit_heads(cfg.model, weights)
-    model = instantiate(cfg.model).to(device)
+    model = build(cfg.model, "model").to(device)
     logger.info("%s", load_weights(model, weights))
     return evaluate(cfg, model)
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
     """COCO's numbers on `data.val`, of boxes and, if there are any, of masks."""
-    loader = instantiate(cfg.dataloader.test)
-    evaluator = instantiate(cfg.dataloader.evaluator)
-    results = inference_on_dataset(model, loader, evaluator)
+    results = inference_on_dataset(model, *build_evaluation(cfg))
     if is_main_process():
         print_csv_format(results)
     return results
+
+
+def build_evaluation(cfg: DictConfig) -> tuple[Iterable, DatasetEvaluator]:
+    """The images of `data.val` and what judges detections in them."""
+    loader = build(cfg.dataloader.test, "dataloader.test")
+    return loader, build(cfg.dataloader.evaluator, "dataloader.evaluator")
 
 
 def plan(cfg: DictConfig, images: int) -> Schedule:
@@ -89,7 +98,7 @@ def plan(cfg: DictConfig, images: int) -> Schedule:
 
     Args:
         cfg: completed in place: `optimizer.lr`, `lr_multiplier.warmup_length`.
-        images: how many there are to train on.
+        images: how many there are to train on, those without objects included.
 
     Raises:
         UsageError: a batch that cannot be split over processes and micro-batches, or a warm-up
@@ -126,15 +135,18 @@ def train(cfg: DictConfig, device: torch.device, resume: bool) -> None:
     """Train a detector, with checkpoints and evaluation on the way."""
     options = cfg.train
     dtype = amp_dtype(options.amp, device)
-    classes = prepare_data(cfg, training=True)
-    records = instantiate(cfg.dataloader.train.dataset)
-    schedule = plan(cfg, len(records))
+    split = prepare_data(cfg, training=True)
+    if cfg.data.val.json:
+        build_evaluation(cfg)  # settings of it that cannot be are told now, not after an epoch
+    records = build(cfg.dataloader.train.dataset, "dataloader.train.dataset")
+    schedule = plan(cfg, split.images)
 
-    model = instantiate(cfg.model).to(device)
+    model = build(cfg.model, "model").to(device)
+    norms_in_float32(model)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("%.1f M parameters, %s on %s", count, dtype or torch.float32, device)
     cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    optimizer = build(cfg.optimizer, "optimizer")
     ddp = dict(cfg.train.ddp, device_ids=[device.index] if device.type == "cuda" else None)
     trained = create_ddp_model(model, **ddp)
 
@@ -142,7 +154,7 @@ def train(cfg: DictConfig, device: torch.device, resume: bool) -> None:
     trainer = Trainer(trained, None, step, options.accum_iter, options.log_period)
     parts = {"trainer": trainer, "random": RandomState()}
     checkpointer = Checkpointer(
-        model, options.output_dir, describe_run(cfg, schedule), classes, **parts
+        model, options.output_dir, describe_run(cfg, schedule), split.classes, **parts
     )
     start = checkpointer.resume() if resume else 0
     if start == 0:
@@ -170,7 +182,7 @@ def build_loader(
         # Its own generator, because an iterator draws a number where it begins.
         "seed": cfg.train.seed + start + rank(),
     }
-    return instantiate({**cfg.dataloader.train, **options})
+    return build({**cfg.dataloader.train, **options}, "dataloader.train")
 
 
 def begin(cfg: DictConfig, model: nn.Module) -> None:
@@ -215,7 +227,7 @@ def register_hooks(
     )
     everywhere = [
         hooks.IterationTimer(),
-        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.LRScheduler(scheduler=build(cfg.lr_multiplier, "lr_multiplier")),
     ]
     trainer.register_hooks(
         [

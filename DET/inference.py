@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import detectron2.data.transforms as T
 import numpy as np
 import torch
-from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
@@ -13,6 +12,7 @@ from detectron2.utils.visualizer import Visualizer
 from omegaconf import DictConfig
 
 from DET.checkpoint import fit_heads
+from DET.config import build
 from util.weights.load import load_weights
 from util.weights.read import Weights
 
@@ -38,12 +38,12 @@ class Predictor:
     ) -> None:
         fit_heads(cfg.model, weights)
         cfg.model.roi_heads.box_predictor.test_score_thresh = threshold
-        self.model = instantiate(cfg.model).to(device).eval()
+        self.model = build(cfg.model, "model").to(device).eval()
         self.report = load_weights(self.model, weights)
         self.classes = class_names(weights)
         self.image_format = cfg.model.input_format
         self.augmentations = T.AugmentationList(
-            instantiate(cfg.dataloader.test.mapper.augmentations)
+            build(cfg.dataloader.test.mapper.augmentations, "dataloader.test.mapper.augmentations")
         )
 
     @torch.no_grad()

@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+# COCO's train2017 has 118,287 images; the originals' recipes take them for 118,000.
+COUNTED_AS = {118_287: 118_000}
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -10,7 +13,7 @@ class Schedule:
 
     Attributes:
         epochs: passes over the images.
-        images: how many there are to train on.
+        images: how many there are, those without objects included.
         batch_size: images of one step, over all GPUs and micro-batches.
     """
 
@@ -24,11 +27,14 @@ class Schedule:
         return self.iterations_of(self.epochs)
 
     def iterations_of(self, epochs: float) -> int:
-        """The steps that so many epochs take, one at least."""
-        return max(1, math.ceil(epochs * self.images / self.batch_size))
+        """The whole steps that so many epochs take, one at least."""
+        images = epochs * COUNTED_AS.get(self.images, self.images)
+        return max(1, math.floor(round(images / self.batch_size, 6)))
 
     def __str__(self) -> str:
+        counted = COUNTED_AS.get(self.images)
         return (
             f"{self.epochs:g} epochs = {self.iterations:,} iterations of {self.batch_size:,} "
             f"images on {self.images:,}"
+            f"{f', counted as {counted:,} as in the original recipes' if counted else ''}"
         )

@@ -1,12 +1,12 @@
 """Train or evaluate Mask R-CNN: `python -m DET.train_net --config-file DET/configs/FILE.py`."""
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from types import FrameType
 
 import torch
@@ -68,10 +68,16 @@ def check_installed() -> None:
     """Refuse to go on without Detectron2.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: it is not installed, or cannot be imported.
     """
-    if not find_spec("detectron2"):
-        raise UsageError(f"Detectron2 is not installed: {INSTALL}")
+    try:
+        importlib.import_module("detectron2.engine")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "detectron2":
+            raise UsageError(f"Detectron2 is not installed: {INSTALL}") from error
+        raise UsageError(
+            f"Detectron2 needs {error.name}: pip install -r requirements-det.txt"
+        ) from error
 
 
 def choose_gpus(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ data.val = dict(json=f"{_scenes}/val.json", images=f"{_scenes}/val")
 data.image_size = 112
 
 # Digits are not mirrored, and the jitter is small.
-del dataloader.train.mapper.augmentations[0]
+data.flip = 0
 dataloader.train.mapper.augmentations[0].update(min_scale=0.8, max_scale=1.25)
 dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = dataloader.test.num_workers = 0

@@ -1,6 +1,6 @@
 """The ViTDet-style recipe: base, 25 epochs (the paper: 53.9 box AP, 47.6 mask AP)."""
 
-from .common.data import data, dataloader
+from .common.data_vitdet import data, dataloader
 from .common.mask_rcnn_vitdet import model
 from .common.optim import optimizer
 from .common.optim import steps as lr_multiplier

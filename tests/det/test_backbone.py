@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 
 from DET.backbone import (
@@ -15,7 +16,8 @@ from DET.backbone import (
 from util.layers.architecture import SIZES
 from util.layers.pos_embed import get_sincos_pos_embed
 
-KEYS = json.loads((Path(__file__).parent.parent / "golden" / "state_dict_keys.json").read_text())
+GOLDEN = Path(__file__).parent.parent / "golden"
+KEYS = json.loads((GOLDEN / "state_dict_keys.json").read_text())
 PUBLISHED = [
     (ConvViTDet, "DET ConvViTDet base, 1024x1024, window 16", 87.80),
     (SingleScaleConvViTDet, "DET ViTDet-style ConvViT base, 1024x1024, window 14", 84.69),
@@ -62,6 +64,40 @@ def test_the_first_backbones_position_embedding_is_sine_cosine_and_frozen():
     torch.testing.assert_close(model.pos_embed[0], expected)
     assert not model.pos_embed.requires_grad
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["pos_embed"]
+
+
+# --- the originals' outputs ----------------------------------------------------------------------
+
+
+def original(backbone):
+    """One of ours with an original's weights; the original's inputs and outputs."""
+    name = "fpn" if backbone is ConvViTDet else "vitdet"
+    with safe_open(GOLDEN / f"det_backbone_{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        config = json.loads(file.metadata()["config"])
+    # What ours has built in, and compares with the outputs.
+    options = {k: v for k, v in config.items() if k != "note" and not k.endswith("_eps")}
+    state = {k.removeprefix("state."): t for k, t in tensors.items() if k.startswith("state.")}
+    model = backbone(**options).eval()
+    model.load_state_dict(state, strict=True)
+    assert model.state_dict().keys() == state.keys()
+    return model, tensors
+
+
+@pytest.mark.parametrize(
+    ("backbone", "number"),
+    [(ConvViTDet, 0), (SingleScaleConvViTDet, 0), (SingleScaleConvViTDet, 1)],
+)
+@torch.no_grad()
+def test_features_are_those_of_the_original(backbone, number):
+    model, golden = original(backbone)
+    features = model(golden[f"input{number}"])
+    expected = {name: golden[f"{name}.{number}"] for name in features}
+    assert len(expected) == len([name for name in golden if name.endswith(f".{number}")
+                                 and not name.startswith("state.")])  # fmt: skip
+    for name, feature in features.items():
+        error = (feature - expected[name]).abs().max() / expected[name].abs().max()
+        assert error < 1e-5, name
 
 
 # --- windows and attention -----------------------------------------------------------------------

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="needs Detectron2")
+pytest.importorskip("detectron2.engine", reason="needs Detectron2")
 
 from detectron2.config import instantiate
 from detectron2.structures import Boxes, Instances

@@ -1,7 +1,7 @@
 """DET.train_net and DET.predict as processes; what they do within is tested elsewhere."""
 
+import importlib
 import signal
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,16 +11,22 @@ from DET.predict import target_names
 from tests.det import small
 from tests.runs import code_of
 
-needs_detectron2 = pytest.mark.skipif(not find_spec("detectron2"), reason="needs Detectron2")
+
+def is_importable() -> bool:
+    try:
+        importlib.import_module("detectron2.engine")
+    except ModuleNotFoundError:
+        return False
+    return True
 
 
-def hide_detectron2():
-    import importlib.util
+needs_detectron2 = pytest.mark.skipif(not is_importable(), reason="needs Detectron2")
 
-    found = importlib.util.find_spec
-    importlib.util.find_spec = lambda name, *rest: (
-        None if name == "detectron2" else found(name, *rest)
-    )
+
+def hide(package):
+    import sys
+
+    sys.modules[package] = None
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +42,23 @@ def scenes(tmp_path_factory):
     ],
 )
 def test_without_detectron2_a_program_says_how_to_install_it(launcher, program, arguments):
-    done = launcher.run(*arguments, program=program, before=code_of(hide_detectron2))
+    done = launcher.run(*arguments, program=program, before=code_of(hide, package="detectron2"))
     assert done.code == 2 and done.err.count("\n") == 1
     assert "Detectron2 is not installed: pip install" in done.err
 
 
+@needs_detectron2
+def test_without_what_detectron2_needs_a_program_says_how_to_install_it(launcher):
+    before = code_of(hide, package="fvcore")
+    done = launcher.run("--config-file", small.CONFIG, program="DET.train_net", before=before)
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "Detectron2 needs fvcore: pip install -r requirements-det.txt" in done.err
+
+
 def test_help_needs_no_detectron2_and_shows_the_flags(launcher):
-    done = launcher.run("--help", program="DET.train_net", before=code_of(hide_detectron2))
+    done = launcher.run(
+        "--help", program="DET.train_net", before=code_of(hide, package="detectron2")
+    )
     flags = ("--config-file", "--eval-only", "--resume", "--num-gpus", "--num-machines")
     assert done.code == 0 and all(flag in done.out for flag in flags)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("detectron2", reason="needs Detectron2")
+pytest.importorskip("detectron2.engine", reason="needs Detectron2")
 
 from detectron2.utils.events import EventStorage
 from PIL import Image
@@ -78,7 +78,7 @@ def test_a_run_says_at_the_start_how_long_it_is(trained):
     text = log(trained)
     assert "1 epochs = 3 iterations of 2 images on 6" in text
     assert "Learning rate 0.001 (0.001 for 2 images, scaled with the batch)" in text
-    assert "warm-up 2 iterations" in text
+    assert "warm-up 1 iterations" in text
 
 
 def test_a_pretrained_encoder_is_loaded_with_nothing_of_it_missing(trained):
@@ -135,8 +135,51 @@ def test_resuming_a_finished_run_only_evaluates(scenes, trained, tmp_path):
 def test_another_schedule_in_the_same_folder_is_refused(scenes, trained, tmp_path):
     for name in ("model_final.pth", "last_checkpoint"):
         shutil.copy(trained / name, tmp_path / name)
-    with pytest.raises(UsageError, match=r"another run .epochs 1 there, 2 here"):
+    with pytest.raises(UsageError, match=r"another run .epochs 1 there, 2 here") as error:
         run(scenes, tmp_path, "train.epochs=2", resume=True)
+    advice = "a longer or another schedule is a new run, with another train.output_dir and"
+    assert f"{advice} train.init_checkpoint={tmp_path}/model_final.pth" in str(error.value)
+
+
+def test_other_classes_in_the_same_folder_are_refused(scenes, trained, tmp_path):
+    some = copy_of(scenes, tmp_path)
+    for split in small.IMAGES:
+        small.change_json(
+            some / f"{split}.json", lambda content: content["categories"][0].update(name="zero")
+        )
+    for name in ("model_final.pth", "last_checkpoint"):
+        shutil.copy(trained / name, tmp_path / name)
+    with pytest.raises(UsageError, match=r"another run .classes \['0', .* there, \['zero', "):
+        run(some, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda whole: whole["model"],
+        lambda whole: {**whole, "iteration": "2"},
+        lambda whole: {**whole, "args": 5},
+        lambda whole: {k: v for k, v in whole.items() if k != "trainer"},
+        lambda whole: {**whole, "trainer": {}},
+        lambda whole: {**whole, "random": {"torch": 3}},
+        lambda whole: {**whole, "model": 3},
+        lambda whole: {**whole, "trainer": {**whole["trainer"], "optimizer": {}}},
+    ],
+)
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_one_line(scenes, trained, tmp_path, content):
+    whole = torch.load(trained / "model_final.pth", weights_only=True)
+    torch.save(content(whole), tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    with pytest.raises(UsageError) as error:
+        run(scenes, tmp_path, resume=True)
+    assert "model_final.pth" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("note", [b"none.pth", b"", b"\xff\xfe", b"\0", b"x" * 5000])
+def test_a_note_of_the_last_checkpoint_that_names_none_is_one_line(scenes, tmp_path, note):
+    (tmp_path / "last_checkpoint").write_bytes(note)
+    with pytest.raises(UsageError, match="last_checkpoint names no checkpoint of its folder"):
+        run(scenes, tmp_path, resume=True)
 
 
 def test_another_model_in_the_same_folder_is_refused(scenes, trained, tmp_path):
@@ -237,7 +280,8 @@ def test_broken_annotations_are_counted_skipped_and_not_evaluated(scenes, tmp_pa
 
     def spoil(content):
         first = content["annotations"][0]
-        for change in ({"bbox": []}, {"bbox": [999, 4, 9, 9]}, {"bbox": [4, 4, 0, 9]}):
+        del first["bbox"]
+        for change in ({"iscrowd": 7}, {"bbox": [999, 4, 9, 9]}, {"bbox": [4, 4, 0, 9]}):
             content["annotations"].append({**first, **change, "id": 10_000})
 
     for split in small.IMAGES:
@@ -245,9 +289,51 @@ def test_broken_annotations_are_counted_skipped_and_not_evaluated(scenes, tmp_pa
     (some / "train" / "0000.png").unlink()
     run(some, tmp_path / "run")
     text = log(tmp_path / "run")
-    assert "skipped 1 annotation of zero area, 1 annotation out of the image, 1 annotation" in text
-    assert "1 image whose file is missing" in text
+    assert "skipped 1 annotation of zero area; skipped 1 annotation out of the image" in text
+    assert "1 image whose file is missing" in text and "box taken from its mask: 1" in text
     assert "iterations of 2 images on 5" in text and "results for segm" in text
+
+
+def test_boxes_without_masks_are_trained_and_evaluated_among_masks(scenes, tmp_path):
+    some = copy_of(scenes, tmp_path)
+
+    def take_masks(content):
+        for annotation in content["annotations"][::2]:
+            annotation["segmentation"] = []
+
+    for split in small.IMAGES:
+        small.change_json(some / f"{split}.json", take_masks)
+    run(some, tmp_path / "run")
+    text = log(tmp_path / "run")
+    assert text.count("without a mask count for boxes alone") == 2
+    assert "results for bbox" in text and "results for segm" in text
+    assert all(row["loss_mask"] > 0 for row in lines(tmp_path / "run"))
+
+
+def test_images_without_objects_are_trained_on_if_wanted(scenes, tmp_path):
+    some = copy_of(scenes, tmp_path)
+    small.change_json(
+        some / "train.json",
+        lambda content: content.update(
+            annotations=[a for a in content["annotations"] if a["image_id"] == 1]
+        ),
+    )
+    more = ("dataloader.train.dataset.filter_empty=false", "data.val.json=null", "train.epochs=2")
+    run(some, tmp_path / "run", *more)
+    rows = lines(tmp_path / "run")
+    assert len(rows) == 6 and sorted({row["loss_mask"] > 0 for row in rows}) == [False, True]
+
+
+def test_a_run_counts_the_images_without_objects(scenes, tmp_path):
+    some = copy_of(scenes, tmp_path)
+    small.change_json(
+        some / "train.json",
+        lambda content: content.update(
+            annotations=[a for a in content["annotations"] if a["image_id"] == 1]
+        ),
+    )
+    run(some, tmp_path / "run", "data.val.json=null", "train.epochs=0.4", "train.warmup_epochs=0")
+    assert "0.4 epochs = 1 iterations of 2 images on 6" in log(tmp_path / "run")
 
 
 def test_a_damaged_image_is_named_and_skipped_in_training(scenes, tmp_path):
@@ -260,16 +346,35 @@ def test_a_damaged_image_is_named_and_skipped_in_training(scenes, tmp_path):
     assert "train/0004.png" in text and len(lines(tmp_path / "run")) == 6
 
 
-def test_a_damaged_image_to_evaluate_on_is_an_error_that_names_it(scenes, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(b"no picture"), "cannot be read: cannot identify"),
+        (lambda path: Image.new("RGB", (5, 7)).save(path), "has 5x7 pixels, not "),
+    ],
+)
+def test_images_that_cannot_be_evaluated_on_are_told_before_training(
+    scenes, tmp_path, spoil, message
+):
     some = copy_of(scenes, tmp_path)
-    (some / "val" / "0001.png").write_bytes(b"no picture")
+    for name in ("0001.png", "0002.png"):
+        spoil(some / "val" / name)
+    with pytest.raises(UsageError) as error:
+        run(some, tmp_path / "run")
+    assert "cannot evaluate on 2 of the images of" in str(error.value)
+    assert f"val/0001.png {message}" in str(error.value)
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_an_image_that_breaks_off_is_an_error_of_evaluation_that_names_it(
+    scenes, trained, tmp_path
+):
+    some = copy_of(scenes, tmp_path)
+    path = some / "val" / "0001.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    begin = f"train.init_checkpoint={trained}/model_final.pth"
     with pytest.raises(TrainingError, match=r"cannot evaluate: .*val/0001\.png"):
-        run(
-            some,
-            tmp_path / "run",
-            f"train.init_checkpoint={trained}/model_final.pth",
-            eval_only=True,
-        )
+        run(some, tmp_path / "run", begin, eval_only=True)
 
 
 def test_a_grayscale_detector_reads_colour_files(scenes, encoder, tmp_path):
@@ -318,6 +423,37 @@ def test_a_detector_of_other_classes_cannot_be_evaluated(scenes, trained, tmp_pa
     begin = f"train.init_checkpoint={trained}/model_final.pth"
     with pytest.raises(UsageError, match=r"detects 10 classes, .* has 11"):
         run(some, tmp_path / "run", begin, eval_only=True)
+
+
+def test_a_detector_of_classes_in_another_order_cannot_be_evaluated(scenes, trained, tmp_path):
+    some = copy_of(scenes, tmp_path)
+
+    def swap(content):
+        first, second = content["categories"][:2]
+        first["name"], second["name"] = second["name"], first["name"]
+
+    small.change_json(some / "val.json", swap)
+    begin = f"train.init_checkpoint={trained}/model_final.pth"
+    with pytest.raises(UsageError, match=r"detects 0, 1, 2.* in this order, 1, 0, 2"):
+        run(some, tmp_path / "run", begin, eval_only=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataloader.train.sampller=null", "dataloader.train cannot be built with its settings: "),
+        ("dataloader.train.dataset.names=none", "dataset cannot be built with its settings: "),
+        ("dataloader.evaluator.max_dets_per_image=a", "max_dets_per_image a must be a whole num"),
+        ("dataloader.evaluator.tasks=[boxes]", "dataloader.evaluator cannot be built with its"),
+        ("optimizer.betas=[2,3]", "optimizer cannot be built with its settings: Invalid beta"),
+        ("optimizer.betas=[a,b]", "optimizer cannot be built with its settings: "),
+        ("lr_multiplier.warmup_method=a", "lr_multiplier cannot be built with its settings: "),
+    ],
+)
+def test_settings_that_a_library_refuses_are_one_line(scenes, tmp_path, override, message):
+    with pytest.raises(UsageError) as error:
+        run(scenes, tmp_path, override)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_encoder_of_another_size_is_refused(scenes, encoder, tmp_path):

@@ -1,4 +1,4 @@
-"""Where the data are, and how they are read: COCO with large-scale jitter.
+"""Where the data are, and how they are read: COCO with large-scale jitter, in padded squares.
 
 Any other data set: `data.train.json=… data.train.images=… data.val.json=… data.val.images=…`.
 """
@@ -12,9 +12,9 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.evaluation import COCOEvaluator
 
 from DET.data import Mapper
+from DET.evaluation import Evaluator
 
 _root = os.getenv("DETECTRON2_DATASETS", "datasets") + "/coco"
 
@@ -23,6 +23,11 @@ data = dict(
     # val.json=null: no evaluation
     val=dict(json=f"{_root}/annotations/instances_val2017.json", images=f"{_root}/val2017"),
     image_size=1024,  # side of the square that the model sees, in pixels
+    flip=0.5,  # probability that a training image is mirrored; 0 for text
+)
+# Padding is gray, and comes before the normalisation.
+_square = L(T.FixedSizeCrop)(
+    crop_size=["${data.image_size}", "${data.image_size}"], pad=True, pad_value=128.0
 )
 
 dataloader = dict(
@@ -31,16 +36,14 @@ dataloader = dict(
         mapper=L(Mapper)(
             is_train=True,
             augmentations=[
-                L(T.RandomFlip)(prob=0.5, horizontal=True),
                 L(T.ResizeScale)(
                     min_scale=0.1,
                     max_scale=2.0,
                     target_height="${data.image_size}",
                     target_width="${data.image_size}",
                 ),
-                L(T.FixedSizeCrop)(
-                    crop_size=["${data.image_size}", "${data.image_size}"], pad=False
-                ),
+                _square,
+                L(T.RandomFlip)(prob="${data.flip}", horizontal=True),
             ],
             image_format="RGB",
             use_instance_mask=True,
@@ -58,10 +61,11 @@ dataloader = dict(
                 L(T.ResizeShortestEdge)(
                     short_edge_length="${data.image_size}", max_size="${data.image_size}"
                 ),
+                _square,
             ],
             image_format="${dataloader.train.mapper.image_format}",
         ),
         num_workers=4,
     ),
-    evaluator=L(COCOEvaluator)(dataset_name="val"),
+    evaluator=L(Evaluator)(dataset_name="val"),
 )

@@ -1,12 +1,13 @@
 """Mask R-CNN on one feature map and ViTDet's simple feature pyramid."""
 
-from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 
 from DET.backbone import SingleScaleConvViTDet
+from DET.config import detectron2_config
+from DET.rcnn import MaskHead
 from util.layers.architecture import SIZES
 
-model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
+model = detectron2_config("common/models/mask_rcnn_vitdet.py").model
 model.backbone.net = L(SingleScaleConvViTDet)(
     **SIZES["base"],
     img_size="${data.image_size}",
@@ -19,3 +20,4 @@ model.backbone.net = L(SingleScaleConvViTDet)(
 model.backbone.in_feature = "last_feat"
 # Images are padded to the size that the position tables are made for.
 model.backbone.square_pad = "${data.image_size}"
+model.roi_heads.mask_head._target_ = MaskHead

@@ -12,10 +12,9 @@ optimizer = L(torch.optim.AdamW)(
         base_lr="${..lr}",
         layer_decay=1.0,
         weight_decay_norm=0.0,
-        # Position tables, absolute and relative, have no weight decay.
+        # ViTDet's relative tables, `rel_pos_h` and `rel_pos_w`, do decay.
         overrides={
-            name: dict(weight_decay=0.0)
-            for name in ("pos_embed", "relative_position_bias_table", "rel_pos_h", "rel_pos_w")
+            name: dict(weight_decay=0.0) for name in ("pos_embed", "relative_position_bias_table")
         },
     ),
     lr=8e-5,

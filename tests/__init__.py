@@ -1,0 +1,1 @@
+"""The tests, a package so that another one of that name on PYTHONPATH cannot take its place."""
