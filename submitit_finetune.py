@@ -1,4 +1,4 @@
-"""Fine-tune on SLURM: the flags of `submitit_launch.py` and of `main_finetune.py` in one command line."""
+"""Fine-tune on SLURM: flags of `submitit_launch.py` and `main_finetune.py` in one command line."""
 
 import sys
 

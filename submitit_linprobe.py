@@ -1,4 +1,4 @@
-"""Probe on SLURM: the flags of `submitit_launch.py` and of `main_linprobe.py` in one command line."""
+"""Probe on SLURM: flags of `submitit_launch.py` and `main_linprobe.py` in one command line."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Pretrain on SLURM: the flags of `submitit_launch.py` and of `main_pretrain.py` in one command line."""
+"""Pretrain on SLURM: flags of `submitit_launch.py` and `main_pretrain.py` in one command line."""
 
 import sys
 

@@ -76,7 +76,7 @@ def stop_early_on_signals() -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:  # data workers inherit this; their run ends them
-            raise StoppedEarly("stopped by a signal before training: nothing to save")
+            raise StoppedEarly("stopped by a signal: there was nothing to save yet")
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
