@@ -195,7 +195,28 @@ def evaluate_epoch(
 
 def mixes(args: argparse.Namespace) -> bool:
     """Whether images of a batch are mixed."""
-    return (args.mixup > 0 or args.cutmix > 0) and args.mixup_prob > 0
+    return (args.mixup > 0 or args.cutmix > 0 or bool(args.cutmix_minmax)) and args.mixup_prob > 0
+
+
+def check_mixing(args: argparse.Namespace) -> None:
+    """Refuse settings of mixup and cutmix that timm cannot do, before anything is built.
+
+    Raises:
+        UsageError: an odd batch, or rectangles without a choice of size.
+    """
+    if not mixes(args):
+        return
+    if args.batch_size % 2:
+        raise UsageError(
+            f"--batch_size {args.batch_size} must be even, as mixup pairs images; or give "
+            f"--mixup 0 --cutmix 0"
+        )
+    low, high = args.cutmix_minmax or (0, 1)
+    if not all(int(side * low) < int(side * high) for side in args.input_size):
+        raise UsageError(
+            f"--cutmix_minmax {low:g} {high:g}: the smaller share comes first, and of "
+            f"{args.input_size[0]}x{args.input_size[1]} pixels they must be different numbers"
+        )
 
 
 def build_criterion(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, Mixup | None]:
@@ -204,8 +225,10 @@ def build_criterion(args: argparse.Namespace, num_classes: int) -> tuple[nn.Modu
         mixup = Mixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
             prob=args.mixup_prob,
             switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
             label_smoothing=args.smoothing,
             num_classes=num_classes,
         )
@@ -254,6 +277,7 @@ def finetune(
         predictions: where to write those of the last evaluation.
     """
     classes = loader.dataset.classes
+    check_nb_classes(args, loader.dataset)
     check_resumed(content, args, loader.dataset)
     seed_everything(args.seed)
     model, report = build_classifier(args, weights, classes, models, drop_path_rate=args.drop_path)
@@ -437,6 +461,7 @@ def evaluate_checkpoint(
     if architecture.ndim != weights.architecture.ndim:
         raise UsageError(f"--eval: {weights.path} is an image model: fine-tune it on videos first")
     loader = load(args, weights.classes)
+    check_nb_classes(args, loader.dataset)
     check_outputs(weights, loader.dataset)
     model, report = convvit_from_weights(weights, img_size=architecture.img_size)
     print_once(report)
@@ -460,10 +485,10 @@ def _val_path(args: argparse.Namespace) -> Path:
 
 def _evaluated(args: argparse.Namespace) -> Path:
     """The checkpoint that `--eval` means."""
-    if args.finetune or args.model:
+    if args.finetune:
         raise UsageError(
             "--eval evaluates a trained classifier as it is: give its checkpoint as --resume FILE, "
-            "without --finetune or --model"
+            "without --finetune"
         )
     if args.resume not in ("auto", "none"):
         return Path(args.resume)
@@ -474,6 +499,19 @@ def _evaluated(args: argparse.Namespace) -> Path:
         f"--eval: which checkpoint? {args.output_dir} has none: give --resume FILE, or the "
         f"--output_dir of a run"
     )
+
+
+def check_nb_classes(args: argparse.Namespace, dataset: LabeledImages) -> None:
+    """Refuse data of another number of classes than `--nb_classes`, if that is given.
+
+    Raises:
+        UsageError: with both numbers.
+    """
+    if args.nb_classes not in (None, len(dataset.classes)):
+        raise UsageError(
+            f"--nb_classes {args.nb_classes}: {dataset.root} has {len(dataset.classes)} classes; "
+            f"leave the flag away to take those that are there"
+        )
 
 
 def check_outputs(weights: Weights, dataset: LabeledImages) -> None:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from engine_finetune import build_data, evaluate_checkpoint, find_start, finetune, mixes
+from engine_finetune import build_data, check_mixing, evaluate_checkpoint, find_start, finetune
 from models_convvit import MODELS
 from util.data.transforms import finetune_transform
 from util.errors import UsageError
@@ -45,11 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_recipe(args: argparse.Namespace) -> None:
     """Refuse settings that do not go together, before anything is built."""
-    if mixes(args) and args.batch_size % 2:
-        raise UsageError(
-            f"--batch_size {args.batch_size} must be even, as mixup pairs images; or give "
-            f"--mixup 0 --cutmix 0"
-        )
+    check_mixing(args)
     if args.in_chans == 4 and args.aa != "none":
         raise UsageError("--aa knows no images with an alpha channel: give --aa none")
 
@@ -66,6 +62,8 @@ def build_transform(args: argparse.Namespace) -> Callable[[BinaryIO], Tensor]:
             color_jitter=args.color_jitter,
             reprob=args.reprob,
             max_pixels=args.max_pixels,
+            remode=args.remode,
+            recount=args.recount,
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise UsageError(
@@ -89,4 +87,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

@@ -13,6 +13,7 @@ from engine_finetune import (
     Best,
     build_classifier,
     build_data,
+    check_nb_classes,
     check_resumed,
     evaluate_checkpoint,
     find_start,
@@ -73,6 +74,7 @@ def main(args: argparse.Namespace) -> None:
     )
     train_loader, val_loader = build_data(args, transform)
     classes = train_loader.dataset.classes
+    check_nb_classes(args, train_loader.dataset)
     check_resumed(content, args, train_loader.dataset)
 
     seed_everything(args.seed)
@@ -99,4 +101,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from util.errors import UsageError
 from util.run.args import check_writable
-from util.run.parser import ChoiceOf, Parser, non_negative_int, positive_int
+from util.run.parser import ChoiceOf, Parser, PathOrDefault, non_negative_int, positive_int
 from util.run.program import STOPPED_EXIT_CODE, run_main
 from util.run.resume import LAST
 
@@ -43,10 +43,52 @@ TO_REQUEUE = 20
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a bad one exits with 2 and one line."""
+    parser = job_parser("submitit_launch.py")
+    parser.add_argument(
+        "program",
+        type=ChoiceOf(PROGRAMS),
+        metavar="MAIN",
+        help=f"what to run: {', '.join(PROGRAMS)}",
+    )
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="…", help="its own command line"
+    )
+    return parser.parse_args(argv)
+
+
+def parse_args_with(program: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line in which flags of the job and of one main stand side by side.
+
+    So the original's submitit scripts take them. As there the run's output is in `--job_dir`, if
+    that is given and no `--output_dir`.
+
+    Args:
+        program: the main, one of `PROGRAMS`.
+        argv: the command line.
+    """
+    script = program.replace("main_", "submitit_")
+    parser = job_parser(script, epilog=f"All flags of {program} may follow, see its --help.")
+    parser.add_argument(
+        "--use_volta32", action="store_true", help="nodes of SLURM's feature volta32gb alone"
+    )
+    args, rest = parser.parse_known_args(argv)
+    args.program, args.arguments = program, rest
+    if args.job_dir != parser.get_default("job_dir") and not any(
+        text.partition("=")[0] == "--output_dir" for text in rest
+    ):
+        args.arguments += ["--output_dir", str(args.job_dir)]
+    if args.use_volta32:
+        args.sbatch = [*(args.sbatch or []), ("constraint", "volta32gb")]
+    return args
+
+
+def job_parser(script: str, epilog: str | None = None) -> Parser:
+    """A parser of the flags that describe a job."""
     parser = Parser(
-        prog="python submitit_launch.py",
+        prog=f"python {script}",
         description="Submit a main to SLURM. Before its time limit the run saves its state; the "
         "job is queued again and goes on from there.",
+        epilog=epilog,
     )
     add = parser.add_argument
     add("--nodes", type=positive_int, default=1, metavar="N", help="nodes of the job")
@@ -85,7 +127,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--job_dir",
-        type=Path,
+        action=PathOrDefault,
         default=Path("output/jobs"),
         metavar="DIR",
         help="folder of the logs, on a file system that all nodes see",
@@ -96,14 +138,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="slurm",
         help="local: processes of this machine, to try a job out; it is begun 6 times at most",
     )
-    add(
-        "program",
-        type=ChoiceOf(PROGRAMS),
-        metavar="MAIN",
-        help=f"what to run: {', '.join(PROGRAMS)}",
-    )
-    add("arguments", nargs=argparse.REMAINDER, metavar="…", help="its own command line")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _option(text: str) -> tuple[str, str | bool]:

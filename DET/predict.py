@@ -15,7 +15,7 @@ from util.data.folders import list_images
 from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes
-from util.run.parser import Parser, share
+from util.run.parser import Parser, device_name, share
 from util.run.program import run_main
 
 
@@ -37,7 +37,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SCORE",
         help="lowest score of what is drawn",
     )
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to run")
+    where = "where to run: auto, cuda, cuda:N for one GPU of several, mps or cpu"
+    add("--device", type=device_name, default="auto", help=where)
     return parser.parse_intermixed_args(argv)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from engine_evaluate import Evaluation, mean_over_views
-from engine_finetune import evaluate_checkpoint, find_start, finetune
+from engine_finetune import check_mixing, evaluate_checkpoint, find_start, finetune
 from util.data.loader import Loader
 from util.errors import UsageError
 from util.run import args as arguments
@@ -142,6 +142,8 @@ def build_data(args: argparse.Namespace) -> tuple[Loader, Loader]:
         auto_augment=None if args.aa == "none" else args.aa,
         color_jitter=args.color_jitter,
         reprob=args.reprob,
+        remode=args.remode,
+        recount=args.recount,
     )
     classes = train.classes
     dataset = LabeledClips(train, classes, transform, repeats=args.repeats, **_sampling(args))
@@ -162,6 +164,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     """Build everything, then run the epochs."""
     content, weights = find_start(args, PROGRAM)
     complete_run(args, device)
+    check_mixing(args)
     check_channels(args)
     finetune(
         args, device, content, weights, *build_data(args),
@@ -170,4 +173,4 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

@@ -106,4 +106,4 @@ def write_movie(run: Run, samples: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

@@ -53,6 +53,8 @@ def finetune_transform(
     auto_augment: str | None = "rand-m7-n4-mstd0.5-inc1",
     color_jitter: float = 0.0,
     reprob: float = 0.25,
+    remode: str = "pixel",
+    recount: int = 1,
 ) -> Transform:
     """The augmentation of fine-tuning: random resized crop, flip, RandAugment, erasing.
 
@@ -63,7 +65,9 @@ def finetune_transform(
         scale: share of the frame's area that the crop takes.
         auto_augment: timm's name of a RandAugment policy, or None.
         color_jitter: strength of the colour jitter that takes the policy's place if there is none.
-        reprob: share of the clips in which a rectangle is erased, the same in all frames.
+        reprob: share of the clips in which rectangles are erased, the same in all frames.
+        remode: timm's name of their fill: pixel (noise), rand (a random colour), const (the mean).
+        recount: the most rectangles of a clip.
 
     Returns:
         Frames `[T, H, W, C]`, uint8, to a clip `[C, T, *size]`, float32.
@@ -76,7 +80,7 @@ def finetune_transform(
     augment = v2.ColorJitter(*[color_jitter] * 3)
     if auto_augment:
         augment = partial(alike, augment=rand_augment(auto_augment, size, in_chans))
-    erase = RandomErasing(reprob, mode="pixel", device="cpu")
+    erase = RandomErasing(reprob, mode=remode, max_count=recount, device="cpu")
 
     def transform(frames: np.ndarray) -> Tensor:
         frames = crop(to_tensor(frames))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ("main_", "submitit_launch", "hubconf", "tools")
+PROGRAMS = ("main_", "submitit_", "hubconf", "tools")
 DOWNSTREAM = ("DET", "SEG", "VideoConvMAE")
 
 

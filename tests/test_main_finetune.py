@@ -565,6 +565,13 @@ BAD_USE = {
     "no data": ({"data_path": "nowhere"}, ["nowhere has no train/"]),
     "no data path": ({"data_path": None}, ["--data_path is missing"]),
     "odd batch with mixup": ({"batch_size": 3}, ["--batch_size 3 must be even", "--mixup 0"]),
+    "odd batch with cutmix by its sides": (
+        {"batch_size": 3, "mixup": 0, "cutmix": 0, "cutmix_minmax": (0.2, 0.8)},
+        ["--batch_size 3 must be even"],
+    ),
+    "no choice of sides": ({"cutmix_minmax": (0.5, 0.51)}, ["--cutmix_minmax 0.5 0.51", "32x32"]),
+    "other number of classes": ({"nb_classes": 1000}, ["--nb_classes 1000", "has 3 classes"]),
+    "end above the peak": ({"lr": None, "min_lr": 0.1}, ["--min_lr 0.1", "--blr 0.0005"]),
     "unknown policy": ({"aa": "rnd-m9"}, ["--aa rnd-m9 is no policy", "rand-m9"]),
     "too much drop path": ({"drop_path": 2}, ["--drop_path", "between 0 and 1"]),
     "an unknown flag": ({"nb_class": 3}, ["unknown argument --nb_class"]),
@@ -591,6 +598,22 @@ def test_eval_without_a_checkpoint_is_refused(values, launcher, data, tmp_path):
     command = evaluation(data, None, output_dir=tmp_path / "empty", **values)
     result = launcher.run(*command, program=FINETUNE)
     assert_one_line(result, 2, "--resume FILE" if values["resume"] is None else "nowhere.pth")
+
+
+@MAINS
+@pytest.mark.parametrize(("classes", "code"), [(3, 0), (4, 2)])
+def test_eval_checks_the_number_of_classes(program, classes, code, finished, launcher, data):
+    command = evaluation(data, finished(program) / "checkpoint.pth", nb_classes=classes)
+    result = launcher.run(*command, program=program)
+    assert result.code == code
+    assert ("--nb_classes 4: " in result.err) == (code == 2)
+
+
+def test_timms_settings_of_mixing_and_erasing_train(flags, launcher, tmp_path):
+    settings = {"mixup_mode": "elem", "cutmix_minmax": (0.2, 0.8), "remode": "const", "recount": 3}
+    result = launcher.run(*flags(tmp_path, epochs=1, warmup_epochs=0, **settings), program=FINETUNE)
+    assert_ok(result)
+    assert load(tmp_path / "checkpoint.pth")["args"]["cutmix_minmax"] == [0.2, 0.8]
 
 
 def test_eval_with_finetune_is_refused(pretrained, launcher, data):

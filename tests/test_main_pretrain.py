@@ -1009,6 +1009,7 @@ def test_visualize_refuses_a_bad_checkpoint_in_one_line(whole, images, launcher,
 def test_an_output_folder_within_the_images_is_refused(images, launcher):
     result = launcher.run(*flags(images, images / "a" / "out"))
     assert_one_line(result, 2, "lies within the data", "would be taken for images")
+    assert not (images / "a" / "out").exists()
 
 
 @pytest.mark.parametrize("program", ["VideoConvMAE.main_pretrain", "SEG.train"])

@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from util.errors import UsageError
 from util.run import args as arguments
 from util.run.args import check_writable, derive_args
 from util.run.parser import ChoiceOf, Parser
 from util.run.same_run import MAY_CHANGE, check_same_run, plain
+from util.run.setup import complete_run
 
 
 def parser():
@@ -68,7 +70,7 @@ def error_of(arguments_given, capsys):
         ("--blr nan", "--blr: nan must be a finite number, not negative"),
         ("--lr ten", "--lr: 'ten' is not a number"),
         ("--max_bad_images 2", "--max_bad_images: 2 must lie between 0 and 1"),
-        ("--device tpu", "--device: invalid choice: 'tpu'"),
+        ("--device tpu", "--device: 'tpu' is no device: auto, cuda, cuda:N"),
         ("--in_chans 2", "--in_chans: invalid choice: 2"),
         ("--epochs", "--epochs: expected one argument"),
     ],
@@ -206,7 +208,7 @@ def test_another_effective_batch_is_another_run():
 
 
 def test_only_existing_flags_may_change():
-    assert MAY_CHANGE - {"demo"} <= vars(parse()).keys()
+    assert MAY_CHANGE - {"demo", "nb_classes"} <= vars(parse()).keys()
 
 
 # ---- The output folder ---------------------------------------------------------------------------
@@ -223,3 +225,95 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"--output_dir {folder} cannot be written"):
             check_writable(folder, "--output_dir")
+
+
+# ---- Flags of the original's command lines -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--world_size 8", "--dist_url env://", "--dist_backend nccl", "--dist_on_itp",
+        "--start_epoch 3", "--local_rank 1", "--local-rank=1",
+    ],
+)  # fmt: skip
+def test_flags_of_the_launcher_change_no_argument(line):
+    assert vars(parse(line)) == vars(parse())
+
+
+def test_flags_without_effect_are_named_in_a_line_for_each_reason(capsys):
+    parse("--world_size 8 --dist_url env:// --dist_on_itp --start_epoch 0 --local-rank 0")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("note: --world_size, --dist_url, --dist_on_itp: of no effect")
+    assert second.startswith("note: --start_epoch: of no effect")
+
+
+def test_a_line_that_is_said_is_said_by_the_first_process(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    parse("--world_size 8")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("output_dir", "its default, output"), ("resume", "its default, auto"),
+        ("log_dir", "not given"), ("data_path", "not given"), ("predictions", "not given"),
+    ],
+)  # fmt: skip
+def test_an_empty_path_is_the_default_and_that_is_said(flag, meant, capsys):
+    args = parser().parse_args([f"--{flag}", ""])
+    assert vars(args) == vars(parse())
+    assert capsys.readouterr().out == f"note: --{flag}: empty, taken as {meant}\n"
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "mps", "cuda", "cuda:0", "cuda:11"])
+def test_devices_go_by_torchs_names(name):
+    assert parse(f"--device {name}").device == name
+
+
+@pytest.mark.parametrize("name", ["cuda:", "cuda:x", "gpu", "cuda:-1", "cpu:0", "cuda:0:0"])
+def test_other_devices_are_refused(name, capsys):
+    assert f"--device: {name!r} is no device" in error_of(["--device", name], capsys)
+
+
+def test_a_last_learning_rate_above_the_peak_is_refused_with_where_the_peak_comes_from():
+    with pytest.raises(UsageError, match=r"--min_lr 0.001 .* 3.75e-05 = --blr 0.00015 x .* 64"):
+        completed("--min_lr 1e-3")
+
+
+# ---- Output and data -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "output", "refused"),
+    [
+        (["a"], "out", True),
+        (["a"], "a/out", True),
+        (["train/a"], "train/out", True),
+        (["train/a", "val/a"], "val/a/out", True),
+        (["train/a"], "out", False),
+        (["a"], "../out", False),
+    ],
+)
+def test_an_output_folder_within_what_is_read_is_refused_before_it_is_made(
+    data, output, refused, tmp_path
+):
+    root = tmp_path / "data"
+    for name in data:
+        (root / name).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    line = f"--data_path {root} --output_dir {root / output} --num_workers 0"
+    if refused:
+        with pytest.raises(UsageError, match="lies within the data"):
+            complete_run(parse(line), torch.device("cpu"))
+        assert sorted(tmp_path.rglob("*")) == before
+    else:
+        complete_run(parse(line), torch.device("cpu"))
+        assert (root / output).is_dir()
+
+
+def test_an_output_folder_beside_shards_is_allowed(tmp_path):
+    (tmp_path / "index.npz").touch()
+    line = f"--data_path {tmp_path} --output_dir {tmp_path / 'out'} --num_workers 0"
+    complete_run(parse(line), torch.device("cpu"))

@@ -195,6 +195,25 @@ def test_more_processes_than_gpus_are_refused_with_the_numbers(machine, joined):
     assert joined == []
 
 
+def test_one_gpu_of_several_is_chosen_by_its_number(machine):
+    machine(gpus=2)
+    assert init_processes("cuda:1") == torch.device("cuda", 1)
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_how_many_are(machine):
+    machine(gpus=2)
+    with pytest.raises(UsageError, match="--device cuda:2: there is no such GPU, 2 visible"):
+        init_processes("cuda:2")
+
+
+def test_several_processes_do_not_share_the_gpu_that_is_named(machine, joined):
+    machine(gpus=2)
+    os.environ |= TORCHRUN
+    with pytest.raises(UsageError, match=r"--device cuda:0 is one GPU .* give --device cuda"):
+        init_processes("cuda:0")
+    assert joined == []
+
+
 # ---- One process ---------------------------------------------------------------------------------
 
 

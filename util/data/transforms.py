@@ -102,6 +102,8 @@ def finetune_transform(
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
     color_jitter: float = 0.0,
     reprob: float = 0.25,
+    remode: str = "pixel",
+    recount: int = 1,
     max_pixels: int = MAX_PIXELS,
 ) -> Callable[[BinaryIO], Tensor]:
     """The augmentation of fine-tuning, timm's: random resized crop, flip, RandAugment, erasing.
@@ -113,7 +115,9 @@ def finetune_transform(
         scale: share of the image's area that a crop takes.
         auto_augment: timm's name of a policy, or None.
         color_jitter: strength of the colour jitter that takes the policy's place if there is none.
-        reprob: share of the images in which a rectangle is erased with noise.
+        reprob: share of the images in which rectangles are erased.
+        remode: timm's name of their fill: pixel (noise), rand (a random colour), const (the mean).
+        recount: the most rectangles of an image.
         max_pixels: a larger image is not decoded.
 
     Returns:
@@ -128,7 +132,8 @@ def finetune_transform(
         auto_augment=auto_augment,
         interpolation="bicubic",
         re_prob=reprob,
-        re_mode="pixel",
+        re_mode=remode,
+        re_count=recount,
         mean=mean,
         std=std,
     )

@@ -10,8 +10,11 @@ from util.layers.architecture import Architecture
 from util.run.distributed import cores_per_process
 from util.run.parser import (
     ChoiceOf,
+    Ignored,
     Parser,
+    PathOrDefault,
     add_switch,
+    device_name,
     mask_ratio,
     non_negative_float,
     non_negative_int,
@@ -35,7 +38,7 @@ def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False)
         follow_checkpoint: size and channels are by default those of the checkpoint to start from.
     """
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", type=Path, help=data)
+    group.add_argument("--data_path", action=PathOrDefault, help=data)
     default = " (default: the checkpoint's, else {})" if follow_checkpoint else ""
     group.add_argument(
         "--input_size",
@@ -117,12 +120,40 @@ def add_recipe_args(
 
     anything = non_negative_float
     add("color_jitter", 0.0, "colour jitter, used without --aa", anything)
-    add("reprob", 0.25, "share of images in which a rectangle is erased")
+    add("reprob", 0.25, "share of images in which rectangles are erased")
+    group.add_argument(
+        "--remode",
+        choices=("pixel", "rand", "const"),
+        default="pixel",
+        help="fill of an erased rectangle: noise, one random colour, or the mean colour",
+    )
+    group.add_argument(
+        "--recount",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="rectangles of an image that is erased in: 1 … N",
+    )
+    unused = "of no effect, in the original neither: there are no augmentation splits"
+    group.add_argument("--resplit", action=Ignored, nargs=0, note=unused)
     add("smoothing", 0.1, "label smoothing")
     add("mixup", 0.8, "mixup's alpha; 0 for none", anything)
     add("cutmix", 1.0, "cutmix's alpha; 0 for none", anything)
+    group.add_argument(
+        "--cutmix_minmax",
+        type=share,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="sides of cutmix's rectangle, as shares of the image's, in the place of --cutmix",
+    )
     add("mixup_prob", 1.0, "share of batches that are mixed")
     add("mixup_switch_prob", 0.5, "share of cutmix where both are on")
+    group.add_argument(
+        "--mixup_mode",
+        choices=("batch", "pair", "elem"),
+        default="batch",
+        help="one mix for the batch, one for each pair of images, or one for each image",
+    )
     return group
 
 
@@ -174,7 +205,7 @@ def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._Argu
     group = parser.add_argument_group("model")
     group.add_argument(
         "--finetune",
-        type=Path,
+        action=PathOrDefault,
         metavar="FILE",
         help="checkpoint to start from; size and geometry of the model are read off it",
     )
@@ -198,6 +229,12 @@ def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._Argu
         help="classify the first token, as the original does without --global_pool",
         **pooling,
     )
+    group.add_argument(
+        "--nb_classes",
+        type=positive_int,
+        metavar="N",
+        help="refuse data of another number of classes (default: as many as there are)",
+    )
     return group
 
 
@@ -220,13 +257,13 @@ def add_eval_args(
     )
     group.add_argument(
         "--val_path",
-        type=Path,
+        action=PathOrDefault,
         metavar="PATH",
         help=f"{val} (default: val of --data_path)",
     )
     group.add_argument(
         "--predictions",
-        type=Path,
+        action=PathOrDefault,
         metavar="CSV",
         help="write path, label, prediction and probability of each image of the last evaluation",
     )
@@ -339,11 +376,17 @@ def add_run_args(parser: Parser) -> None:
     """Output, resuming, device and precision."""
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--output_dir", type=Path, default=Path("output"), help="checkpoints, log.txt, pictures"
+        "--output_dir",
+        action=PathOrDefault,
+        default=Path("output"),
+        help="checkpoints, log.txt, pictures",
     )
-    group.add_argument("--log_dir", type=Path, help="TensorBoard events (default: --output_dir)")
+    group.add_argument(
+        "--log_dir", action=PathOrDefault, help="TensorBoard events (default: --output_dir)"
+    )
     group.add_argument(
         "--resume",
+        action=PathOrDefault,
         default="auto",
         metavar="FILE",
         help="checkpoint to go on from; auto: the last in --output_dir, if any; none: begin anew",
@@ -377,7 +420,10 @@ def add_run_args(parser: Parser) -> None:
         help="of weights, masks, order and augmentation",
     )
     group.add_argument(
-        "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="where to run"
+        "--device",
+        type=device_name,
+        default="auto",
+        help="where to run: auto, cuda, cuda:N for one GPU of several, mps or cpu",
     )
     group.add_argument(
         "--amp",
@@ -392,6 +438,22 @@ def add_run_args(parser: Parser) -> None:
         "torch.compile the model (default on CUDA)",
         "run without torch.compile",
     )
+    _add_original_args(group)
+
+
+def _add_original_args(group: argparse._ArgumentGroup) -> None:
+    """Flags of the original's command lines whose part the launcher or the checkpoint has."""
+    launcher = (
+        "of no effect, the processes are those of torchrun's, torch.distributed.launch's or "
+        "SLURM's environment"
+    )
+    for name in ("--world_size", "--dist_url", "--dist_backend"):
+        group.add_argument(name, action=Ignored, note=launcher)
+    group.add_argument("--dist_on_itp", action=Ignored, nargs=0, note=launcher)
+    # torch.distributed.launch gives it to every process, beside the environment.
+    group.add_argument("--local_rank", "--local-rank", action=Ignored)
+    position = "of no effect, a run goes on where its checkpoint says"
+    group.add_argument("--start_epoch", action=Ignored, note=position)
 
 
 def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> None:
@@ -414,6 +476,11 @@ def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> N
     args.effective_batch_size = args.batch_size * args.accum_iter * processes
     if args.lr is None:
         args.lr = args.blr * args.effective_batch_size / 256
+        if args.min_lr > args.lr and not getattr(args, "eval", False):
+            raise UsageError(
+                f"--min_lr {args.min_lr:g} must not be above the peak learning rate, {args.lr:g} "
+                f"= --blr {args.blr:g} x effective batch {args.effective_batch_size} / 256"
+            )
     if args.num_workers is None:
         args.num_workers = min(10, max(1, cores_per_process()))
     for switch in ("compile", "pin_mem"):

@@ -1,9 +1,11 @@
 """Processes and devices of a run: torchrun's or SLURM's environment, NCCL or gloo, signals."""
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from types import FrameType
 
 import torch
@@ -72,13 +74,19 @@ def init_processes(device: str = "auto") -> torch.device:
     """Choose this process's device and join the process group, if a launcher started several.
 
     Args:
-        device: auto (CUDA where there is one, then MPS, then CPU), cuda, mps or cpu.
+        device: auto (CUDA where there is one, then MPS, then CPU), cuda, cuda:N, mps or cpu.
 
     Raises:
         UsageError: the device does not exist here, or there are more processes than GPUs.
     """
     env = _environment()
     local_rank = int(env.get("LOCAL_RANK", 0))
+    asked, (device, _, gpu) = device, device.partition(":")
+    if gpu and int(env.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(
+            f"--device {asked} is one GPU and there are {env['WORLD_SIZE']} processes: give "
+            f"--device cuda, and each process takes its own"
+        )
     if device == "auto":
         device = (
             "cuda"
@@ -89,8 +97,15 @@ def init_processes(device: str = "auto") -> torch.device:
         )
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError("--device cuda: no CUDA GPU is visible; use --device cpu or auto")
-        if torch.cuda.device_count() == 1 and "SLURM_PROCID" in os.environ:
+            raise UsageError(f"--device {asked}: no CUDA GPU is visible; use --device cpu or auto")
+        if gpu and int(gpu) >= torch.cuda.device_count():
+            raise UsageError(
+                f"--device {asked}: there is no such GPU, {torch.cuda.device_count()} visible, "
+                f"counted from 0"
+            )
+        if gpu:
+            local_rank = int(gpu)
+        elif torch.cuda.device_count() == 1 and "SLURM_PROCID" in os.environ:
             local_rank = 0  # srun --gpus-per-task=1 shows each process its own GPU alone
         if local_rank >= torch.cuda.device_count():
             raise UsageError(
@@ -177,9 +192,43 @@ def wait_for_all() -> None:
 
 
 def print_once(*values: object, error: bool = False) -> None:
-    """Print in the main process alone."""
-    if is_main_process():
+    """Print in the main process alone, before the processes have joined too."""
+    if (rank() if dist.is_initialized() else _launched_rank()) == 0:
         print(*values, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def _launched_rank() -> int:
+    """This process's number as its launcher says, whether or not it has joined the others."""
+    number = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return int(number) if number.isdecimal() else 0
+
+
+def complain(line: str) -> None:
+    """Print an error to stderr, once for all of torchrun's processes that fail alike."""
+    if _is_first_to_say(line):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _is_first_to_say(line: str) -> bool:
+    """Whether no other process of this start has asked for the line; torchrun's agent knows.
+
+    It is asked directly, as most errors come before the processes have joined, or from one alone.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    digest = hashlib.sha256(line.encode(errors="surrogateescape")).hexdigest()
+    try:
+        store = dist.TCPStore(
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=5),
+        )
+        return store.add(f"said/{env.get('TORCHELASTIC_RESTART_COUNT')}/{digest}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # no agent to ask any more
+        return True
 
 
 class StopSignal:

@@ -2,8 +2,12 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
+
+from util.run.distributed import complain, print_once
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -19,6 +23,23 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+        self.notes: dict[str, list[str]] = {}
+
+    def note(self, flag: str, what: str) -> None:
+        """Have a line printed after parsing; flags of which the same is to say share it."""
+        flags = self.notes.setdefault(what, [])
+        if flag not in flags:
+            flags.append(flag)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's; then the notes are printed."""
+        self.notes.clear()
+        parsed = super().parse_known_args(args, namespace)
+        for what, flags in self.notes.items():
+            print_once(f"note: {', '.join(flags)}: {what}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2; an unknown flag gets the nearest known one."""
@@ -27,7 +48,64 @@ class Parser(argparse.ArgumentParser):
             flag = unknown.partition(" ")[0].partition("=")[0]
             near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
             message = f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else "")
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all)\n")
+        complain(f"{self.prog}: error: {message} (--help lists all)")
+        self.exit(2)
+
+
+class Ignored(argparse.Action):
+    """A flag that is accepted and changes nothing: no attribute of the arguments.
+
+    Args:
+        option_strings: see argparse.
+        dest: not used.
+        nargs: see argparse.
+        note: the reason, printed when the flag is given; nothing is printed without one.
+    """
+
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        nargs: int | str | None = None,
+        note: str | None = None,
+    ) -> None:
+        nothing = argparse.SUPPRESS
+        super().__init__(option_strings, nothing, nargs=nargs, default=nothing, help=nothing)
+        self.reason = note
+
+    def __call__(
+        self, parser: Parser, namespace: argparse.Namespace, values: object, option_string: str
+    ) -> None:
+        """Note the reason."""
+        if self.reason:
+            parser.note(option_string, self.reason)
+
+
+class PathOrDefault(argparse.Action):
+    """Stores a path; an empty one, as scripts for MAE give, is the default, which a line says.
+
+    With a text as default the value stays a text.
+    """
+
+    def __call__(
+        self, parser: Parser, namespace: argparse.Namespace, values: str, option_string: str
+    ) -> None:
+        """Store the value."""
+        value = values if isinstance(self.default, str) else Path(values)
+        if not values:
+            value = self.default
+            meant = "not given" if value is None else f"its default, {value}"
+            parser.note(option_string, f"empty, taken as {meant}")
+        setattr(namespace, self.dest, value)
+
+
+def device_name(text: str) -> str:
+    """auto, cuda, cuda:N, mps or cpu."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no device: auto, cuda, cuda:N for one GPU, mps or cpu"
+        )
+    return text
 
 
 def positive_int(text: str) -> int:

@@ -3,13 +3,15 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 import torch.distributed as dist
 
 from util.errors import TrainingError, UsageError
-from util.run.distributed import print_once
+from util.run.distributed import complain, print_once
 
 # Environment variable by which a launcher can tell a run that stopped from one that is done.
 STOPPED_EXIT_CODE = "STOPPED_EXIT_CODE"
@@ -19,34 +21,65 @@ class Stopped(Exception):
     """The run was asked to stop and has saved its state: exit 0."""
 
 
-def run_main(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> int:
-    """Run a main to its exit code: 0 done or saved on a signal, 2 bad use, 1 failed.
+class StoppedEarly(Stopped):
+    """This process was asked to stop before there was anything to save: exit 0 as well."""
+
+
+def run_main(
+    main: Callable[[argparse.Namespace], object],
+    args: argparse.Namespace,
+    *,
+    is_run: bool = False,
+) -> int:
+    """Run a main to its exit code: 0 done or saved on a signal, 2 bad use, 1 failed, 130 Ctrl-C.
 
     The environment variable `STOPPED_EXIT_CODE` is that of a run saved on a signal.
+
+    Args:
+        main: the program.
+        args: of its command line.
+        is_run: SIGTERM and SIGUSR1 end it as they end a run in training, from the start on.
     """
     for stream in (sys.stdout, sys.stderr):  # names of files may be any bytes
         stream.reconfigure(errors="surrogateescape")
-    code = together = 0
+    code, together = 0, 0
     try:
+        if is_run:
+            stop_early_on_signals()
         main(args)
+    except StoppedEarly as stop:
+        print_once(stop)
+        code, together = int(os.environ.get(STOPPED_EXIT_CODE, 0)), None
     except Stopped as stop:
         print_once(stop)
         code = together = int(os.environ.get(STOPPED_EXIT_CODE, 0))
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        complain(f"error: {error}")
         code = 2
     except TrainingError as error:
-        print(f"failed: {error}", file=sys.stderr, flush=True)
+        complain(f"failed: {error}")
         code = 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"failed: the disk or the quota is full: {error}", file=sys.stderr, flush=True)
+        complain(f"failed: the disk or the quota is full: {error}")
         code = 1
     except KeyboardInterrupt:
-        print("interrupted: the last checkpoint counts", file=sys.stderr, flush=True)
+        complain("interrupted: the last checkpoint counts")
         code = 130
     # Only where all processes get here: after a failure the others may wait in a collective.
     if dist.is_initialized() and code == together:
         dist.destroy_process_group()
     return code
+
+
+def stop_early_on_signals() -> None:
+    """End this process with `StoppedEarly` on SIGTERM and SIGUSR1, until training handles them."""
+    process = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:  # data workers inherit this; their run ends them
+            raise StoppedEarly("stopped by a signal: there was nothing to save yet")
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)

@@ -12,8 +12,9 @@ from util.run.parser import show_value
 # as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
 MAY_CHANGE = frozenset(
     {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
-    | {"dist_eval", "log_dir", "max_bad_images", "num_workers", "output_dir", "pin_mem"}
-    | {"max_pixels", "predictions", "print_freq", "resume", "save_freq", "save_steps", "val_path"}
+    | {"dist_eval", "log_dir", "max_bad_images", "max_pixels", "nb_classes", "num_workers"}
+    | {"output_dir", "pin_mem", "predictions", "print_freq", "resume", "save_freq", "save_steps"}
+    | {"val_path"}
 )
 # What `derive_args` takes from other flags.
 _DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}

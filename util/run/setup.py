@@ -38,6 +38,7 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     """
     derive_args(args, device.type, world_size())
     amp_dtype(args.amp, device)
+    check_outside_data(args)
     hold_output(args.output_dir)
     check_writable(args.log_dir, "--log_dir")
 
@@ -54,18 +55,36 @@ def hold_output(folder: Path) -> None:
         _held.add(folder)
 
 
-def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
-    """A data set in the order in which steps take it.
+def check_outside_data(args: argparse.Namespace) -> None:
+    """Refuse to write a run's pictures among the data, before any folder is made.
 
     Raises:
-        UsageError: the run would write its pictures among the images.
+        UsageError: `--output_dir` lies in a folder that is read as a whole.
     """
-    root = Path(dataset.root).resolve()
-    if root.is_dir() and not is_shards(root) and args.output_dir.resolve().is_relative_to(root):
-        raise UsageError(
-            f"--output_dir {args.output_dir} lies within the data, {dataset.root}: its pictures "
-            f"would be taken for {dataset.what}; choose a folder outside"
-        )
+    what = "videos" if "num_frames" in args else "images"
+    output = args.output_dir.resolve()
+    for root in (args.data_path, getattr(args, "val_path", None)):
+        for folder in _folders_read(root, what) if root else ():
+            if output.is_relative_to(folder.resolve()):
+                raise UsageError(
+                    f"--output_dir {args.output_dir} lies within the data, {folder}: its pictures "
+                    f"would be taken for {what}; choose a folder outside"
+                )
+
+
+def _folders_read(root: Path, what: str) -> list[Path]:
+    """The folders below a data path in which every file is looked at: none of shards or lists."""
+    if not root.is_dir():
+        return []
+    splits = [root / name for name in ("train", "val", "validation", "test")]
+    if not (root / "train").is_dir():
+        has_list = what == "videos" and any(root.glob("train.*"))
+        splits = [*splits[1:]] if has_list else [root]
+    return [folder for folder in splits if folder.is_dir() and not is_shards(folder)]
+
+
+def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
+    """A data set in the order in which steps take it."""
     sampler = StepSampler(
         len(dataset),
         args.batch_size,

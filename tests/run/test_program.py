@@ -1,0 +1,69 @@
+"""How a program ends: exit codes, one line, signals before training."""
+
+import signal
+
+import pytest
+
+from tests.checks import assert_one_line, command_line
+from tests.runs import MAIN, code_of, write_images
+from util.run.program import STOPPED_EXIT_CODE
+
+RUN = {
+    "model": "convmae_convvit_tiny_patch16", "input_size": 32, "patch_size": (2, 2, 1),
+    "device": "cpu", "num_workers": 0, "batch_size": 2, "epochs": 2, "warmup_epochs": 1,
+}  # fmt: skip
+
+
+def wait_as_the_data_are_listed(number):
+    """The process signals itself where a run reads its data, before any step."""
+    import os
+
+    import util.data.datasets as datasets
+
+    datasets.ImageFiles.__init__ = lambda *_: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), 4)
+
+
+def start_up(launcher, images, folder, number, **env):
+    before = code_of(wait_as_the_data_are_listed, number=int(number))
+    line = command_line(RUN | {"data_path": images, "output_dir": folder})
+    return launcher.run(*line, program=MAIN, before=before, env=env)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_start_up_ends_a_run_as_a_stopped_one(number, launcher, images, tmp_path):
+    result = start_up(launcher, images, tmp_path, number)
+    assert (result.code, result.err) == (0, "")
+    assert result.out == "stopped by a signal: there was nothing to save yet\n"
+
+
+def test_a_launcher_hears_of_a_run_stopped_during_start_up(launcher, images, tmp_path):
+    env = {STOPPED_EXIT_CODE: 85}
+    assert start_up(launcher, images, tmp_path, signal.SIGTERM, **env).code == 85
+
+
+def test_an_interrupt_during_start_up_is_one_line(launcher, images, tmp_path):
+    result = start_up(launcher, images, tmp_path, signal.SIGINT)
+    assert_one_line(result, 130, "interrupted")
+
+
+def test_processes_of_torchrun_that_fail_alike_say_it_once(launcher, tmp_path):
+    line = command_line(RUN | {"data_path": tmp_path / "no", "output_dir": tmp_path / "out"})
+    result = launcher.torchrun(*line).wait()
+    assert result.code == 1
+    assert result.err.count("error: the data path") == 1
+
+
+def test_a_bad_flag_under_torchrun_is_said_once(launcher, tmp_path):
+    result = launcher.torchrun("--data_path", tmp_path, "--batchsize", 3).wait()
+    assert result.err.count("did you mean --batch_size?") == 1
+
+
+def test_processes_without_an_agent_each_say_what_is_wrong(launcher, tmp_path):
+    line = command_line(RUN | {"data_path": tmp_path / "no", "output_dir": tmp_path / "out"})
+    for result in launcher.run_ranks(*line):
+        assert result.code == 2 and "error: the data path" in result.err
