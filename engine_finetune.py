@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models_convvit import MODELS, NEW_IN_CLASSIFIER, ConvViT, convvit_from_weights
-from util.data.classes import check_classes
+from util.data.classes import NO_LABEL, check_classes
 from util.data.datasets import LabeledImages
 from util.data.loader import BadImages, Loader
 from util.data.shards import is_shards
@@ -249,6 +249,7 @@ class Evaluation:
         predictions: `[n]`, the best class.
         probabilities: `[n]`, the model's for it.
         what: what the data set is of.
+        labeled: whether the labels are known; without, accuracy and loss mean nothing.
     """
 
     indices: Tensor
@@ -258,6 +259,7 @@ class Evaluation:
     predictions: Tensor
     probabilities: Tensor
     what: str = "images"
+    labeled: bool = True
 
     @property
     def acc1(self) -> float:
@@ -280,6 +282,9 @@ class Evaluation:
 
     def report(self) -> None:
         """Print the original's lines."""
+        if not self.labeled:
+            print_once(f"no labels, so no accuracy on the {len(self.indices)} {self.what}")
+            return
         print_once(f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}")
         print_once(
             f"Accuracy of the network on the {len(self.indices)} test {self.what}: {self.acc1:.1f}%"
@@ -294,7 +299,7 @@ class Evaluation:
             table = csv.writer(file)
             table.writerow(["path", "label", "prediction", "probability"])
             for index, prediction, probability in zip(*(c.tolist() for c in columns), strict=True):
-                label = dataset.classes[dataset.labels[index]]
+                label = dataset.classes[dataset.labels[index]] if self.labeled else ""
                 row = [dataset.path(index), label, dataset.classes[prediction]]
                 table.writerow([*row, f"{probability:.6f}"])
         print(f"predictions of {len(self.indices)} {self.what} in {path}")
@@ -376,7 +381,8 @@ def _merge(
     if not len(columns[0]):
         raise UsageError(f"none of the {dataset.what} of {dataset.root} can be decoded")
     order = columns[0].argsort()
-    return Evaluation(*(column[order] for column in columns), dataset.what)
+    labeled = bool((dataset.labels != NO_LABEL).all())
+    return Evaluation(*(column[order] for column in columns), dataset.what, labeled)
 
 
 # --- building ------------------------------------------------------------------------------------
@@ -462,7 +468,7 @@ def build_classifier(
         raise UsageError(f"--input_size, --patch_size: {error}") from error
 
 
-def val_images(args: argparse.Namespace, classes: Sequence[str] | None = None) -> Loader:
+def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Loader:
     """The images to evaluate on; their classes are what is there, whatever they should be.
 
     Raises:
@@ -504,7 +510,7 @@ def build_data(
 def evaluate_checkpoint(
     args: argparse.Namespace,
     device: torch.device,
-    load: Callable[[argparse.Namespace, Sequence[str] | None], Loader] = val_images,
+    load: Callable[[argparse.Namespace, Weights], Loader] = val_images,
     predict: Predict = nn.Module.__call__,
 ) -> Evaluation:
     """`--eval`: the accuracy of a trained classifier or probe, refused if it cannot be right.
@@ -512,7 +518,7 @@ def evaluate_checkpoint(
     Args:
         args: of the command line.
         device: where to run.
-        load: from completed arguments, and the classes if they are known, to the data.
+        load: from completed arguments and what the checkpoint holds to the data.
         predict: see `evaluate`.
 
     Raises:
@@ -530,7 +536,7 @@ def evaluate_checkpoint(
     size = constructor_args(vars(args))["img_size"]
     if len(size) != len(weights.architecture["img_size"]):
         raise UsageError(f"--eval: {weights.path} is an image model: fine-tune it on videos first")
-    loader = load(args, weights.classes)
+    loader = load(args, weights)
     check_outputs(weights, loader.dataset)
     model, report = convvit_from_weights(weights, img_size=size)
     print_once(report)

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import av
 import numpy as np
-
 from PIL import Image
 
 from util.data.images import IMAGE_EXTENSIONS, load_image
@@ -52,9 +51,7 @@ class Video(Protocol):
         """Close it."""
 
 
-def open_video(
-    path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None
-) -> Video:
+def open_video(path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None) -> Video:
     """Open a video file, or a folder of pictures.
 
     Args:

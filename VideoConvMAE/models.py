@@ -1,7 +1,7 @@
 """VideoConvMAE: the image classes with (T, H, W) (arXiv 2205.03892, section 3.3).
 
 Cubes of 2×4×4 pixels are embedded; stage 3 has a token for each 2×16×16 pixels. The decoder is
-VideoMAE's (arXiv 2203.12602): 384 wide, 4 blocks of 6 heads.
+VideoMAE's (arXiv 2203.12602): half as wide as the encoder, 4 blocks, 64 channels a head.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from util.layers.geometry import Geometry
 
 VIDEO = dict(img_size=(16, 224, 224), patch_size=((2, 4, 4), (1, 2, 2), (1, 2, 2)))
 DECODER = dict(decoder_embed_dim=384, decoder_depth=4, decoder_num_heads=6)
+SMALL_DECODER = dict(decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=3)
 TINY_DECODER = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
 MASKINGS = ("tube", "random")
 
@@ -52,7 +53,7 @@ def videoconvmae_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:
 
 def videoconvmae_small_patch16(**kwargs) -> MaskedAutoencoderConvViT:
     """VideoConvMAE-S; `kwargs` as the tiny model takes them."""
-    return _autoencoder(**{"multi_scale": False, **SIZES["small"], **DECODER, **kwargs})
+    return _autoencoder(**{"multi_scale": False, **SIZES["small"], **SMALL_DECODER, **kwargs})
 
 
 def videoconvmae_base_patch16(**kwargs) -> MaskedAutoencoderConvViT:
@@ -96,5 +97,16 @@ def videoconvmae_from_checkpoint(path: str | Path) -> MaskedAutoencoderConvViT:
 
 
 # Model name to factory, for command lines and checkpoints.
-MODELS = {n: f for n, f in vars().items() if n.startswith("videoconvmae_") and "_patch" in n}
-CLASSIFIERS = {n: f for n, f in vars().items() if n.startswith("videoconvvit_")}
+MODELS = {
+    "videoconvmae_tiny_patch16": videoconvmae_tiny_patch16,
+    "videoconvmae_small_patch16": videoconvmae_small_patch16,
+    "videoconvmae_base_patch16": videoconvmae_base_patch16,
+    "videoconvmae_tiny_patch16_msd": videoconvmae_tiny_patch16_msd,
+    "videoconvmae_small_patch16_msd": videoconvmae_small_patch16_msd,
+    "videoconvmae_base_patch16_msd": videoconvmae_base_patch16_msd,
+}
+CLASSIFIERS = {
+    "videoconvvit_tiny_patch16": videoconvvit_tiny_patch16,
+    "videoconvvit_small_patch16": videoconvvit_small_patch16,
+    "videoconvvit_base_patch16": videoconvvit_base_patch16,
+}
