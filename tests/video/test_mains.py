@@ -284,7 +284,9 @@ def test_videos_without_labels_are_predicted_but_not_judged(data, finetuned, lau
 @pytest.mark.parametrize(("program", "base"), [(PRETRAIN, 1e-5), (FINETUNE, 1e-6)])
 def test_the_last_learning_rate_is_scaled_with_the_batch(program, base):
     main = main_pretrain if program == PRETRAIN else main_finetune
-    args = main.parse_args(["--data_path", "x", "--batch_size", "64", "--accum_iter", "2"])
+    args = main.parse_args(
+        ["--batch_size", "64", "--accum_iter", "2", "--data_path", "x", "--input_size", "32"]
+    )
     complete(args, "cpu", 4)
     assert args.min_lr == pytest.approx(base * 512 / 256)
     assert args.lr == pytest.approx(args.blr * 2)
