@@ -73,14 +73,17 @@ LENGTHS = (1, 2, 3, 4, 5, 12, 13, 14, 22, 25, 26, 37, 38, 60)
 @pytest.mark.parametrize("b_frames", ["0", "2"])
 @pytest.mark.parametrize("group", ["4", "12", "1000"])
 def test_any_length_is_decoded_whatever_its_last_group(tmp_path, name, options, b_frames, group):
+    lengths = LENGTHS
     if options["codec"] == "libx265":
         hevc = f"log-level=none:pools=1:keyint={group}:bframes={b_frames}"
         options = options | {"x265-params": hevc}
+        # One or two frames get undefined times from this encoder, which cannot always be written.
+        lengths = LENGTHS[2:]
     elif options["codec"] == "libx264":
         options = options | {"g": group, "bf": b_frames}
     else:  # VP9 has hidden frames in the place of B-frames
         options = options | {"g": group, "lag-in-frames": "10" if b_frames != "0" else "0"}
-    for count in LENGTHS:
+    for count in lengths:
         path = write_movie(tmp_path / str(count) / name, count, **options)
         everything = decode_all(path)
         with open_video(path) as video:
