@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from util.data.classes import NO_LABEL
 from util.data.datasets import BadFile, LabeledImages
 from util.data.loader import BadImages, Loader
 from util.errors import UsageError
@@ -32,6 +33,7 @@ class Evaluation:
         predictions: `[n]`, the best class.
         probabilities: `[n]`, the model's for it.
         what: what the data set is of.
+        labeled: whether the labels are known; without, accuracy and loss mean nothing.
     """
 
     indices: Tensor
@@ -41,6 +43,7 @@ class Evaluation:
     predictions: Tensor
     probabilities: Tensor
     what: str = "images"
+    labeled: bool = True
 
     @property
     def acc1(self) -> float:
@@ -63,6 +66,9 @@ class Evaluation:
 
     def report(self) -> None:
         """Print the original's lines."""
+        if not self.labeled:
+            print_once(f"no labels, so no accuracy on the {len(self.indices)} {self.what}")
+            return
         print_once(f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}")
         print_once(
             f"Accuracy of the network on the {len(self.indices)} test {self.what}: {self.acc1:.1f}%"
@@ -77,7 +83,7 @@ class Evaluation:
             table = csv.writer(file)
             table.writerow(["path", "label", "prediction", "probability"])
             for index, prediction, probability in zip(*(c.tolist() for c in columns), strict=True):
-                label = dataset.classes[dataset.labels[index]]
+                label = dataset.classes[dataset.labels[index]] if self.labeled else ""
                 row = [dataset.path(index), label, dataset.classes[prediction]]
                 table.writerow([*row, f"{probability:.6f}"])
         print(f"predictions of {len(self.indices)} {self.what} in {path}")
@@ -169,4 +175,5 @@ def _merge(
     if not len(columns[0]):
         raise UsageError(f"none of the {dataset.what} of {dataset.root} can be decoded")
     order = columns[0].argsort()
-    return Evaluation(*(column[order] for column in columns), dataset.what)
+    labeled = bool((dataset.labels != NO_LABEL).all())
+    return Evaluation(*(column[order] for column in columns), dataset.what, labeled)

@@ -392,7 +392,7 @@ def build_classifier(
         raise UsageError(f"--input_size, --patch_size: {error}") from error
 
 
-def val_images(args: argparse.Namespace, classes: Sequence[str] | None = None) -> Loader:
+def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Loader:
     """The images to evaluate on; their classes are what is there, whatever they should be.
 
     Raises:
@@ -434,7 +434,7 @@ def build_data(
 def evaluate_checkpoint(
     args: argparse.Namespace,
     device: torch.device,
-    load: Callable[[argparse.Namespace, Sequence[str] | None], Loader] = val_images,
+    load: Callable[[argparse.Namespace, Weights], Loader] = val_images,
     predict: Predict = nn.Module.__call__,
 ) -> Evaluation:
     """`--eval`: the accuracy of a trained classifier or probe, refused if it cannot be right.
@@ -442,7 +442,7 @@ def evaluate_checkpoint(
     Args:
         args: of the command line.
         device: where to run.
-        load: from completed arguments, and the classes if they are known, to the data.
+        load: from completed arguments and what the checkpoint holds to the data.
         predict: see `evaluate`.
 
     Raises:
@@ -460,7 +460,7 @@ def evaluate_checkpoint(
     architecture = described_architecture(args, weights.architecture)
     if architecture.ndim != weights.architecture.ndim:
         raise UsageError(f"--eval: {weights.path} is an image model: fine-tune it on videos first")
-    loader = load(args, weights.classes)
+    loader = load(args, weights)
     check_nb_classes(args, loader.dataset)
     check_outputs(weights, loader.dataset)
     model, report = convvit_from_weights(weights, img_size=architecture.img_size)

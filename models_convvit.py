@@ -228,6 +228,11 @@ class ConvViTEncoder(nn.Module):
             if len(value) != 3:
                 raise ValueError(f"{name} {tuple(value)} must have three entries, one a stage")
         self.geometry = geometry = Geometry.of(img_size, patch_size)
+        if geometry.ndim == 3 and temporal_kernel // 2 > geometry.grid(1)[0]:
+            raise ValueError(
+                f"temporal_kernel {temporal_kernel} is longer than a clip of "
+                f"{geometry.img_size[0]} frames in {geometry.grid(1)[0]} cubes"
+            )
         self.in_chans = in_chans
         self.embed_dim = tuple(embed_dim)
         self.kernel = kernel = (temporal_kernel, kernel_size, kernel_size)[-geometry.ndim :]

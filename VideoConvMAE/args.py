@@ -1,13 +1,16 @@
 """Command lines: the arguments that the video mains share, beside those of util/run/args.py."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from util.errors import UsageError
 from util.layers.architecture import Architecture
-from util.run.parser import Parser, positive_int
+from util.run.parser import Parser, non_negative_int, positive_int
 from VideoConvMAE.sampling import SAMPLINGS
+
+# How videos are looked at, where neither a flag nor a checkpoint says it.
+PROTOCOL = {"sampling": "dense", "stride": 4, "test_clips": 5, "test_crops": 3}
 
 
 def add_clip_args(
@@ -17,7 +20,7 @@ def add_clip_args(
 
     Args:
         parser: gets the arguments.
-        samplings: to choose from, the first being the default.
+        samplings: to choose from.
         follow_checkpoint: the clip's length and cubes are by default those of the checkpoint.
     """
     group = parser.add_argument_group("clips")
@@ -45,34 +48,60 @@ def add_clip_args(
     add("tubelet", "frames of a cube, the smallest thing that is embedded")
     add("temporal_kernel", "extent in time of the convolutions of stages 1 and 2, odd")
     add_sampling_args(group, samplings)
+    group.add_argument(
+        "--short_side",
+        type=non_negative_int,
+        metavar="PIXELS",
+        help="larger frames are scaled down to this shorter side as they are decoded (default: "
+        "10/7 of the input's, 320 of 224; 0: never)",
+    )
     return group
 
 
 def add_sampling_args(
     group: argparse._ArgumentGroup | Parser, samplings: Sequence[str] = SAMPLINGS
 ) -> None:
-    """Which frames of a video make a clip; the first of `samplings` is the default."""
+    """Which frames of a video make a clip; `complete_protocol` knows the defaults."""
     group.add_argument(
         "--sampling",
         choices=samplings,
-        default=samplings[0],
-        help="dense: every --stride-th frame of a stretch; uniform: a frame of each of num_frames "
-        "equal segments; still: the middle frame alone, to see what is known without motion",
+        help="dense: every --stride-th frame of a stretch (the default); uniform: a frame of each "
+        "of num_frames equal segments; still: the middle frame alone, to see what is known without "
+        "motion",
     )
     group.add_argument(
         "--stride",
         type=positive_int,
-        default=4,
         metavar="FRAMES",
-        help="from one frame of a dense clip to the next",
+        help=f"from one frame of a dense clip to the next (default: {PROTOCOL['stride']})",
     )
 
 
-def check_channels(args: argparse.Namespace) -> None:
-    """Videos are gray or RGB.
+def complete_protocol(
+    args: argparse.Namespace, known: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    """Fill in how clips and views are taken from videos, where no flag says it.
+
+    Args:
+        args: with `input_size` completed.
+        known: the arguments of the run that a checkpoint comes from, to test as that run did.
+
+    Returns:
+        What a data set of clips takes: `length`, `sampling`, `stride`, `in_chans`, `short_side`.
 
     Raises:
-        UsageError: they shall have an alpha channel.
+        UsageError: an alpha channel is asked for.
     """
     if args.in_chans == 4:
         raise UsageError("--in_chans 4: videos have no alpha channel; use 3 (RGB) or 1 (gray)")
+    side = round(min(args.input_size) * 10 / 7)
+    for name, default in (PROTOCOL | {"short_side": side}).items():
+        if getattr(args, name, default) is None:
+            setattr(args, name, (known or {}).get(name, default))
+    return dict(
+        length=args.num_frames,
+        sampling=args.sampling,
+        stride=args.stride,
+        in_chans=args.in_chans,
+        short_side=args.short_side or None,
+    )

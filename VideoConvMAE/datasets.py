@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from util.data.classes import NO_LABEL
 from util.data.datasets import FileDataset
-from VideoConvMAE.decode import open_video
+from VideoConvMAE.decode import Video, open_video
 from VideoConvMAE.lists import VideoList, class_numbers
 from VideoConvMAE.sampling import eval_clips, training_clip
 from VideoConvMAE.transforms import Transform
@@ -24,6 +25,7 @@ class Clips(FileDataset):
         sampling: see `sampling.training_clip`.
         stride: frames from one to the next in dense sampling.
         in_chans: 1 or 3.
+        short_side: to which larger frames are scaled down, see `decode.open_video`.
     """
 
     what = "videos"
@@ -37,13 +39,14 @@ class Clips(FileDataset):
         sampling: str = "dense",
         stride: int = 4,
         in_chans: int = 3,
+        short_side: int | None = None,
     ) -> None:
         self.root = videos.source
         # One array, because workers would copy a list bit by bit as they touch its strings.
         self._paths = np.array([os.fsencode(path) for path in videos.paths])
         self.transform = transform
         self.length, self.sampling, self.stride = length, sampling, stride
-        self.in_chans = in_chans
+        self.in_chans, self.short_side = in_chans, short_side
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -52,13 +55,17 @@ class Clips(FileDataset):
         """The file or folder of a video."""
         return os.fsdecode(self._paths[index])
 
+    def open(self, index: int) -> Video:
+        """A video, to read frames of."""
+        return open_video(self.path(index), self.in_chans, self.short_side)
+
     def load(self, index: int) -> Tensor:
         """A random clip of a video, transformed."""
         return self.transform(self.read_clip(index))
 
     def read_clip(self, index: int) -> np.ndarray:
         """The frames of a random clip, `[T, H, W, C]`, uint8; draws from `random`."""
-        with open_video(self.path(index), self.in_chans) as video:
+        with self.open(index) as video:
             indices = training_clip(self.sampling, len(video), self.length, self.stride)
             return video.frames(indices)
 
@@ -78,7 +85,7 @@ class LabeledClips(Clips):
 
     Attributes:
         classes: as given.
-        labels: `[num_videos]`, int64.
+        labels: `[num_videos]`, int64; `NO_LABEL` where there are none to know.
 
     Raises:
         UsageError: a class that is none of `classes`.
@@ -95,7 +102,10 @@ class LabeledClips(Clips):
     ) -> None:
         super().__init__(videos, transform, **sampling)
         self.classes, self.repeats = list(classes), repeats
-        self.labels = np.array(class_numbers(videos, classes))
+        self.labels = np.array(self._numbers(videos))
+
+    def _numbers(self, videos: VideoList) -> list[int]:
+        return class_numbers(videos, self.classes)
 
     def load(self, index: int) -> Tensor:
         """`[repeats, C, T, H, W]`: a random clip of a video, transformed several times."""
@@ -116,6 +126,7 @@ class Views(LabeledClips):
         videos, classes, **sampling: see `LabeledClips`.
         transform: frames `[T, H, W, C]`, uint8, to crops `[crops, C, T, H, W]`.
         clips: how many.
+        unlabeled: videos without labels are taken too, to predict theirs.
     """
 
     def __init__(
@@ -125,14 +136,20 @@ class Views(LabeledClips):
         transform: Transform,
         *,
         clips: int = 1,
+        unlabeled: bool = False,
         **sampling,
     ) -> None:
+        self.clips, self.unlabeled = clips, unlabeled
         super().__init__(videos, classes, transform, **sampling)
-        self.clips = clips
+
+    def _numbers(self, videos: VideoList) -> list[int]:
+        if self.unlabeled and not videos.labels:
+            return [NO_LABEL] * len(videos.paths)
+        return super()._numbers(videos)
 
     def load(self, index: int) -> Tensor:
         """The views of a video."""
-        with open_video(self.path(index), self.in_chans) as video:
+        with self.open(index) as video:
             chosen = eval_clips(self.sampling, len(video), self.length, self.stride, self.clips)
             frames = video.frames([i for clip in chosen for i in clip])
         clips = frames.reshape(self.clips, self.length, *frames.shape[1:])

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import stat
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -12,6 +13,7 @@ from typing import Protocol
 
 import av
 import numpy as np
+from PIL import Image
 
 from util.data.images import IMAGE_EXTENSIONS, load_image
 
@@ -20,6 +22,13 @@ VIDEO_EXTENSIONS = (
     *(".ts", ".wmv", ".flv", ".3gp", ".ogv"),
 )
 _FORMATS = {1: "gray", 3: "rgb24"}
+# FFmpeg's readers that may take a file by its content: containers and bare streams, and none that
+# opens what a file names (playlists, lists of files, descriptions of sessions).
+DEMUXERS = (
+    *("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv", "ogg", "mxf", "gif"),
+    *("mpegvideo", "m4v", "h264", "hevc", "ivf", "obu"),
+)
+_OPTIONS = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "file"}
 
 
 class Video(Protocol):
@@ -42,17 +51,28 @@ class Video(Protocol):
         """Close it."""
 
 
-def open_video(path: str | os.PathLike, in_chans: int = 3) -> Video:
+def open_video(path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None) -> Video:
     """Open a video file, or a folder of pictures.
 
     Args:
-        path: a file of any format that FFmpeg knows, or a folder.
+        path: a file of one of the formats in `DEMUXERS`, whatever its ending, or a folder.
         in_chans: 1 for grayscale, 3 for RGB.
+        short_side: frames whose shorter side has more pixels are scaled down to it as they are
+            decoded, so that a clip of 1080p costs no more than one of that size; None: never.
 
     Raises:
         OSError: nothing there, or nothing that can be decoded.
     """
-    return FrameFolder(path, in_chans) if os.path.isdir(path) else VideoFile(path, in_chans)
+    kind = FrameFolder if os.path.isdir(path) else VideoFile
+    return kind(path, in_chans, short_side)
+
+
+def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """(H, W) with the proportions kept and the shorter side at most `short_side`."""
+    if short_side is None or min(height, width) <= short_side:
+        return height, width
+    scale = short_side / min(height, width)
+    return round(height * scale), round(width * scale)
 
 
 class VideoFile:
@@ -65,13 +85,16 @@ class VideoFile:
     Args:
         path: the file.
         in_chans: 1 or 3.
+        short_side: see `open_video`.
 
     Raises:
-        OSError: it cannot be read, or holds no video.
+        OSError: it cannot be read, is of no format in `DEMUXERS`, or holds no video.
     """
 
-    def __init__(self, path: str | os.PathLike, in_chans: int = 3) -> None:
-        self.path, self.format = path, _FORMATS[in_chans]
+    def __init__(
+        self, path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None
+    ) -> None:
+        self.path, self.format, self.short_side = path, _FORMATS[in_chans], short_side
         self.container = None
         self.key_times: list[int] = []
         self.seek_times: list[tuple[int, int]] = []
@@ -85,7 +108,10 @@ class VideoFile:
     def _open(self) -> None:
         """Open the file, or begin at its start again."""
         self.__exit__()
-        self.container = av.open(os.fspath(self.path))
+        if not stat.S_ISREG(os.stat(self.path).st_mode):
+            raise OSError("it is no regular file")
+        # "file:", because a name may look like an address.
+        self.container = av.open(f"file:{os.fspath(self.path)}", options=_OPTIONS)
         if not self.container.streams.video:
             raise OSError("it has no video stream")
         self.stream = self.container.streams.video[0]
@@ -156,29 +182,36 @@ class VideoFile:
         return shown | {time: self._to_array(previous) for time in waiting}
 
     def _from(self, time: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Decode from a keyframe on that is shown at a time or before, each frame with its time."""
+        """Decode from a keyframe on that is shown at a time or before, each frame with its time.
+
+        The first frame and the rest come from one iterator: a second one finds a decoder without
+        frames if the first had to read the file to its end to give one.
+        """
         last = bisect_right(self.key_times, time)
         # Containers find keyframes by the time of display or by that of decoding, or by neither.
         for target in (t for times in self.seek_times[:last][::-1][:2] for t in times):
-            first = self._seek(target)
+            first, rest = self._seek(target)
             if first is not None and first.pts <= time and first.pts in self.key_times:
                 yield first.pts, first
                 break
         else:
             self._open()
-        for number, frame in enumerate(self.container.decode(self.stream)):
+            rest = self.container.decode(self.stream)
+        for number, frame in enumerate(rest):
             yield frame.pts if self.timed else number, frame
 
-    def _seek(self, target: int) -> av.VideoFrame | None:
-        """The first frame that comes after a jump, if there is one."""
+    def _seek(self, target: int) -> tuple[av.VideoFrame | None, Iterator[av.VideoFrame]]:
+        """The first frame that comes after a jump, if there is one, and those after it."""
+        rest = self.container.decode(self.stream)
         with contextlib.suppress(av.FFmpegError):
             self.container.seek(target, stream=self.stream)
-            return next(self.container.decode(self.stream), None)
-        return None
+            return next(rest, None), rest
+        return None, rest
 
     def _to_array(self, frame: av.VideoFrame) -> np.ndarray:
         """`[H, W, C]`, upright as a player shows it."""
-        picture = frame.to_ndarray(format=self.format)
+        height, width = scaled_size(frame.height, frame.width, self.short_side)
+        picture = frame.to_ndarray(format=self.format, width=width, height=height)
         picture = picture[..., None] if picture.ndim == 2 else picture
         return np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
 
@@ -189,13 +222,16 @@ class FrameFolder:
     Args:
         path: the folder.
         in_chans: 1 or 3.
+        short_side: see `open_video`.
 
     Raises:
         OSError: no picture in it.
     """
 
-    def __init__(self, path: str | os.PathLike, in_chans: int = 3) -> None:
-        self.path, self.in_chans = Path(path), in_chans
+    def __init__(
+        self, path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None
+    ) -> None:
+        self.path, self.in_chans, self.short_side = Path(path), in_chans, short_side
         self.names = frame_names(os.listdir(path))
         if not self.names:
             raise OSError(f"{path} cannot be decoded: it is a folder without pictures")
@@ -211,13 +247,15 @@ class FrameFolder:
 
     def frames(self, indices: Sequence[int]) -> np.ndarray:
         """See `Video`."""
-        pictures = {
-            i: np.asarray(load_image(self.path / self.names[i], self.in_chans))
-            for i in set(indices)
-        }
+        pictures = {i: self._load(self.names[i]) for i in set(indices)}
         if len({picture.shape for picture in pictures.values()}) > 1:
             raise OSError(f"{self.path} cannot be decoded: its frames have different sizes")
         return np.stack([pictures[i].reshape(*pictures[i].shape[:2], -1) for i in indices])
+
+    def _load(self, name: str) -> np.ndarray:
+        picture = load_image(self.path / name, self.in_chans)
+        height, width = scaled_size(picture.height, picture.width, self.short_side)
+        return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def frame_names(names: Iterable[str]) -> list[str]:

@@ -1,48 +1,27 @@
-"""Which videos there are and what they show: lists, annotations, folders."""
+"""Which videos there are and what they show: lists, annotations and splits."""
 
 import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from util.data.classes import some
-from util.data.folders import find_train_folder, walk
-from util.data.images import IMAGE_EXTENSIONS
+from util.data.folders import find_train_folder
 from util.errors import UsageError
 from VideoConvMAE.decode import VIDEO_EXTENSIONS
+from VideoConvMAE.folders import VideoList, list_folder
 
 LIST_EXTENSIONS = (".csv", ".txt", ".json")
-# `path label`, `path,label`, `path frames label`; a path may have blanks in it.
-_LINE = re.compile(r"(?P<path>.+?)[,\s]+(?:(?P<frames>-?\d+)[,\s]+)?(?P<label>-?\d+)")
-
-
-@dataclass(frozen=True)
-class VideoList:
-    """Videos of one split.
-
-    Attributes:
-        source: the list or folder they come from.
-        paths: files, or folders of pictures.
-        labels: names of their classes; empty if not known.
-        missing: how many more an annotation names that are not there.
-        numbered: whether the labels are the outputs' numbers, not names.
-    """
-
-    source: Path
-    paths: list[str]
-    labels: list[str]
-    missing: int = 0
-    numbered: bool = False
-
-    @property
-    def classes(self) -> list[str]:
-        """Sorted names of the classes that occur; of numbers all from 0 to the highest."""
-        if self.numbered and self.labels:
-            return [str(i) for i in range(max(map(int, self.labels)) + 1)]
-        return sorted(set(self.labels))
+# Heads of columns, in small letters.
+_PATH_HEADS = ("path", "video_path", "file_path", "filepath", "file", "filename", "video", "name")
+_LABEL_HEADS = ("label", "class", "target", "category", "class_name", "label_name", "action")
+# All of a large list would take minutes on a network's file system.
+_LOOKED_FOR = 100
+_WHOLE_NUMBER = re.compile(r"-?\d+")
 
 
 def find_videos(source: Path, root: Path | None = None) -> VideoList:
@@ -50,14 +29,15 @@ def find_videos(source: Path, root: Path | None = None) -> VideoList:
 
     Args:
         source: a folder, nested or flat, whose first level are the classes if there are any; or a
-            file: lines of `path label` or `path,label`, Kinetics' csv, Something-Something's json.
+            file: lines of a path, with a label or without, Kinetics' csv, Something-Something's
+            json.
         root: what the list's paths are relative to; the list's own folder if None.
 
     Raises:
         UsageError: nothing there, or nothing in it.
     """
     if source.is_dir():
-        return _from_folder(source)
+        return list_folder(source)
     if not source.is_file():
         raise UsageError(f"{source} does not exist: give a folder of videos or a list of them")
     root = root or source.parent
@@ -65,15 +45,14 @@ def find_videos(source: Path, root: Path | None = None) -> VideoList:
         raise UsageError(f"--video_root {root} is not a folder")
     read = _from_json if source.suffix == ".json" else _from_lines
     try:
-        found = read(source, root)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UsageError(f"{source} is no list of videos: {error!r}") from error
-    if not found.paths:
-        raise UsageError(
-            f"{source} names {found.missing} videos, and none of them is below {root}: set "
-            f"--video_root to the folder that holds them"
-        )
-    return found
+        return read(source, root)
+    except UsageError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{source} is no list of videos: it is no text in UTF-8") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{source} is no list of videos: {reason}") from error
 
 
 def find_split(data_path: Path, names: Sequence[str], root: Path | None) -> VideoList:
@@ -107,75 +86,206 @@ def find_unlabeled(data_path: Path, root: Path | None) -> VideoList:
     return find_videos(find_train_folder(data_path), root)
 
 
-def _from_folder(folder: Path) -> VideoList:
-    """Every video file, and every folder that holds pictures."""
-    paths = []
-    for place, files in walk(folder):
-        paths += [os.path.join(place, f) for f in files if f.lower().endswith(VIDEO_EXTENSIONS)]
-        if any(name.lower().endswith(IMAGE_EXTENSIONS) for name in files):
-            paths.append(place)
-    if not paths:
-        raise UsageError(
-            f"no video below {folder}: looked for {', '.join(VIDEO_EXTENSIONS)} and for folders "
-            f"of pictures"
-        )
-    paths.sort()
-    classes = [os.path.relpath(path, folder).split(os.sep) for path in paths]
-    labeled = all(len(parts) > 1 for parts in classes)
-    return VideoList(folder, paths, [parts[0] for parts in classes] if labeled else [])
+# --- lists ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How the lines of a list are to be read.
+
+    Attributes:
+        delimiter: between fields; " " is any white space, "" none at all: a line is a path.
+        after: fields after the path; the last is the label, one before it a number of frames.
+    """
+
+    delimiter: str
+    after: int
+
+    def split(self, line: str) -> list[str] | None:
+        """The path and what is after it; None for a line that cannot be read so."""
+        if '"' in line:
+            delimiter = self.delimiter or "\x1f"
+            fields = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
+            end = len(fields) - self.after
+            parts = [delimiter.join(fields[:end]), *fields[end:]]
+        elif self.after:
+            parts = line.rsplit(None if self.delimiter == " " else self.delimiter, self.after)
+        else:
+            parts = [line]
+        parts = [part.strip() for part in parts]
+        if len(parts) != 1 + self.after or not all(parts):
+            return None
+        return None if self.after == 2 and not _WHOLE_NUMBER.fullmatch(parts[1]) else parts
+
+    def __str__(self) -> str:
+        delimiter = {"\t": "<tab>", "": ""}.get(self.delimiter, self.delimiter)
+        return f"`{delimiter.join(['path', 'frames', 'label'][:: 3 - self.after or 1])}`"
+
+
+_STYLES = [_Style("", 0), *(_Style(d, n) for n, d in product((1, 2), ("\t", ",", ";", " ")))]
 
 
 def _from_lines(source: Path, root: Path) -> VideoList:
-    """A list of lines, or Kinetics' annotation, which has a head."""
-    with open(source, newline="", encoding="utf-8") as file:
-        lines = [line.strip() for line in file if line.strip()]
-    if lines and "youtube_id" in lines[0]:
-        return _from_kinetics(source, root, csv.DictReader(lines))
-    matches = [_LINE.fullmatch(line) for line in lines]
-    wrong = next((line for line, match in zip(lines, matches, strict=True) if not match), None)
+    """A list of lines; or a table with a head, Kinetics' annotation among them."""
+    text = source.read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise UsageError(f"{source} is empty: a line is `path label`, `path,label` or a path")
+    delimiter = next((d for d in ("\t", ";", ",") if d in lines[0]), " ")
+    head = next(csv.reader([lines[0].lower()], delimiter=delimiter, skipinitialspace=True))
+    if "youtube_id" in head:
+        rows = csv.DictReader([",".join(head), *lines[1:]], skipinitialspace=True)
+        return _named(source, root, rows, _kinetics_names, "label")
+    column = next((head.index(name) for name in _PATH_HEADS if name in head), None)
+    if column is not None and not _is_there(root, lines[0]):
+        return _from_table(source, root, lines, delimiter, column, head)
+    return _from_plain_lines(source, root, lines)
+
+
+def _from_table(
+    source: Path, root: Path, lines: Sequence[str], delimiter: str, column: int, head: Sequence[str]
+) -> VideoList:
+    """Rows under a head that names the columns of paths and of labels."""
+    rows = list(csv.reader(lines[1:], delimiter=delimiter, skipinitialspace=True, strict=True))
+    label = next((head.index(name) for name in _LABEL_HEADS if name in head), None)
+    for row in rows:
+        if len(row) != len(head):
+            raise UsageError(
+                f"{source}: the head names {len(head)} columns, {delimiter.join(row)!r} has "
+                f"{len(row)}"
+            )
+    labels = [] if label is None else [row[label].strip() for row in rows]
+    return _listed(source, root, [row[column].strip() for row in rows], labels)
+
+
+def _from_plain_lines(source: Path, root: Path, lines: Sequence[str]) -> VideoList:
+    """Lines without a head, all read in the way that finds the most videos."""
+    sample = lines[:_LOOKED_FOR]
+
+    def found(style: _Style) -> int:
+        parts = (style.split(line) for line in sample)
+        return sum(_is_there(root, part[0]) for part in parts if part)
+
+    hits = {style: found(style) for style in _STYLES}
+    style = max(_STYLES, key=hits.get)
+    if not hits[style]:
+        raise UsageError(
+            f"{source} names {len(lines)} videos, and none of the first {len(sample)} is below "
+            f"{root} (first line: {lines[0][:200]!r}): a line is `path label`, `path,label` or a "
+            f"path; set --video_root to the folder that holds them"
+        )
+    parts = [style.split(line) for line in lines]
+    notes = ()
+    if style.after and len(lines) > 1 and _is_head(root, parts[0], parts[1:]):
+        lines, parts = lines[1:], parts[1:]
+        notes = (f"the first line of {source} names no video: taken for a head",)
+    wrong = next((i for i, part in enumerate(parts) if part is None), None)
     if wrong is not None:
-        raise UsageError(f"{source}: a line is `path label` or `path,label`, not {wrong!r}")
-    paths = [os.path.join(root, match["path"]) for match in matches]
-    # All of a large list would take minutes on a network's file system.
-    if not any(os.path.exists(path) for path in paths[:100]):
-        return VideoList(source, [], [], len(paths))
-    labels = [str(int(match["label"])) for match in matches]
-    known = all(not label.startswith("-") for label in labels)
-    return VideoList(source, paths, labels if known else [], numbered=True)
+        raise UsageError(f"{source}: a line is {style}, not {lines[wrong][:200]!r}")
+    labels = [part[-1] for part in parts] if style.after else []
+    listed = _listed(source, root, [part[0] for part in parts], labels)
+    return replace(listed, notes=(*notes, *listed.notes))
 
 
-def _from_kinetics(source: Path, root: Path, rows: csv.DictReader) -> VideoList:
-    """Kinetics' csv: the label, and the YouTube number and the seconds that name the file."""
+def _is_there(root: Path, path: str) -> bool:
+    """A list's path, relative to `root`, is a file or folder."""
+    try:
+        return os.path.exists(os.path.join(root, path))
+    except ValueError:  # a path with a zero byte
+        return False
 
-    def names(row: Mapping[str, str]) -> Iterator[str]:
-        times = (int(float(row[name])) for name in ("time_start", "time_end"))
-        yield "_".join([row["youtube_id"], *(f"{time:06d}" for time in times)])
-        yield row["youtube_id"]
 
-    return _named(source, root, rows, names, lambda row: row["label"])
+def _is_head(root: Path, first: list[str] | None, others: Sequence[list[str] | None]) -> bool:
+    """No video, nor a line like the others: words where they have numbers, or no such ending."""
+    if first is None:
+        return True
+    if _is_there(root, first[0]) or first[0].lower().endswith(VIDEO_EXTENSIONS):
+        return False
+    labels = {part[-1] for part in others if part}
+    numbers = all(map(_WHOLE_NUMBER.fullmatch, labels))
+    return first[-1] not in labels and (not numbers or not _WHOLE_NUMBER.fullmatch(first[-1]))
+
+
+def _listed(source: Path, root: Path, paths: Sequence[str], labels: list[str]) -> VideoList:
+    """Paths with labels: numbers of outputs if all are whole numbers, else names.
+
+    Raises:
+        UsageError: numbers that would make many more classes than occur, or an empty label.
+    """
+    paths = [os.path.join(root, path) for path in paths]
+    if not any(os.path.exists(path) for path in paths[:_LOOKED_FOR]):
+        raise UsageError(
+            f"{source} names {len(paths)} videos, and none of the first "
+            f"{min(len(paths), _LOOKED_FOR)} is below {root}: set --video_root to the folder that "
+            f"holds them"
+        )
+    if not all(map(_WHOLE_NUMBER.fullmatch, labels)):
+        if "" in labels:
+            raise UsageError(
+                f"{source} has no label for {paths[labels.index('')]} ({labels.count('')} such "
+                f"lines of {len(labels)})"
+            )
+        return VideoList(source, paths, labels)
+    unknown = sum(label.startswith("-") for label in labels)
+    if unknown:
+        return VideoList(source, paths, [], unlabeled=f"{unknown} of {len(labels)} are below 0")
+    distinct = set(labels)
+    highest = max(distinct, key=lambda label: (len(label.lstrip("0")), label), default="0")
+    # Subsets of a data set leave numbers out; a number out of proportion is another thing's.
+    most = max(1000, 10 * len(distinct))
+    if len(highest.lstrip("0")) > 9 or int(highest) >= most:
+        raise UsageError(
+            f"{source}: label {highest[:40]} is too high for the {len(distinct)} classes that "
+            f"occur: number them from 0 (below {most}), or give names"
+        )
+    labels = [str(int(label)) for label in labels]
+    empty = sorted(set(range(int(highest))) - set(map(int, labels))) if labels else []
+    note = f"{len(empty)} classes of {source} have no video: {some([str(i) for i in empty])}"
+    return VideoList(source, paths, labels, (note,) * bool(empty), numbered=True)
+
+
+# --- annotations ---------------------------------------------------------------------------------
+
+
+def _kinetics_names(row: Mapping[str, str]) -> list[str]:
+    """Names by which a file of Kinetics may go: its YouTube number and seconds, or the number."""
+    times = (int(float(row[name])) for name in ("time_start", "time_end"))
+    return ["_".join([row["youtube_id"], *(f"{t:06d}" for t in times)]), row["youtube_id"]]
 
 
 def _from_json(source: Path, root: Path) -> VideoList:
     """Something-Something's json: the number that names the file, and the label's template."""
-    rows = json.loads(source.read_text(encoding="utf-8"))
-    return _named(
-        source,
-        root,
-        rows,
-        lambda row: [str(row["id"])],
-        lambda row: re.sub(r"[\[\]]", "", row["template"]),
-    )
+    rows = json.loads(source.read_text(encoding="utf-8-sig"))
+    plain = [
+        {**row, "template": re.sub(r"[\[\]]", "", row["template"])} if "template" in row else row
+        for row in rows
+    ]
+    return _named(source, root, plain, lambda row: [str(row["id"])], "template")
 
 
 def _named(
     source: Path,
     root: Path,
-    rows: Iterator[Mapping[str, str]],
-    names: Callable[[Mapping[str, str]], Iterator[str]],
-    label: Callable[[Mapping[str, str]], str],
+    rows: Iterable[Mapping[str, str]],
+    names: Callable[[Mapping[str, str]], Sequence[str]],
+    label: str,
 ) -> VideoList:
-    """Rows that name videos without their folder and ending; they are looked for below `root`."""
-    there = {Path(path).stem: path for path in _from_folder(root).paths}
+    """Rows that name videos without their folder and ending; they are looked for below `root`.
+
+    Args:
+        source: the annotation.
+        root: folder of the videos.
+        rows: of the annotation.
+        names: those by which a row's file may go.
+        label: key of a row's class; annotations of tests have none.
+
+    Raises:
+        UsageError: no row's video is there, or some rows have a label and some not.
+    """
+    folder = list_folder(root)
+    there, twice = {}, 0
+    for path in folder.paths:
+        twice += there.setdefault(Path(path).stem, path) != path
     paths, labels, missing = [], [], 0
     for row in rows:
         path = next((there[name] for name in names(row) if name in there), None)
@@ -183,8 +293,22 @@ def _named(
             missing += 1
         else:
             paths.append(path)
-            labels.append(label(row))
-    return VideoList(source, paths, labels, missing)
+            labels.append(row.get(label))
+    if not paths:
+        raise UsageError(
+            f"{source} names {missing} videos, and none of them is below {root}: set "
+            f"--video_root to the folder that holds them"
+        )
+    known = [name for name in labels if name]
+    if known and len(known) < len(labels):
+        lacking = len(labels) - len(known)
+        raise UsageError(f"{source}: {lacking} of {len(labels)} rows have no {label}")
+    notes = list(folder.notes)
+    if missing:
+        notes.append(f"{missing} videos of {source} are not there: left out")
+    if twice:
+        notes.append(f"{twice} files below {root} have the name of another one: left out")
+    return VideoList(source, paths, known, tuple(notes))
 
 
 def class_numbers(videos: VideoList, classes: Sequence[str]) -> list[int]:
@@ -194,8 +318,10 @@ def class_numbers(videos: VideoList, classes: Sequence[str]) -> list[int]:
         UsageError: no labels, or some that are no such class.
     """
     if not videos.labels:
+        reason = f" ({videos.unlabeled})" if videos.unlabeled else ""
         raise UsageError(
-            f"{videos.source} has no labels: give a list with them, or a folder for each class"
+            f"{videos.source} has no labels{reason}: give a list with them, or a folder for each "
+            f"class; without any, --eval takes them with --predictions"
         )
     numbers = {name: number for number, name in enumerate(classes)}
     foreign = sorted(set(videos.labels) - numbers.keys())

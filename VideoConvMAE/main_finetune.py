@@ -10,15 +10,17 @@ from collections.abc import Sequence
 import torch
 
 from engine_evaluate import Evaluation, mean_over_views
-from engine_finetune import check_mixing, evaluate_checkpoint, find_start, finetune
+from engine_finetune import evaluate_checkpoint, find_start, finetune, mixes
 from util.data.loader import Loader
 from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes, print_once, wait_for_all
 from util.run.parser import Parser, positive_int
 from util.run.program import run_main
+from util.run.resume import BEST, LAST
 from util.run.setup import complete_run, eval_loader, train_loader
-from VideoConvMAE.args import add_clip_args, check_channels
+from util.weights.read import Weights
+from VideoConvMAE.args import PROTOCOL, add_clip_args, complete_protocol
 from VideoConvMAE.datasets import LabeledClips, Views
 from VideoConvMAE.lists import VideoList, find_split, find_videos
 from VideoConvMAE.models import CLASSIFIERS
@@ -48,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--repeats",
         type=positive_int,
-        default=2,
+        default=1,
         metavar="N",
         help="repeated augmentation: how often a decoded clip is augmented in a batch",
     )
@@ -61,13 +63,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     arguments.add_drop_path_arg(group)
     recipe = dict(batch_size=8, epochs=100, warmup_epochs=5, blr=1e-3, weight_decay=0.05)
-    group = arguments.add_optim_args(parser, min_lr=1e-6, **recipe)
+    group = arguments.add_optim_args(parser, min_blr=1e-6, **recipe)
     arguments.add_layer_args(group, layer_decay=0.75)
     arguments.add_eval_args(parser, "videos to validate and test on, a folder a class or a list")
     group = parser.add_argument_group("test")
-    views = dict(type=positive_int, metavar="N")
-    group.add_argument("--test_clips", default=5, help="clips of each video", **views)
-    group.add_argument("--test_crops", default=3, help="crops of each clip", **views)
+    for name, what in (("test_clips", "clips of each video"), ("test_crops", "crops of each clip")):
+        group.add_argument(
+            f"--{name}",
+            type=positive_int,
+            metavar="N",
+            help=f"{what} (default: those of the run that is tested, else {PROTOCOL[name]})",
+        )
     arguments.add_run_args(parser)
     return parser.parse_args(argv)
 
@@ -105,35 +111,49 @@ def views_loader(
 ) -> Loader:
     """All views of every video once; as many views at a time as training has clips."""
     transform = views_transform(tuple(args.input_size), crops)
-    dataset = Views(videos, classes, transform, clips=clips, **_sampling(args))
+    unlabeled = args.eval and args.predictions is not None
+    dataset = Views(
+        videos, classes, transform, clips=clips, unlabeled=unlabeled, **complete_protocol(args)
+    )
     return eval_loader(args, dataset, max(1, args.batch_size // (clips * crops)))
 
 
-def load_test(args: argparse.Namespace, classes: Sequence[str] | None) -> Loader:
-    """All views by which a trained model is tested; the classes are its own if it names them."""
-    check_channels(args)
+def load_test(args: argparse.Namespace, weights: Weights) -> Loader:
+    """All views by which a trained model is tested, as the run that trained it says.
+
+    The classes are the model's own if it names them.
+    """
+    complete_protocol(args, weights.args)
     videos = videos_to_test(args)
-    note_missing(videos)
-    return views_loader(args, videos, classes or videos.classes, args.test_clips, args.test_crops)
+    tell(videos)
+    classes = weights.classes or videos.classes
+    return views_loader(args, videos, classes, args.test_clips, args.test_crops)
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, object]:
-    return dict(
-        length=args.num_frames, sampling=args.sampling, stride=args.stride, in_chans=args.in_chans
-    )
+def tell(videos: VideoList) -> None:
+    """Print what was left out of a list or a folder."""
+    for note in videos.notes:
+        print_once(note)
 
 
-def note_missing(videos: VideoList) -> None:
-    """Say how many videos of an annotation are not there."""
-    if videos.missing:
-        print_once(f"{videos.missing} videos of {videos.source} are not there: left out")
+def check_recipe(args: argparse.Namespace) -> None:
+    """Refuse a batch that mixup cannot pair.
+
+    Raises:
+        UsageError: an odd number of clips, where clips are mixed.
+    """
+    if mixes(args) and args.batch_size * args.repeats % 2:
+        raise UsageError(
+            f"--batch_size {args.batch_size} x --repeats {args.repeats} must be even, as mixup "
+            f"pairs clips; or give --mixup 0 --cutmix 0"
+        )
 
 
 def build_data(args: argparse.Namespace) -> tuple[Loader, Loader]:
     """Clips to train on; one view of each video to validate on."""
     train, val = videos_to_train_on(args), videos_to_validate_on(args)
     for videos in (train, val):
-        note_missing(videos)
+        tell(videos)
     transform = finetune_transform(
         tuple(args.input_size),
         args.in_chans,
@@ -145,31 +165,66 @@ def build_data(args: argparse.Namespace) -> tuple[Loader, Loader]:
         remode=args.remode,
         recount=args.recount,
     )
-    classes = train.classes
-    dataset = LabeledClips(train, classes, transform, repeats=args.repeats, **_sampling(args))
+    classes, sampling = train.classes, complete_protocol(args)
+    dataset = LabeledClips(train, classes, transform, repeats=args.repeats, **sampling)
     return train_loader(args, dataset), views_loader(args, val, classes, 1, 1)
 
 
 def main(args: argparse.Namespace) -> Evaluation:
-    """Train, then test the best checkpoint on all views; or only test."""
+    """Train, then test the best and the last weights on all views; or only test some.
+
+    Returns:
+        The test of the best weights, or of those that `--eval` is about.
+    """
     device = init_processes(args.device)
-    if not args.eval:
-        train(args, device)
-        wait_for_all()  # for the last checkpoint
-        args.eval, args.resume, args.finetune, args.model = True, "auto", None, None
-    return evaluate_checkpoint(args, device, load_test, mean_over_views)
+    if args.eval:
+        return test(args, device)
+    train(args, device)
+    wait_for_all()  # for the last checkpoint
+    best = test_of_run(args, device, "best", BEST)
+    test_of_run(args, device, "last", LAST, predictions=None)
+    return best
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Build everything, then run the epochs."""
     content, weights = find_start(args, PROGRAM)
     complete_run(args, device)
-    check_mixing(args)
-    check_channels(args)
+    complete_protocol(args)
+    check_recipe(args)
     finetune(
         args, device, content, weights, *build_data(args),
         program=PROGRAM, models=CLASSIFIERS, predict=mean_over_views,
     )  # fmt: skip
+
+
+def test(args: argparse.Namespace, device: torch.device) -> Evaluation:
+    """Test a checkpoint on all views, and say which these were."""
+    evaluation = evaluate_checkpoint(args, device, load_test, mean_over_views)
+    stride = f", stride {args.stride}" if args.sampling == "dense" else ""
+    size = "x".join(map(str, args.input_size))
+    print_once(
+        f"tested on {args.test_clips} clips x {args.test_crops} crops of {args.num_frames} frames "
+        f"({args.sampling} sampling{stride}) at {size}"
+    )
+    return evaluation
+
+
+def test_of_run(
+    args: argparse.Namespace, device: torch.device, which: str, name: str, **changed: object
+) -> Evaluation:
+    """Test one of a finished run's checkpoints.
+
+    Args:
+        args: of the run.
+        device: where to run.
+        which: epoch the weights are of, for people.
+        name: of the checkpoint.
+        **changed: arguments that differ.
+    """
+    print_once(f"Test of the {which} epoch's weights, {name}:")
+    start = dict(eval=True, resume=str(args.output_dir / name), finetune=None, model=None)
+    return test(argparse.Namespace(**{**vars(args), **start, **changed}), device)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from util.run.parser import Parser, add_switch, share
 from util.run.program import run_main
 from util.run.run import Run
 from util.run.setup import complete_run, train_loader
-from VideoConvMAE.args import add_clip_args, check_channels
+from VideoConvMAE.args import add_clip_args, complete_protocol
 from VideoConvMAE.datasets import Clips
 from VideoConvMAE.lists import VideoList, find_unlabeled
 from VideoConvMAE.models import MASKINGS, MODELS
@@ -33,7 +33,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.add_data_args(
         parser,
         data="folder of videos or of folders of pictures (its train/ or train list if it has one), "
-        "or a list: lines of `path label` or `path,label`, Kinetics' csv, Something-Something's "
+        "or a list: lines of a path, with a label or without, Kinetics' csv, Something-Something's "
         "json; labels are not used",
     )
     add_clip_args(parser, samplings=("dense", "uniform"))
@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="tube: the same patches in all frames; random: any cubes",
     )
     recipe = dict(batch_size=32, epochs=800, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
-    arguments.add_optim_args(parser, **recipe)
+    arguments.add_optim_args(parser, min_blr=1e-5, **recipe)
     arguments.add_run_args(parser)
     args = parser.parse_args(argv)
     if args.data_path is None:
@@ -71,24 +71,24 @@ def check_crop_scales(args: argparse.Namespace) -> None:
         raise UsageError("--crop_scales takes the larger shares first, and no 0")
 
 
-def build_data(args: argparse.Namespace, videos: VideoList) -> Clips:
+def build_data(args: argparse.Namespace, videos: VideoList, sampling: dict[str, object]) -> Clips:
     """The clips to train on."""
     transform = pretrain_transform(args.input_size, scales=args.crop_scales, hflip=args.hflip)
-    sampling = dict(length=args.num_frames, sampling=args.sampling, stride=args.stride)
-    return Clips(videos, transform, in_chans=args.in_chans, **sampling)
+    return Clips(videos, transform, **sampling)
 
 
 def main(args: argparse.Namespace) -> None:
     """Build everything, then run the epochs."""
     device = init_processes(args.device)
     complete_run(args, device)
-    check_channels(args)
+    sampling = complete_protocol(args)
     check_crop_scales(args)
     check_sizes(args, MODELS)
     videos = find_unlabeled(args.data_path, args.video_root)
-    if videos.missing:
-        print_once(f"{videos.missing} videos of {videos.source} are not there: left out")
-    run = build_run(args, device, train_loader(args, build_data(args, videos)), MODELS, PROGRAM)
+    for note in videos.notes:
+        print_once(note)
+    loader = train_loader(args, build_data(args, videos, sampling))
+    run = build_run(args, device, loader, MODELS, PROGRAM)
     draw = None
     if is_main_process():
         samples = load_samples(videos, args).to(device)

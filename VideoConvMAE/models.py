@@ -1,7 +1,7 @@
 """VideoConvMAE: the image classes with (T, H, W) (arXiv 2205.03892, section 3.3).
 
 Cubes of 2×4×4 pixels are embedded; stage 3 has a token for each 2×16×16 pixels. The decoder is
-VideoMAE's (arXiv 2203.12602): 384 wide, 4 blocks of 6 heads.
+VideoMAE's (arXiv 2203.12602): half as wide as the encoder, 4 blocks, 64 channels a head.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from util.layers.geometry import Geometry
 _GEOMETRY = Architecture().with_time().geometry  # 16 frames of 224 x 224 pixels
 VIDEO = dict(img_size=_GEOMETRY.img_size, patch_size=_GEOMETRY.patch_size)
 DECODER = dict(decoder_embed_dim=384, decoder_depth=4, decoder_num_heads=6)
+SMALL_DECODER = dict(decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=3)
 TINY_DECODER = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
 MASKINGS = ("tube", "random")
 
@@ -53,7 +54,7 @@ def videoconvmae_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:
 
 def videoconvmae_small_patch16(**kwargs) -> MaskedAutoencoderConvViT:
     """VideoConvMAE-S; `kwargs` as the tiny model takes them."""
-    return _autoencoder(**{"multi_scale": False, **SIZES["small"], **DECODER, **kwargs})
+    return _autoencoder(**{"multi_scale": False, **SIZES["small"], **SMALL_DECODER, **kwargs})
 
 
 def videoconvmae_base_patch16(**kwargs) -> MaskedAutoencoderConvViT:

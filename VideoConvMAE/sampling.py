@@ -58,7 +58,9 @@ def eval_clips(
 
     Args:
         sampling: "dense": stretches at equal distances, a single one in the middle; "uniform":
-            of each segment the frames at equal distances; "still": see `training_clip`.
+            of each segment the middle frame, or for several clips those at equal distances from
+            its start on, of two the start and the middle (VideoMAE's test on
+            Something-Something); "still": see `training_clip`.
         num_frames: of the video.
         length: of a clip.
         stride: see `dense`.
@@ -68,6 +70,6 @@ def eval_clips(
         places = [i / (clips - 1) for i in range(clips)] if clips > 1 else [0.5]
         return [dense(num_frames, length, stride, place) for place in places]
     if sampling == "uniform":
-        places = [(i + 0.5) / clips for i in range(clips)]
+        places = [i / clips for i in range(clips)] if clips > 1 else [0.5]
         return [uniform(num_frames, length, [place] * length) for place in places]
     return [[num_frames // 2] * length] * clips

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from util.data.datasets import seeded
-from util.data.transforms import channel_stats, normalize
+from util.data.transforms import normalize
 from util.errors import UsageError
 
 # Sides of the crops of VideoMAE's pretraining, as shares of the shorter side of the video.
@@ -56,7 +56,10 @@ def finetune_transform(
     remode: str = "pixel",
     recount: int = 1,
 ) -> Transform:
-    """The augmentation of fine-tuning: random resized crop, flip, RandAugment, erasing.
+    """The augmentation of fine-tuning: RandAugment, random resized crop, flip, erasing.
+
+    The order is VideoMAE's: RandAugment sees the whole frames, and what it moves in from outside
+    of them is gray (128), timm's own fill.
 
     Args:
         size: (H, W) of the clip.
@@ -75,17 +78,16 @@ def finetune_transform(
     Raises:
         UsageError: no such policy.
     """
-    bicubic = v2.InterpolationMode.BICUBIC
-    crop = v2.RandomResizedCrop(size, scale=scale, interpolation=bicubic, antialias=True)
+    crop = v2.RandomResizedCrop(size, scale=scale, antialias=True)  # bilinear
     augment = v2.ColorJitter(*[color_jitter] * 3)
     if auto_augment:
         augment = partial(alike, augment=rand_augment(auto_augment, size, in_chans))
     erase = RandomErasing(reprob, mode=remode, max_count=recount, device="cpu")
 
     def transform(frames: np.ndarray) -> Tensor:
-        frames = crop(to_tensor(frames))
+        frames = crop(augment(to_tensor(frames)))
         frames = random_flip(frames) if hflip else frames
-        clip = normalize(as_clip(augment(frames)), 0)
+        clip = normalize(as_clip(frames), 0)
         # The frames as channels of one picture: the rectangle is the same, the noise is not.
         return erase(clip.flatten(0, 1)).view_as(clip)
 
@@ -158,12 +160,11 @@ def rand_augment(policy: str, size: tuple[int, int], in_chans: int) -> Callable:
     Raises:
         UsageError: no such policy.
     """
-    fill = tuple(round(255 * mean) for mean in channel_stats(in_chans)[0])
+    hparams = {"translate_const": int(min(size) * 0.45), "img_mean": (128,) * in_chans}
     try:
         if policy.split("-")[0] != "rand":
             raise ValueError("no RandAugment")
-        return rand_augment_transform(policy, {"translate_const": int(min(size) * 0.45),
-                                               "img_mean": fill})  # fmt: skip
+        return rand_augment_transform(policy, hparams)
     except (AssertionError, ValueError, KeyError) as error:
         raise UsageError(
             f"--aa {policy} is no RandAugment policy of timm's, such as rand-m7-n4-mstd0.5-inc1"

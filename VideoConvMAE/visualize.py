@@ -18,7 +18,7 @@ from util.errors import UsageError
 from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import reconstruct
 from util.run.program import run_main
-from VideoConvMAE.args import add_sampling_args
+from VideoConvMAE.args import add_sampling_args, complete_protocol
 from VideoConvMAE.datasets import spread
 from VideoConvMAE.decode import open_video, write_mp4
 from VideoConvMAE.lists import VideoList, find_videos
@@ -93,12 +93,12 @@ def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
 
     Args:
         path: a file or a folder of pictures.
-        args: `input_size`, `in_chans`, `num_frames`, `sampling` and `stride`.
+        args: `input_size` and what `complete_protocol` takes.
 
     Raises:
         OSError: it cannot be decoded.
     """
-    with open_video(path, args.in_chans) as video:
+    with open_video(path, args.in_chans, args.short_side or None) as video:
         (chosen,) = eval_clips(args.sampling, len(video), args.num_frames, args.stride, 1)
         return views_transform(tuple(args.input_size))(video.frames(chosen))[0]
 
@@ -149,7 +149,8 @@ def main(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UsageError(f"--mask_ratio: {error}") from error
     args.num_frames, *args.input_size = model.geometry.img_size
-    args.in_chans = model.in_chans
+    args.in_chans, args.short_side = model.in_chans, None
+    complete_protocol(args)
     clips = []
     for path in _files(args.videos)[: args.max_videos]:
         try:

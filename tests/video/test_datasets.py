@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from tests.video.movies import numbers, write_movie
+from util.data.classes import NO_LABEL
 from util.data.loader import Loader
 from util.data.samplers import EvalSampler, StepSampler
-from util.errors import TrainingError
+from util.errors import TrainingError, UsageError
 from VideoConvMAE.datasets import Clips, LabeledClips, Views, spread
 from VideoConvMAE.lists import VideoList, find_videos
 
@@ -91,6 +92,19 @@ def test_views_are_all_clips_in_all_crops(videos):
     starts = [shown(views[i])[0] for i in (0, 2, 4)]
     assert starts == [0, (length - 6) // 2, length - 7]
     assert torch.equal(views[1], views[0].flip(-1))
+
+
+def test_large_frames_come_scaled_down(videos):
+    clip, _ = Clips(videos, as_is, length=4, short_side=16)[0, 1]
+    assert clip.shape == (3, 4, 16, 24)
+
+
+def test_views_of_videos_without_labels_have_none(videos):
+    unknown = VideoList(videos.source, videos.paths, [])
+    dataset = Views(unknown, ["a", "b"], two_crops, length=4, unlabeled=True)
+    assert dataset[3, 0][1] == NO_LABEL
+    with pytest.raises(UsageError, match="has no labels"):
+        Views(unknown, ["a", "b"], two_crops, length=4)
 
 
 def test_a_broken_video_is_replaced_and_reported(damaged):

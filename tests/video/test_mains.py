@@ -27,6 +27,8 @@ from tests.checks import (
 )
 from tests.runs import call
 from tests.video.movies import write_classes, write_movie
+from util.run.args import complete
+from VideoConvMAE import main_finetune, main_pretrain
 from VideoConvMAE.datasets import Views
 from VideoConvMAE.lists import find_videos
 from VideoConvMAE.transforms import views_transform
@@ -132,7 +134,7 @@ def test_random_masking_and_uniform_sampling_are_flags(data, launcher, tmp_path)
     options = {"masking": "random", "sampling": "uniform", "epochs": 2, "mask_ratio": 0.9}
     result = launcher.run(*pretrain_flags(data, tmp_path, **options), program=PRETRAIN)
     assert_ok(result)
-    assert "3 of 32 patches visible" in result.out
+    assert "4 of 32 patches visible" in result.out
 
 
 def test_a_broken_video_is_skipped_counted_and_named(data, launcher, tmp_path):
@@ -158,7 +160,7 @@ def test_fine_tuning_starts_from_pretraining_and_tests_the_best_on_all_views(fin
     assert "95 tensors loaded" in result.out
     assert "missing there, begin anew: fc_norm (2), head (2)" in result.out
     assert "2 classes" in result.out
-    assert result.out.count("Accuracy of the network on the 5 test videos") == 3 + 1
+    assert result.out.count("Accuracy of the network on the 5 test videos") == 3 + 2
     assert [line["epoch"] for line in log_lines(output)] == [0, 1, 2]
     assert {"test_acc1", "test_acc5", "test_loss"} <= log_lines(output)[0].keys()
     content = load(output / "best_checkpoint.pth")
@@ -201,7 +203,9 @@ def test_the_test_is_exact_over_processes(data, finetuned, launcher, tmp_path):
         flags = finetune_flags(data, tmp_path, "--eval", **resume)
         results = launcher.run_ranks(*flags, program=FINETUNE, processes=processes)
         assert_ok(*results)
-        return results[0].out.splitlines()[-3:-1], output.read_text()
+        accuracy = [line for line in results[0].out.splitlines() if "Acc" in line]
+        assert len(accuracy) == 2
+        return accuracy, output.read_text()
 
     one, two = test(tmp_path / "1.csv", 1), test(tmp_path / "2.csv", 2)
     assert one == two
@@ -229,6 +233,65 @@ def test_two_processes_fine_tune_as_one(data, pretrained, launcher, tmp_path):
     assert_close_end(tmp_path / "2", tmp_path / "1")
 
 
+def test_the_best_and_the_last_weights_are_tested_each_by_its_name(finetuned_run):
+    result, output = finetuned_run
+    tests = result.out.split("Test of the best epoch's weights, best_checkpoint.pth:")[1]
+    best, last = tests.split("Test of the last epoch's weights, checkpoint.pth:")
+    views = "tested on 2 clips x 3 crops of 4 frames (dense sampling, stride 2) at 32x32"
+    for part in (best, last):
+        assert part.count("Accuracy of the network on the 5 test videos") == 1
+        assert views in part
+    tested = [line for line in best.splitlines() if "Accuracy" in line]
+    assert f"{100 * _accuracy(output / 'all.csv'):.1f}%" in tested[0]
+
+
+def _accuracy(predictions):
+    with open(predictions) as file:
+        rows = list(csv.DictReader(file))
+    return sum(row["label"] == row["prediction"] for row in rows) / len(rows)
+
+
+def test_a_test_takes_clips_as_the_run_did_and_flags_override(data, finetuned, launcher, tmp_path):
+    def test(**flags):
+        line = {"data_path": data, "output_dir": tmp_path, "device": "cpu", "num_workers": 0,
+                "resume": finetuned / "best_checkpoint.pth"} | flags  # fmt: skip
+        result = launcher.run(*command_line(line, "--eval"), program=FINETUNE)
+        assert_ok(result)
+        return result.out.splitlines()[-1]
+
+    assert test() == "tested on 2 clips x 3 crops of 4 frames (dense sampling, stride 2) at 32x32"
+    flags = {"sampling": "uniform", "test_clips": 1, "test_crops": 1}
+    assert test(**flags) == "tested on 1 clips x 1 crops of 4 frames (uniform sampling) at 32x32"
+
+
+def test_videos_without_labels_are_predicted_but_not_judged(data, finetuned, launcher, tmp_path):
+    paths = find_videos(data / "val").paths
+    (tmp_path / "unknown.txt").write_text("\n".join(paths))
+    resume = {"resume": finetuned / "best_checkpoint.pth"}
+    flags = finetune_flags(tmp_path / "unknown.txt", tmp_path, "--eval", **resume)
+    result = launcher.run(*flags, "--predictions", tmp_path / "p.csv", program=FINETUNE)
+    assert_ok(result)
+    assert "no labels, so no accuracy on the 5 videos" in result.out
+    assert "Acc" not in result.out
+    with open(tmp_path / "p.csv") as file, open(finetuned / "all.csv") as known:
+        rows, expected = list(csv.DictReader(file)), list(csv.DictReader(known))
+    assert [row["prediction"] for row in rows] == [row["prediction"] for row in expected]
+    assert {row["label"] for row in rows} == {""}
+    result = launcher.run(*flags, program=FINETUNE)
+    assert_one_line(result, 2, "has no labels", "--predictions")
+
+
+@pytest.mark.parametrize(("program", "base"), [(PRETRAIN, 1e-5), (FINETUNE, 1e-6)])
+def test_the_last_learning_rate_is_scaled_with_the_batch(program, base):
+    main = main_pretrain if program == PRETRAIN else main_finetune
+    args = main.parse_args(
+        ["--batch_size", "64", "--accum_iter", "2", "--data_path", "x", "--input_size", "32"]
+    )
+    complete(args, "cpu", 4)
+    assert args.min_lr == pytest.approx(base * 512 / 256)
+    assert args.lr == pytest.approx(args.blr * 2)
+
+
 def test_lists_and_random_weights(data, launcher, tmp_path):
     for split, name in (("train", "train.csv"), ("val", "val.txt")):
         videos = find_videos(data / split)
@@ -252,7 +315,7 @@ def test_two_lists_of_any_name_by_data_path_and_val_path(data, pretrained, launc
     result = launcher.run(*flags, program=FINETUNE)
     assert_ok(result)
     assert "12 videos of" in result.out
-    assert result.out.count("Accuracy of the network on the 5 test videos") == 1 + 1
+    assert result.out.count("Accuracy of the network on the 5 test videos") == 1 + 2
     alone = {"val_path": tmp_path / "theirs.csv", "output_dir": tmp_path / "o"}
     result = launcher.run(*command_line(DEFAULTS | alone, "--eval"), program=FINETUNE)
     assert_ok(result)
@@ -299,7 +362,9 @@ def test_bad_use_is_one_line_and_exit_code_2(data, pretrained, launcher, tmp_pat
     refused(PRETRAIN, pretrain_flags(tmp_path / "x", tmp_path / "o"), "does not exist")
     refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", num_frames=3), "not divisible")
     refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", temporal_kernel=4), "must be odd")
-    refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", mask_ratio=0.99), "keeps 0 of 16")
+    refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", mask_ratio=0.01), "keeps 16 of 16")
+    long = pretrain_flags(data, tmp_path / "o", temporal_kernel=7)
+    refused(PRETRAIN, long, "temporal_kernel 7 is longer than a clip of 4 frames in 2 cubes")
     refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", in_chans=4), "no alpha channel")
     refused(PRETRAIN, pretrain_flags(data, tmp_path / "o", crop_scales=(0.5, 1)), "larger shares")
     refused(FINETUNE, finetune_flags(data, tmp_path / "o"), "what to start from?")
@@ -310,6 +375,11 @@ def test_bad_use_is_one_line_and_exit_code_2(data, pretrained, launcher, tmp_pat
     refused(FINETUNE, alone, "the list to train on, with another one in --val_path")
     refused(FINETUNE, finetune_flags(data, tmp_path / "o", aa="x", **start), "no RandAugment")
     refused(FINETUNE, finetune_flags(data, tmp_path / "o", tubelet=4, **start), "--tubelet 4")
+    odd = finetune_flags(data, tmp_path / "o", batch_size=3, **start)
+    refused(FINETUNE, odd, "--batch_size 3 x --repeats 1 must be even, as mixup pairs clips")
+    random = {"model": "videoconvvit_tiny_patch16", "patch_size": (2, 2, 2), "temporal_kernel": 9}
+    long = finetune_flags(data, tmp_path / "o", **random)
+    refused(FINETUNE, long, "temporal_kernel 9 is longer than a clip of 4 frames")
     resume = {"resume": pretrained / "checkpoint.pth"}
     refused(FINETUNE, finetune_flags(data, tmp_path / "o", "--eval", **resume), "no trained head")
 

@@ -64,9 +64,16 @@ def test_dense_test_clips_are_spread_from_beginning_to_end():
 
 
 def test_uniform_test_clips_share_no_frame_of_a_long_video():
-    first, second = eval_clips("uniform", 64, 16, 4, 2)
-    assert first == [1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61]
-    assert second == [i + 2 for i in first]
+    clips = eval_clips("uniform", 64, 16, 4, 4)
+    assert sorted(i for clip in clips for i in clip) == list(range(64))
+
+
+@pytest.mark.parametrize("num_frames", [5, 16, 17, 61, 300])
+def test_two_uniform_test_clips_are_the_segments_starts_and_middles_as_videomaes(num_frames):
+    tick = num_frames / 16
+    starts, middles = ([int(tick * i + offset) for i in range(16)] for offset in (0, tick / 2))
+    assert eval_clips("uniform", num_frames, 16, 4, 2) == [starts, middles]
+    assert eval_clips("uniform", num_frames, 16, 4, 1) == [middles]
 
 
 def test_a_still_clip_is_the_middle_frame():

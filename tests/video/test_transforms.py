@@ -5,10 +5,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from util.data.datasets import seeded
 from util.data.transforms import channel_stats, normalize
 from util.errors import UsageError
+from VideoConvMAE import transforms
 from VideoConvMAE.transforms import (
     CROP_SCALES,
     alike,
@@ -53,6 +57,44 @@ def test_fine_tuning_treats_all_frames_alike_but_for_erasing_noise(channels):
         clip = run(transform, still(channels=channels), seed)
         assert (clip.shape, clip.dtype) == ((channels, 4, 32, 32), torch.float32)
         assert torch.equal(clip, clip[:, :1].expand_as(clip))
+
+
+def test_randaugment_sees_whole_frames_and_fills_with_gray(monkeypatch):
+    seen = []
+
+    def rand_augment(policy, size, in_chans):
+        def augment(picture):
+            seen.append(picture.size)
+            return picture
+
+        return augment
+
+    monkeypatch.setattr(transforms, "rand_augment", rand_augment)
+    clip = run(transforms.finetune_transform((32, 32), reprob=0), still(60, 80), 0)
+    assert clip.shape == (3, 4, 32, 32)
+    assert seen == [(80, 60)] * 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_randaugment_moves_in_is_timms_gray(channels):
+    white = np.full((32, 32) if channels == 1 else (32, 32, 3), 255, np.uint8)
+    augment = rand_augment("rand-m9-n1", (32, 32), channels)
+    augment.ops = [op for op in augment.ops if "Translate" in op.name]
+    values = set()
+    for seed in range(20):
+        with seeded(seed):
+            values |= set(np.unique(np.asarray(augment(Image.fromarray(white)))))
+    assert {128, 255} <= values  # and what interpolation makes between them
+    assert min(values) == 128
+
+
+def test_crops_are_bilinear():
+    transform = finetune_transform((16, 16), hflip=False, scale=(1, 1), auto_augment=None, reprob=0)
+    frames = still(32, 32)
+    clip = transform(frames)
+    whole = torch.from_numpy(frames).movedim(-1, 1)
+    expected = F.resize(whole, [16, 16], InterpolationMode.BILINEAR, antialias=True)
+    torch.testing.assert_close(clip, normalize(expected.transpose(0, 1).contiguous(), 0))
 
 
 def test_what_is_erased_is_one_rectangle_in_all_frames():

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from util.errors import UsageError
 
+# In the place of a label that is not known; torch's losses leave such rows out.
+NO_LABEL = -100
+
 
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first names of a list, for a message."""

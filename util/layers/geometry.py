@@ -103,16 +103,19 @@ class Geometry:
     def visible_patches(self, mask_ratio: float) -> int:
         """Stage-3 tokens that stay when a share of the mask units is removed.
 
-        Of `U` units `int(U * (1 - ratio))` stay.
+        Of `U` units `int(U * (1 - ratio))` stay, MAE's rule; of a video's `U - int(U * ratio)`,
+        VideoMAE's (arXiv 2203.12602).
 
         Raises:
             ValueError: a ratio that removes nothing or everything.
         """
-        keep = int(self.num_mask_units * (1 - mask_ratio))
-        if not 0 < keep < self.num_mask_units:
-            unit = "patches" if self.num_mask_units == self.num_patches else "mask units"
+        units = self.num_mask_units
+        video = self.ndim == 3
+        keep = units - int(units * mask_ratio) if video else int(units * (1 - mask_ratio))
+        if not 0 < keep < units:
+            unit = "patches" if units == self.num_patches else "mask units"
             raise ValueError(
-                f"mask_ratio {mask_ratio} keeps {keep} of {self.num_mask_units} {unit}: "
+                f"mask_ratio {mask_ratio} keeps {keep} of {units} {unit}: "
                 f"at least one must stay and one must go"
             )
         return keep * math.prod(self.mask_unit)

@@ -278,9 +278,13 @@ def add_optim_args(
     blr: float,
     weight_decay: float,
     min_lr: float = 0.0,
+    min_blr: float | None = None,
     optimizer: str = "AdamW",
 ) -> argparse._ArgumentGroup:
-    """Batch, schedule and optimizer, with a recipe's defaults; returns the group."""
+    """Batch, schedule and optimizer, with a recipe's defaults; returns the group.
+
+    With `min_blr`, `--min_lr` is by default scaled with the batch as `--lr` is.
+    """
     group = parser.add_argument_group("optimization")
     group.add_argument(
         "--batch_size",
@@ -319,12 +323,20 @@ def add_optim_args(
         metavar="LR",
         help="absolute peak learning rate (default: from --blr)",
     )
+    if min_blr is not None:
+        group.add_argument(
+            "--min_blr",
+            type=non_negative_float,
+            default=min_blr,
+            metavar="LR",
+            help="base of the learning rate at the end, scaled as --blr",
+        )
     group.add_argument(
         "--min_lr",
         type=non_negative_float,
-        default=min_lr,
+        default=min_lr if min_blr is None else None,
         metavar="LR",
-        help="learning rate at the end",
+        help="learning rate at the end" + (" (default: from --min_blr)" if min_blr else ""),
     )
     group.add_argument(
         "--weight_decay",
@@ -470,17 +482,19 @@ def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> N
         raise UsageError(
             f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"
         )
-    if args.lr is not None and args.min_lr > args.lr:
-        raise UsageError(f"--min_lr {args.min_lr:g} must not be above --lr {args.lr:g}")
     args.input_size = tuple(args.input_size if len(args.input_size) == 2 else args.input_size * 2)
     args.effective_batch_size = args.batch_size * args.accum_iter * processes
+    derived = f" = --blr {args.blr:g} x effective batch {args.effective_batch_size} / 256"
     if args.lr is None:
         args.lr = args.blr * args.effective_batch_size / 256
-        if args.min_lr > args.lr and not getattr(args, "eval", False):
-            raise UsageError(
-                f"--min_lr {args.min_lr:g} must not be above the peak learning rate, {args.lr:g} "
-                f"= --blr {args.blr:g} x effective batch {args.effective_batch_size} / 256"
-            )
+    else:
+        derived = ""
+    if args.min_lr is None:
+        args.min_lr = args.min_blr * args.effective_batch_size / 256
+    if args.min_lr > args.lr and not getattr(args, "eval", False):
+        raise UsageError(
+            f"--min_lr {args.min_lr:g} must not be above the peak learning rate, {args.lr:g}{derived}"
+        )
     if args.num_workers is None:
         args.num_workers = min(10, max(1, cores_per_process()))
     for switch in ("compile", "pin_mem"):

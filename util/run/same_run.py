@@ -43,8 +43,9 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
     """
     now = plain(args)
     names = [n for n, v in now.items() if n not in MAY_CHANGE and saved.get(n) != v]
-    if "lr" in names and {"blr", "effective_batch_size"} & set(names):
-        names.remove("lr")  # follows from them
+    for name in ("lr", "min_lr"):
+        if name in names and {name.replace("lr", "blr"), "effective_batch_size"} & set(names):
+            names.remove(name)  # follows from them
     differing = [
         f"{_DERIVED.get(name, f'--{name}')} {show_value(saved.get(name))} there, "
         f"{show_value(now[name])} here"
