@@ -67,8 +67,8 @@ def _has_mask(objects: Instances, device: torch.device) -> Tensor:
 def norms_in_float32(model: nn.Module) -> None:
     """Compute `naiveSyncBN` in float32 under autocast.
 
-    Its variance is a difference of means, which bfloat16 can make negative; Detectron2 itself
-    casts float16 alone.
+    Its variance is a difference of means, of which bfloat16 leaves little or makes it negative;
+    Detectron2 itself casts float16 alone.
     """
     for module in model.modules():
         if isinstance(module, NaiveSyncBatchNorm):

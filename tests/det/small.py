@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from models_convmae import convmae_convvit_tiny_patch16
 from util.demo.coco import SPLITS, write_coco
@@ -68,3 +69,19 @@ def change_json(path: Path, change) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def save_normalised(path: str) -> None:
+    """In each of two processes: the heads' norm on bfloat16 features, of which one has none."""
+    from detectron2.layers import get_norm
+
+    from DET.rcnn import norms_in_float32
+
+    norm = get_norm("naiveSyncBN_N", 8).train()
+    norms_in_float32(norm)
+    objects = 0 if dist.get_rank() else 4
+    x = (torch.randn(objects, 8, 7, 7) * 0.05 + 3).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    if objects:
+        torch.save([x, y.detach()], path)

@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from DET.predict import target_names
@@ -154,6 +155,31 @@ def test_a_signal_reaches_both_processes_and_is_saved_once(launcher, scenes, tmp
     assert stopped.code == 0, stopped.err
     assert stopped.out.count("stopped by a signal after") == 1
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_stopped.pth"
+
+
+def normalise_in_two_processes(path):
+    import sys
+
+    import torch
+    from detectron2.engine import launch
+
+    from tests.det.small import save_normalised
+
+    torch.manual_seed(0)
+    launch(save_normalised, 2, dist_url="auto", args=(path,))
+    sys.exit(0)
+
+
+@needs_detectron2
+def test_the_heads_norm_in_two_processes_is_that_of_one_in_bfloat16(launcher, tmp_path):
+    """The second process has no objects, and the values are far from 0 beside their spread."""
+    path = str(tmp_path / "normalised.pt")
+    code = code_of(normalise_in_two_processes, path=path)
+    done = launcher.run("unused", before=code, timeout=250)
+    assert done.code == 0, done.err
+    x, y = torch.load(path, weights_only=True)
+    expected = torch.nn.BatchNorm2d(x.shape[1])(x.float())
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=2e-3)
 
 
 def test_pictures_of_files_with_the_same_name_do_not_replace_each_other(tmp_path):
