@@ -27,7 +27,7 @@ from tests.checks import (
 )
 from tests.runs import call
 from tests.video.movies import write_classes, write_movie
-from util.run.args import complete
+from util.run.args import derive_args
 from VideoConvMAE import main_finetune, main_pretrain
 from VideoConvMAE.datasets import Views
 from VideoConvMAE.lists import find_videos
@@ -287,7 +287,7 @@ def test_the_last_learning_rate_is_scaled_with_the_batch(program, base):
     args = main.parse_args(
         ["--batch_size", "64", "--accum_iter", "2", "--data_path", "x", "--input_size", "32"]
     )
-    complete(args, "cpu", 4)
+    derive_args(args, "cpu", 4)
     assert args.min_lr == pytest.approx(base * 512 / 256)
     assert args.lr == pytest.approx(args.blr * 2)
 

@@ -493,7 +493,8 @@ def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> N
         args.min_lr = args.min_blr * args.effective_batch_size / 256
     if args.min_lr > args.lr and not getattr(args, "eval", False):
         raise UsageError(
-            f"--min_lr {args.min_lr:g} must not be above the peak learning rate, {args.lr:g}{derived}"
+            f"--min_lr {args.min_lr:g} must not be above the peak learning rate, {args.lr:g}"
+            f"{derived}"
         )
     if args.num_workers is None:
         args.num_workers = min(10, max(1, cores_per_process()))
