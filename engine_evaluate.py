@@ -1,5 +1,6 @@
 """Evaluation of classifiers: every image once, over any number of processes."""
 
+import argparse
 import csv
 import math
 import sys
@@ -12,11 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.data.classes import NO_LABEL
+from models_convvit import convvit_from_weights
+from util.data.classes import NO_LABEL, check_classes
 from util.data.datasets import BadFile, LabeledImages
 from util.data.loader import BadImages, Loader
 from util.errors import UsageError
-from util.run.distributed import gather_objects, is_main_process, print_once
+from util.run.args import derive_args
+from util.run.distributed import gather_objects, is_main_process, print_once, world_size
+from util.run.geometry_args import described_architecture, fill_geometry_flags
+from util.run.labeled_data import check_nb_classes, val_images
+from util.run.optim_step import amp_dtype
+from util.run.resume import BEST, LAST
+from util.weights.read import KINDS, Weights, read_weights
 
 # From a model and a batch to logits.
 Predict = Callable[[nn.Module, Tensor], Tensor]
@@ -177,3 +185,83 @@ def _merge(
     order = columns[0].argsort()
     labeled = bool((dataset.labels != NO_LABEL).all())
     return Evaluation(*(column[order] for column in columns), dataset.what, labeled)
+
+
+def evaluate_checkpoint(
+    args: argparse.Namespace,
+    device: torch.device,
+    load: Callable[[argparse.Namespace, Weights], Loader] = val_images,
+    predict: Predict = nn.Module.__call__,
+) -> Evaluation:
+    """`--eval`: the accuracy of a trained classifier or probe, refused if it cannot be right.
+
+    Args:
+        args: of the command line.
+        device: where to run.
+        load: from completed arguments and what the checkpoint holds to the data.
+        predict: see `evaluate`.
+
+    Raises:
+        UsageError: a checkpoint that is no trained classifier, or classes that are not its own.
+    """
+    weights = read_weights(_evaluated(args))
+    if weights.kind not in ("classifier", "probe"):
+        raise UsageError(
+            f"--eval: {weights.path} is {KINDS[weights.kind]}: it has no trained head; "
+            f"fine-tune or probe it first, and evaluate the checkpoint of that run"
+        )
+    fill_geometry_flags(args, weights.architecture, str(weights.path))
+    derive_args(args, device.type, world_size())
+    dtype = amp_dtype(args.amp, device)
+    architecture = described_architecture(args, weights.architecture)
+    if architecture.ndim != weights.architecture.ndim:
+        raise UsageError(f"--eval: {weights.path} is an image model: fine-tune it on videos first")
+    loader = load(args, weights)
+    check_nb_classes(args, loader.dataset)
+    check_outputs(weights, loader.dataset)
+    model, report = convvit_from_weights(weights, img_size=architecture.img_size)
+    print_once(report)
+    model.to(device)
+    evaluation = evaluate(model, loader, device, dtype, args.max_bad_images, predict)
+    evaluation.report()
+    if args.predictions:
+        evaluation.write(args.predictions, loader.dataset)
+    return evaluation
+
+
+def _evaluated(args: argparse.Namespace) -> Path:
+    """The checkpoint that `--eval` means."""
+    if args.finetune:
+        raise UsageError(
+            "--eval evaluates a trained classifier as it is: give its checkpoint as --resume FILE, "
+            "without --finetune"
+        )
+    if args.resume not in ("auto", "none"):
+        return Path(args.resume)
+    for name in (BEST, LAST):
+        if (args.output_dir / name).exists():
+            return args.output_dir / name
+    raise UsageError(
+        f"--eval: which checkpoint? {args.output_dir} has none: give --resume FILE, or the "
+        f"--output_dir of a run"
+    )
+
+
+def check_outputs(weights: Weights, dataset: LabeledImages) -> None:
+    """Refuse to compare labels with the outputs of a model that means other classes by them.
+
+    Raises:
+        UsageError: classes of another number, other names or another order.
+    """
+    if weights.classes:
+        check_classes(weights.classes, dataset.classes, f"checkpoint {weights.path}", dataset.root)
+    elif weights.num_classes != len(dataset.classes):
+        raise UsageError(
+            f"checkpoint {weights.path} tells {weights.num_classes} classes apart, "
+            f"{dataset.root} has {len(dataset.classes)} classes"
+        )
+    else:
+        print_once(
+            f"note: {weights.path} does not name its classes; its outputs are taken to be those "
+            f"of {dataset.root} in sorted order"
+        )

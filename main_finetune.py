@@ -6,19 +6,24 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import BinaryIO
 
 from torch import Tensor
 
-from engine_finetune import build_data, check_mixing, evaluate_checkpoint, find_start, finetune
+from build_classifier import build_finetuning, check_mixing
+from engine_evaluate import evaluate_checkpoint
+from engine_finetune import train_classifier
 from models_convvit import MODELS
 from util.data.transforms import finetune_transform
 from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes
+from util.run.labeled_data import build_data
 from util.run.parser import Parser
 from util.run.program import run_main
 from util.run.setup import complete_run
+from util.run.start import find_start
 
 PROGRAM = "fine-tuning"
 
@@ -80,9 +85,17 @@ def main(args: argparse.Namespace) -> None:
     content, weights = find_start(args, PROGRAM)
     complete_run(args, device)
     check_recipe(args)
-    loaders = build_data(args, build_transform(args))
-    finetune(
-        args, device, content, weights, *loaders, program=PROGRAM, predictions=args.predictions
+    loader, val_loader = build_data(args, build_transform(args))
+    build = partial(build_finetuning, args, device, weights)
+    train_classifier(
+        args,
+        device,
+        content,
+        loader,
+        val_loader,
+        build,
+        program=PROGRAM,
+        predictions=args.predictions,
     )
 
 

@@ -3,34 +3,21 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from functools import partial
 
-from timm.layers import trunc_normal_
-from torch import nn
-
-from engine_finetune import (
-    Best,
-    build_classifier,
-    build_data,
-    check_nb_classes,
-    check_resumed,
-    evaluate_checkpoint,
-    find_start,
-    fit,
-    train_one_epoch,
-)
+from build_classifier import build_probe
+from engine_evaluate import evaluate_checkpoint
+from engine_finetune import train_classifier
 from models_convvit import MODELS
 from util.data.transforms import probe_transform
 from util.errors import UsageError
 from util.run import args as arguments
-from util.run.distributed import SyncedBatchNorm1d, init_processes, print_once, world_size
-from util.run.lars import LARS
-from util.run.logger import count_parameters
+from util.run.distributed import init_processes, world_size
+from util.run.labeled_data import build_data
 from util.run.parser import Parser
 from util.run.program import run_main
-from util.run.run import Run
-from util.run.setup import complete_run, seed_everything
+from util.run.setup import complete_run
+from util.run.start import find_start
 
 PROGRAM = "probing"
 
@@ -72,32 +59,18 @@ def main(args: argparse.Namespace) -> None:
         scale=tuple(args.crop_scale),
         max_pixels=args.max_pixels,
     )
-    train_loader, val_loader = build_data(args, transform)
-    classes = train_loader.dataset.classes
-    check_nb_classes(args, train_loader.dataset)
-    check_resumed(content, args, train_loader.dataset)
-
-    seed_everything(args.seed)
-    model, report = build_classifier(args, weights and weights.without("head"), classes)
-    model.requires_grad_(False)  # so nothing of the encoder is kept for a backward pass
-    trunc_normal_(model.head.weight, std=0.01)
-    model.head.requires_grad_(True)
-    model.add_probe_norm(SyncedBatchNorm1d)
-    model.to(device)
-    best = Best()
-    optimizer = LARS(model.head.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    run = Run.prepare(
-        args, device, train_loader, model, optimizer, content,
-        program=PROGRAM, parts={"best": best}, extra={"classes": classes},
-    )  # fmt: skip
-    if report and not content:
-        print_once(report)
-    run.describe(f"{len(classes)} classes, {count_parameters(model)}, the encoder frozen")
-
-    criterion = nn.CrossEntropyLoss()
-    train = partial(train_one_epoch, run, criterion=criterion, trained=model.head)
-    with closing(run.report.log):
-        fit(run, train, val_loader, best, predictions=args.predictions)
+    loader, val_loader = build_data(args, transform)
+    build = partial(build_probe, args, device, weights)
+    train_classifier(
+        args,
+        device,
+        content,
+        loader,
+        val_loader,
+        build,
+        program=PROGRAM,
+        predictions=args.predictions,
+    )
 
 
 if __name__ == "__main__":

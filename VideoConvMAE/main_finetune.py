@@ -6,11 +6,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from engine_evaluate import Evaluation, mean_over_views
-from engine_finetune import evaluate_checkpoint, find_start, finetune, mixes
+from build_classifier import build_finetuning, mixes
+from engine_evaluate import Evaluation, evaluate_checkpoint, mean_over_views
+from engine_finetune import train_classifier
 from util.data.loader import Loader
 from util.errors import UsageError
 from util.run import args as arguments
@@ -19,6 +21,7 @@ from util.run.parser import Parser, positive_int
 from util.run.program import run_main
 from util.run.resume import BEST, LAST
 from util.run.setup import complete_run, eval_loader, train_loader
+from util.run.start import find_start
 from util.weights.read import Weights
 from VideoConvMAE.args import PROTOCOL, add_clip_args, complete_protocol
 from VideoConvMAE.datasets import LabeledClips, Views
@@ -192,10 +195,18 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     complete_run(args, device)
     complete_protocol(args)
     check_recipe(args)
-    finetune(
-        args, device, content, weights, *build_data(args),
-        program=PROGRAM, models=CLASSIFIERS, predict=mean_over_views,
-    )  # fmt: skip
+    loader, val_loader = build_data(args)
+    build = partial(build_finetuning, args, device, weights, models=CLASSIFIERS)
+    train_classifier(
+        args,
+        device,
+        content,
+        loader,
+        val_loader,
+        build,
+        program=PROGRAM,
+        predict=mean_over_views,
+    )
 
 
 def test(args: argparse.Namespace, device: torch.device) -> Evaluation:

@@ -14,8 +14,9 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-import engine_finetune
+import build_classifier
 import main_finetune
+from build_classifier import Trainee
 from engine_evaluate import evaluate, judge
 from engine_finetune import Best, train_one_epoch
 from models_convvit import convvit_tiny_patch16
@@ -39,7 +40,7 @@ def arguments(*more):
 
 
 def test_mixed_batches_get_timms_soft_target_loss():
-    criterion, mixup = engine_finetune.build_criterion(arguments(), 10)
+    criterion, mixup = build_classifier.build_criterion(arguments(), 10)
     assert isinstance(criterion, SoftTargetCrossEntropy)
     assert isinstance(mixup, Mixup)
     settings = (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.switch_prob)
@@ -48,7 +49,7 @@ def test_mixed_batches_get_timms_soft_target_loss():
 
 
 def test_without_mixing_labels_are_smoothed_as_timm_does():
-    criterion, mixup = engine_finetune.build_criterion(
+    criterion, mixup = build_classifier.build_criterion(
         arguments("--mixup", "0", "--cutmix", "0"), 10
     )
     assert mixup is None
@@ -59,7 +60,7 @@ def test_without_mixing_labels_are_smoothed_as_timm_does():
 
 def test_without_mixing_and_smoothing_the_loss_is_cross_entropy():
     flags = ("--mixup", "0", "--cutmix", "0", "--smoothing", "0")
-    criterion, _ = engine_finetune.build_criterion(arguments(*flags), 10)
+    criterion, _ = build_classifier.build_criterion(arguments(*flags), 10)
     logits, labels = torch.randn(4, 10), torch.tensor([1, 2, 3, 9])
     torch.testing.assert_close(criterion(logits, labels), F.cross_entropy(logits, labels))
 
@@ -92,7 +93,8 @@ def test_a_training_step_mixes_images_and_labels_as_timm_does():
 
     __import__("numpy").random.seed(0)
     run = OneStepRun(model, (imgs.clone(), labels, torch.arange(4)))
-    train_one_epoch(run, 0, 0, SoftTargetCrossEntropy(), model, Mixup(**settings))
+    trainee = Trainee(model, model, None, SoftTargetCrossEntropy(), Mixup(**settings))
+    train_one_epoch(run, 0, 0, trainee)
     torch.testing.assert_close(run.loss, expected)
 
 
@@ -110,7 +112,7 @@ def probe():
 def test_only_the_head_of_a_probe_is_in_training_mode():
     model = probe()
     run = OneStepRun(model, (torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2)))
-    train_one_epoch(run, 0, 0, nn.CrossEntropyLoss(), model.head)
+    train_one_epoch(run, 0, 0, Trainee(model, model.head, None, nn.CrossEntropyLoss()))
     assert {name for name, training in run.modes.items() if training} == {
         "head", "head.0", "head.1",
     }  # fmt: skip
@@ -207,7 +209,7 @@ def test_the_best_accuracy_survives_a_checkpoint():
 def test_the_optimizer_is_the_recipes():
     args = arguments()
     model = convvit_tiny_patch16(img_size=32, num_classes=3)
-    optimizer = engine_finetune.build_optimizer(args, model)
+    optimizer = build_classifier.build_optimizer(args, model)
     assert isinstance(optimizer, torch.optim.AdamW)
     scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
     assert scales == pytest.approx([0.65**n for n in range(5, -1, -1)])  # 4 blocks
@@ -217,6 +219,6 @@ def test_the_optimizer_is_the_recipes():
 
 def test_every_parameter_has_one_place_in_the_optimizer():
     model = convvit_tiny_patch16(img_size=32, num_classes=3)
-    groups = engine_finetune.build_optimizer(arguments(), model).param_groups
+    groups = build_classifier.build_optimizer(arguments(), model).param_groups
     placed = [id(p) for group in groups for p in group["params"]]
     assert sorted(placed) == sorted(id(p) for p in model.parameters())

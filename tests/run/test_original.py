@@ -13,7 +13,7 @@ from timm.optim import param_groups_weight_decay
 
 import models_convmae
 import models_convvit
-from engine_finetune import build_optimizer
+from build_classifier import build_optimizer
 from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
 from tests.checks import assert_ok, assert_one_line, command_line, load, log_lines

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine_finetune import Best, build_optimizer
+from build_classifier import build_optimizer
+from engine_finetune import Best
 from models_convvit import ConvViT
 from util.data.datasets import seeded
 from util.errors import UsageError

@@ -1,0 +1,79 @@
+"""Training and validation images of a classifier, from the flags of a run."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from util.data.classes import check_classes
+from util.data.datasets import LabeledImages
+from util.data.loader import Loader
+from util.data.shards import is_shards
+from util.data.transforms import center_crop_transform
+from util.errors import UsageError
+from util.run.setup import eval_loader, train_loader
+from util.weights.read import Weights
+
+
+def build_data(
+    args: argparse.Namespace, transform: Callable[[BinaryIO], Tensor]
+) -> tuple[Loader, Loader]:
+    """Training and validation images of ImageNet's layout, checked to have the same classes.
+
+    Args:
+        args: completed arguments.
+        transform: of the training images.
+
+    Raises:
+        UsageError: folders that are missing, or whose classes differ.
+    """
+    if args.data_path is None:
+        raise UsageError("--data_path is missing: a folder with train/ and val/, a folder a class")
+    train = args.data_path if is_shards(args.data_path) else args.data_path / "train"
+    val_path = args.val_path or args.data_path / "val"
+    for path in (train, val_path):
+        if not path.is_dir() and not is_shards(path):
+            raise UsageError(
+                f"--data_path {args.data_path} has no {path.name}/: it takes train/ and val/, with "
+                f"the images of each class in a folder of its own (or shards, see --val_path)"
+            )
+    dataset = LabeledImages(train, transform)
+    dataset.check_complete()
+    val = val_images(args)
+    check_classes(dataset.classes, val.dataset.classes, dataset.root, val.dataset.root)
+    return train_loader(args, dataset), val
+
+
+def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Loader:
+    """The images to evaluate on; their classes are what is there, whatever they should be.
+
+    Raises:
+        UsageError: no such images, or see `LabeledImages`.
+    """
+    transform = center_crop_transform(tuple(args.input_size), args.in_chans, args.max_pixels)
+    return eval_loader(args, LabeledImages(_val_path(args), transform), args.batch_size)
+
+
+def _val_path(args: argparse.Namespace) -> Path:
+    """The images that `--eval` means."""
+    if args.val_path is not None:
+        return args.val_path
+    if args.data_path is None:
+        raise UsageError("--data_path is missing: a folder with val/, a folder a class in it")
+    val = args.data_path / "val"
+    return val if val.is_dir() else args.data_path
+
+
+def check_nb_classes(args: argparse.Namespace, dataset: LabeledImages) -> None:
+    """Refuse data of another number of classes than `--nb_classes`, if that is given.
+
+    Raises:
+        UsageError: with both numbers.
+    """
+    if args.nb_classes not in (None, len(dataset.classes)):
+        raise UsageError(
+            f"--nb_classes {args.nb_classes}: {dataset.root} has {len(dataset.classes)} classes; "
+            f"leave the flag away to take those that are there"
+        )
