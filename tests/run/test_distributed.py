@@ -209,7 +209,7 @@ def test_a_gpu_that_is_not_there_is_refused_with_how_many_are(machine):
 def test_several_processes_do_not_share_the_gpu_that_is_named(machine, joined):
     machine(gpus=2)
     os.environ |= TORCHRUN
-    with pytest.raises(UsageError, match="--device cuda:0 is one GPU .* give --device cuda"):
+    with pytest.raises(UsageError, match=r"--device cuda:0 is one GPU .* give --device cuda"):
         init_processes("cuda:0")
     assert joined == []
 
