@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from tests.checks import assert_one_line, command_line
-from tests.runs import MAIN, code_of, write_images
+from tests.runs import MAIN, code_of, free_port, write_images
 from util.run.program import STOPPED_EXIT_CODE
 
 RUN = {
@@ -51,15 +51,21 @@ def test_an_interrupt_during_start_up_is_one_line(launcher, images, tmp_path):
     assert_one_line(result, 130, "interrupted")
 
 
+def torchrun(launcher, *line):
+    """Two processes, as torchrun starts them by default: it keeps the store where they meet."""
+    options = ["--nproc_per_node", 2, "--master_port", free_port()]
+    return launcher.run(*options, MAIN, *line, program="torch.distributed.run")
+
+
 def test_processes_of_torchrun_that_fail_alike_say_it_once(launcher, tmp_path):
     line = command_line(RUN | {"data_path": tmp_path / "no", "output_dir": tmp_path / "out"})
-    result = launcher.torchrun(*line).wait()
+    result = torchrun(launcher, *line)
     assert result.code == 1
     assert result.err.count("error: the data path") == 1
 
 
 def test_a_bad_flag_under_torchrun_is_said_once(launcher, tmp_path):
-    result = launcher.torchrun("--data_path", tmp_path, "--batchsize", 3).wait()
+    result = torchrun(launcher, "--data_path", tmp_path, "--batchsize", 3)
     assert result.err.count("did you mean --batch_size?") == 1
 
 
