@@ -125,7 +125,7 @@ def build_model(
 
 
 def mixes(args: argparse.Namespace) -> bool:
-    """Whether images of a batch are mixed."""
+    """True if the images of a batch are mixed."""
     return (args.mixup > 0 or args.cutmix > 0 or bool(args.cutmix_minmax)) and args.mixup_prob > 0
 
 
@@ -151,7 +151,7 @@ def check_mixing(args: argparse.Namespace) -> None:
 
 
 def build_criterion(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, Mixup | None]:
-    """Timm's loss, and what mixes the batches of it if they are mixed."""
+    """The loss of a recipe, and timm's Mixup if the recipe mixes images."""
     if mixes(args):
         mixup = Mixup(
             mixup_alpha=args.mixup,

@@ -32,7 +32,7 @@ Predict = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model says of a data set, in the order of its images, those that failed left out.
+    """A model's predictions on a data set, in its order, without the images that failed.
 
     Attributes:
         indices: `[n]`, places in the data set.

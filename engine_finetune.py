@@ -68,7 +68,7 @@ class Best:
         return better
 
     def state_dict(self) -> dict:
-        """What to save."""
+        """The state to save."""
         return {"acc1": self.acc1}
 
     def load_state_dict(self, state: dict) -> None:

@@ -80,7 +80,7 @@ def build_run(
 
 
 def title(run: Run) -> str:
-    """What is pretrained, in a line."""
+    """One line on the model: name, parameters, input, visible patches."""
     geometry = run.model.geometry
     pixels = "x".join(map(str, geometry.img_size))
     visible = geometry.visible_patches(run.args.mask_ratio)
@@ -137,7 +137,7 @@ def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) ->
 
 
 def draw_noise(batch_size: int, units: int, device: torch.device) -> Tensor:
-    """What decides the masks of this process's images: `[batch_size, units]`, uniform.
+    """Draw the noise that decides the masks of this process: `[batch_size, units]`, uniform.
 
     Every process draws the noise of the whole batch and takes its rows, so that any number of
     processes mask alike.

@@ -275,7 +275,7 @@ class ConvViTEncoder(nn.Module):
             )
 
     def visible_grid(self, ids_keep: Tensor, stage: int) -> VisibleGrid:
-        """Where the tokens of the blocks `ids_keep` `[N, B]` lie on the grid of `stage`."""
+        """Grid positions of the tokens of the blocks `ids_keep` `[N, B]` at `stage`."""
         grid = self.geometry.grid(stage)
         index = getattr(self, f"grid_index{stage}")[ids_keep]  # [N, B, U]
         image = torch.arange(len(ids_keep), device=index.device).view(-1, 1, 1)
@@ -623,7 +623,7 @@ def convvit_from_checkpoint(path: str | Path, **kwargs) -> ConvViT:
 
 
 def _cfg(**kwargs) -> dict:
-    """What timm wants to know of a model."""
+    """A model's pretrained configuration in timm's format."""
     return {
         "url": "",
         "num_classes": 1000,

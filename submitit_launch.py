@@ -188,7 +188,7 @@ class Task:
                 signal.pause()
 
     def checkpoint(self) -> "DelayedSubmission":
-        """What to call after a requeue: the same command, which goes on by itself."""
+        """The job to submit after a requeue: the same command, which resumes by itself."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

@@ -54,7 +54,7 @@ def check_image(image: object, known: Mapping, folder: Path, told: Counter) -> d
 
 
 def is_id(value: object) -> bool:
-    """Whether a value can be the id of an image: a number or a text."""
+    """True if a value can be the id of an image: a number or a text."""
     return isinstance(value, str) or is_number(value)
 
 

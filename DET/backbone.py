@@ -97,7 +97,7 @@ class DecomposedAttention(GridAttention):
 
 
 class _DetectionConvViT(ConvViT, Backbone):
-    """What the two backbones share: no head, stage 3 on its grid, images padded to the stride.
+    """Common part of the two backbones: no head, stage 3 on its grid, images padded to the stride.
 
     Args:
         use_act_checkpoint: recompute activations in the backward pass, for less memory.

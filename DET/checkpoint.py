@@ -26,7 +26,7 @@ class RandomState:
 
     @staticmethod
     def state_dict() -> dict:
-        """What to save."""
+        """The state to save."""
         return random_state()
 
     @staticmethod

@@ -39,18 +39,18 @@ class Coco:
 
     @property
     def has_masks(self) -> bool:
-        """Whether an annotation has a mask."""
+        """True if an annotation has a mask."""
         return any("segmentation" in a for a in self.content["annotations"])
 
     @property
     def has_bitmaps(self) -> bool:
-        """Whether a mask of a single object is run-length encoded, not polygons."""
+        """True if a mask of a single object is run-length encoded instead of polygons."""
         masks = (a.get("segmentation") for a in self.content["annotations"] if not a["iscrowd"])
         return any(isinstance(mask, Mapping) for mask in masks)
 
     @property
     def warnings(self) -> list[str]:
-        """What someone who gave the file should know."""
+        """Notes for the user on the file."""
         annotations = self.content["annotations"]
         parts = [f"skipped {_count(n, what)} {why}" for (what, why), n in _sorted(self.skipped)]
         parts += [f"{what} {how}: {n:,}" for (what, how), n in _sorted(self.mended)]
@@ -107,7 +107,7 @@ def read_coco(path: str | Path, images: str | Path) -> Coco:
 
 
 def _read(path: Path) -> tuple[dict, bool]:
-    """What a file holds, and whether a byte order mark comes before it."""
+    """Contents of a file, and whether a byte order mark comes before them."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text.removeprefix("\ufeff"))

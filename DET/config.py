@@ -119,7 +119,7 @@ def _check_override(cfg: DictConfig, override: Override) -> None:
 
 
 def _kind(value: object) -> str | None:
-    """What kind of value this is; None for one that says nothing, as null and objects do not."""
+    """Kind of a value; None for null and objects, which have no fixed kind."""
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, int | float):

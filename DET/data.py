@@ -39,7 +39,7 @@ _TURN_BACK = {
 
 @dataclass(frozen=True)
 class Split:
-    """What a model must know of a registered data set.
+    """Properties of a registered data set that the model depends on.
 
     Attributes:
         json: the annotation file that was registered, without what is broken.

@@ -194,7 +194,7 @@ def begin(cfg: DictConfig, model: nn.Module) -> None:
 
 
 def describe_run(cfg: DictConfig, schedule: Schedule) -> dict[str, object]:
-    """What makes a run what it is, as plain values: a checkpoint of another one is refused."""
+    """Model and schedule of a run as plain values; a checkpoint of another run is refused."""
     return {
         "input_size": cfg.data.image_size,
         "epochs": schedule.epochs,

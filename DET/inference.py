@@ -48,7 +48,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> Instances:
-        """What is found in an image `[H, W, C]`, uint8: boxes, scores, classes and masks."""
+        """Detections in an image `[H, W, C]`, uint8: boxes, scores, classes and masks."""
         sample = T.AugInput(image)
         self.augmentations(sample)
         pixels = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))

@@ -16,7 +16,7 @@ MAX_PIXELS = 1_000_000
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number that a float can hold, and neither infinite nor none."""
+    """True for a finite number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -26,12 +26,12 @@ def is_number(value: object) -> bool:
 
 
 def are_pixels(values: object) -> bool:
-    """Whether these are a list of coordinates or lengths in pixels, on or near an image."""
+    """True for a list of coordinates or lengths in pixels, on or near an image."""
     return isinstance(values, list) and all(is_number(v) and abs(v) <= MAX_PIXELS for v in values)
 
 
 def is_polygon(points: object) -> bool:
-    """Whether these are x and y of three points or more."""
+    """True for x and y of three points or more."""
     return are_pixels(points) and len(points) >= 6 and len(points) % 2 == 0
 
 

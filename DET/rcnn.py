@@ -58,7 +58,7 @@ class MaskHead(MaskRCNNConvUpsampleHead):
 
 
 def _has_mask(objects: Instances, device: torch.device) -> Tensor:
-    """Which objects have a mask, `[objects]`: all, where nothing says otherwise."""
+    """Objects that have a mask, `[objects]`: all, where nothing says otherwise."""
     if objects.has("gt_has_mask"):
         return objects.gt_has_mask
     return torch.ones(len(objects), dtype=torch.bool, device=device)

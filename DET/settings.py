@@ -11,7 +11,7 @@ CHANNELS = {"L": 1, "RGB": 3}  # of the formats that images are read in
 
 
 def _number(low: float, above: bool = False, optional: bool = False) -> Callable[[object], bool]:
-    """Whether a value is a finite number of at least, or above, `low`."""
+    """True for a finite number of at least, or above, `low`."""
 
     def fits(value: object) -> bool:
         if value is None:
@@ -24,7 +24,7 @@ def _number(low: float, above: bool = False, optional: bool = False) -> Callable
 
 
 def _whole(low: int, high: float = math.inf) -> Callable[[object], bool]:
-    """Whether a value is a whole number of that range."""
+    """True for a whole number of that range."""
     return lambda value: type(value) is int and low <= value <= high
 
 

@@ -107,7 +107,7 @@ def pass_on_signals() -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """What each process of a run does; it ends with its exit code."""
+    """Entry point of each process of a run; exits with its code."""
     from DET.engine import run
 
     code = run_main(run, args)

@@ -93,7 +93,7 @@ class Trainer(SimpleTrainer):
             )
 
     def state_dict(self) -> dict:
-        """What a checkpoint holds of the run, beside the model."""
+        """State of the run in a checkpoint, beside the model."""
         return {**super().state_dict(), "step": self.step.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:

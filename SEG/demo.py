@@ -70,7 +70,7 @@ def sheet(pictures: Sequence[Path], columns: int = 2) -> Image.Image:
 
 
 def settings_of(iterations: int | None) -> list[str]:
-    """What the demo sets in the config, and the length of the run if it is given."""
+    """Config overrides of the demo, with the length of the run if it is given."""
     weights = str(WEIGHTS).replace(" ", "")
     settings = [f"train_dataloader.dataset.indices={LABELLED}"] + [
         f"model.{head}.loss_decode.class_weight={weights}"

@@ -1,4 +1,4 @@
-"""What happens around mmengine's loops: checkpoints whole and plain, pictures of results."""
+"""Hooks of mmengine's loops: atomic checkpoints of plain values, pictures of results."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

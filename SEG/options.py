@@ -1,4 +1,4 @@
-"""What the programs of this folder share: command line, config, processes, checkpoints."""
+"""Common options of this folder's programs: command line, config, processes, checkpoints."""
 
 import argparse
 import re

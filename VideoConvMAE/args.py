@@ -16,7 +16,7 @@ PROTOCOL = {"sampling": "dense", "stride": 4, "test_clips": 5, "test_crops": 3}
 def add_clip_args(
     parser: Parser, *, samplings: Sequence[str] = SAMPLINGS, follow_checkpoint: bool = False
 ) -> argparse._ArgumentGroup:
-    """Where the videos are, and how clips are taken from them; returns the group.
+    """Add the arguments of videos and clip sampling; returns the group.
 
     Args:
         parser: gets the arguments.
@@ -61,7 +61,7 @@ def add_clip_args(
 def add_sampling_args(
     group: argparse._ArgumentGroup | Parser, samplings: Sequence[str] = SAMPLINGS
 ) -> None:
-    """Which frames of a video make a clip; `complete_protocol` knows the defaults."""
+    """Add the arguments of frame sampling; `complete_protocol` knows the defaults."""
     group.add_argument(
         "--sampling",
         choices=samplings,

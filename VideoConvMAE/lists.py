@@ -1,4 +1,4 @@
-"""Which videos there are and what they show: lists, annotations and splits."""
+"""Videos and their labels from lists, annotations and splits."""
 
 import csv
 import json
@@ -91,7 +91,7 @@ def find_unlabeled(data_path: Path, root: Path | None) -> VideoList:
 
 @dataclass(frozen=True)
 class _Style:
-    """How the lines of a list are to be read.
+    """Format of the lines of a list.
 
     Attributes:
         delimiter: between fields; " " is any white space, "" none at all: a line is a path.

@@ -1,4 +1,4 @@
-"""Which frames of a video make a clip."""
+"""Frame sampling: the frames of a video that make a clip."""
 
 import random
 from collections.abc import Sequence

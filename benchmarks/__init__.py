@@ -1,1 +1,1 @@
-"""What it costs: speed, memory, FLOPs."""
+"""Benchmarks of speed, memory and arithmetic."""

@@ -1,4 +1,4 @@
-"""How long a pretraining takes, and how many GPU-hours: `python -m benchmarks.estimate --help`.
+"""Estimate hours and GPU-hours of a pretraining: `python -m benchmarks.estimate --help`.
 
 From images/s of one GPU that were measured: `python -m benchmarks.pretrain_step` prints them; a
 run's own log line has them for all its GPUs together.
@@ -17,7 +17,7 @@ IMAGENET_1K = 1_281_167
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run costs.
+    """Cost of a run.
 
     Attributes:
         hours: from its beginning to its end.

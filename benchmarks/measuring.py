@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, ratios, and where and how it was measured."""
+"""Measuring: interleaved rounds, ratios, and a description of the machine and versions."""
 
 import platform
 import shlex
@@ -71,7 +71,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def environment(program: str, argv: Sequence[str], device: str = "cpu") -> dict[str, str]:
-    """What a number is worth nothing without.
+    """Hardware, versions and command, without which a number means nothing.
 
     Args:
         program: name of the benchmark's module.

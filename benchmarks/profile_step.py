@@ -1,4 +1,4 @@
-"""Where the time of a step goes: `python -m benchmarks.profile_step --help`.
+"""Profile of a training step: `python -m benchmarks.profile_step --help`.
 
 Profiles one form of `pretrain_step` or `finetune_step` with torch's profiler, prints the time by
 kind of work and by operation, and writes a trace for chrome://tracing or ui.perfetto.dev.

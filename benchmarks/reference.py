@@ -1,4 +1,4 @@
-"""What the benchmarks compare with, and the tests' oracle: the published forms, and a plain MAE."""
+"""Reference models: the published (dense) forms, oracle of the tests, and a plain MAE."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of a training step share: its forms, and what they cost beside each other."""
+"""Forms of a training step, and their costs beside each other."""
 
 import argparse
 import json
@@ -76,7 +76,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Result:
-    """What a step of one form costs.
+    """Cost of a step of one form.
 
     Attributes:
         seconds: one entry a round.

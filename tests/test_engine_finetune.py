@@ -50,7 +50,7 @@ def test_mixed_batches_get_timms_soft_target_loss():
 
 def test_mode_and_sides_of_mixing_reach_timm():
     flags = ("--mixup", "0", "--cutmix", "0", "--cutmix_minmax", "0.2", "0.8")
-    _, mixup = engine_finetune.build_criterion(arguments(*flags, "--mixup_mode", "elem"), 10)
+    _, mixup = build_classifier.build_criterion(arguments(*flags, "--mixup_mode", "elem"), 10)
     assert (mixup.mode, mixup.cutmix_minmax, mixup.cutmix_alpha) == ("elem", [0.2, 0.8], 1.0)
 
 

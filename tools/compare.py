@@ -15,7 +15,7 @@ COLUMNS = ("run", "epochs", "train loss", "test loss", "acc@1", "best acc@1")
 
 
 def row_of(folder: Path) -> list[str]:
-    """What a run's log.txt says in the end; "–" where it says nothing.
+    """A run's last line of log.txt as a table row; "–" where it has no number.
 
     Raises:
         UsageError: a folder without a log, or with an empty one.

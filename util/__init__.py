@@ -1,4 +1,4 @@
-"""What the programs share; each room has one subject.
+"""Library of the programs; each folder has one subject.
 
 - `data`: from files to batches;
 - `layers`: geometry, depthwise convolutions and position tables, for the models;

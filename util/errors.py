@@ -1,4 +1,4 @@
-"""What ends a program with one line: two errors, and a package that is not installed."""
+"""Errors that end a program with one line instead of a traceback."""
 
 import sys
 from importlib.util import find_spec

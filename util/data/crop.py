@@ -1,4 +1,4 @@
-"""A crop of an image file, resized: the picture of `load_image`, decoded the cheapest way.
+"""Random and fixed crops of image files, resized, with as little decoding as possible.
 
 Decoding JPEGs and resizing is nearly all that an input pipeline does. Both are done here on 8-bit
 pixels without a float in between, and a JPEG much larger than what is wanted of it is decoded at
@@ -128,7 +128,7 @@ def load_crop(
 
 
 def _is_plain_jpeg(image: Image.Image, in_chans: int) -> bool:
-    """Whether an opened file is an upright JPEG, and gray or RGB as wanted."""
+    """True for an upright JPEG that is gray or RGB as wanted."""
     return (
         isinstance(image, JpegImagePlugin.JpegImageFile)
         and in_chans in _JPEG

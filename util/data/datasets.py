@@ -85,7 +85,7 @@ class FileDataset(Dataset):
         raise NotImplementedError
 
     def path(self, index: int) -> str:
-        """Where a sample is, for people."""
+        """Path of a sample, for messages."""
         raise NotImplementedError
 
     def load(self, index: int) -> Tensor:
@@ -169,7 +169,7 @@ class ImageFiles(FileDataset):
         return len(self.files)
 
     def path(self, index: int) -> str:
-        """Where an image is, for people."""
+        """Path of an image, for messages."""
         return self.files.path(index)
 
     def load(self, index: int) -> Tensor:

@@ -67,7 +67,7 @@ def kind_of(name: str) -> str:
 
 
 def describe(left_out: Counter[str], most: int = 5) -> str:
-    """How many files of which kinds are left out, the most frequent first; "" for none.
+    """Numbers of the files left out by their kinds, the most frequent first; "" for none.
 
     Such as "12 of .txt, 3 hidden".
     """
@@ -138,7 +138,7 @@ class ImageFolder:
         return len(self._paths)
 
     def path(self, index: int) -> str:
-        """Where an image is, for people."""
+        """Path of an image, for messages."""
         return os.fsdecode(self._paths[index])
 
     def open(self, index: int) -> BinaryIO:

@@ -144,7 +144,7 @@ def _narrow(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """How the metadata of an image say that it is stored: 1 for upright, else 2 … 8 (EXIF)."""
+    """EXIF orientation of an image: 1 for upright, else 2 … 8."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Damaged metadata raise anything, and do not spoil the picture.

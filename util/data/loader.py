@@ -168,12 +168,12 @@ class Loader:
         return batches
 
     def _lost_worker(self) -> bool:
-        """Whether a worker has ended. An error can be seen a moment before its cause."""
+        """True if a worker has ended; waits a moment, as the error may come before its cause."""
         sentinels = [worker.sentinel for worker in self._workers]
         return bool(sentinels and multiprocessing.connection.wait(sentinels, timeout=1))
 
     def _advice(self, error: Exception) -> str:
-        """What to do about an error of the machinery between workers and this process; "" if none.
+        """Remedy for an error of the machinery between workers and this process; "" if none.
 
         torch raises it with the worker's stack before it, and at times as "Success".
         """

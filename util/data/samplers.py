@@ -1,4 +1,4 @@
-"""Which samples make up which batch: one order for any split over processes and accumulation."""
+"""Batch samplers: one order of samples for any split over processes and accumulation."""
 
 from collections.abc import Iterator, Sequence
 

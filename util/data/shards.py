@@ -91,7 +91,7 @@ class Shards:
         return len(self._shard)
 
     def path(self, index: int) -> str:
-        """Where an image is, for people: shard and name in it."""
+        """Path of an image, for messages: the shard and the name in it."""
         return f"{self._paths[self._shard[index]]}/{os.fsdecode(self._index['name'][index])}"
 
     def open(self, index: int) -> BinaryIO:
@@ -152,7 +152,7 @@ def _open_shard(path: str) -> BinaryIO:
 
 
 def is_shards(path: str | os.PathLike) -> bool:
-    """Whether a data path means shards: a pattern of tar files, or a folder with an index."""
+    """True if a data path means shards: a pattern of tar files, or a folder with an index."""
     return str(path).endswith(".tar") or Path(path, INDEX).is_file()
 
 

@@ -225,7 +225,7 @@ def normalize(images: Tensor, dim: int = -3) -> Tensor:
 
 @cache
 def _scale_and_shift(in_chans: int, behind: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What takes a pixel of 0 … 255 to a normalised value, `[C, 1, …]` with `behind` ones each."""
+    """Scale and shift from a pixel of 0 … 255 to a normalised value, `[C, 1, …]`."""
     stats = torch.tensor(channel_stats(in_chans), device=device)
     mean, std = stats.view(2, in_chans, *[1] * behind)
     return 1 / (255 * std), -mean / std

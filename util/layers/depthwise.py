@@ -138,7 +138,7 @@ def _conv_frames_weight_grad(
 
 
 def _taps(length: int, halo: int) -> list[tuple[int, int]]:
-    """The taps of a kernel in time, the middle one first, with the frame that the first sees."""
+    """Temporal taps of a kernel, the middle one first, each with its first input frame."""
     order = sorted(range(length), key=lambda tap: abs(tap - length // 2))
     return [(tap, halo + tap - length // 2) for tap in order]
 
@@ -292,7 +292,7 @@ def _call(kind: type[torch.autograd.Function], *args: object) -> Tensor:
 
 
 class VisibleGrid(NamedTuple):
-    """Where the visible tokens of one stage lie on that stage's grid.
+    """Positions of the visible tokens of one stage on that stage's grid.
 
     Attributes:
         index: `[N * B * U]`, rows of the flattened canvas, in the order of the tokens.

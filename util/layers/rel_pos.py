@@ -12,7 +12,7 @@ Grid = tuple[int, int]
 
 
 class RelativePositions:
-    """What a module with a relative position bias holds, under the published names.
+    """Relative position table and index of an attention module, under the published names.
 
     A mixin, because some models keep the table in their attention and others beside it. Call
     `make_relative_positions` in the constructor of an `nn.Module`.
@@ -104,7 +104,7 @@ def _interpolation(old: int, new: int) -> np.ndarray:
 
 
 def _known_shifts(old: int, new: int) -> np.ndarray:
-    """Where the known shifts 1 … old - 1 come to lie: `1 + q + q² + …`, the last at `new - 1`."""
+    """Places of the known shifts 1 … old - 1: `1 + q + q² + …`, the last at `new - 1`."""
     steps = np.arange(old - 1)
     if new <= old:
         return steps + 1.0

@@ -30,7 +30,7 @@ _INPUT_SIZE, _PATCH_SIZE = _DEFAULT.img_size[0], _DEFAULT.flags()["patch_size"]
 
 
 def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False) -> None:
-    """Where the images are, and how they are read.
+    """Add the arguments of the data path and of loading.
 
     Args:
         parser: gets the arguments.
@@ -173,7 +173,7 @@ def add_patch_size_arg(group: argparse._ArgumentGroup, default: Sequence[int] | 
 def add_autoencoder_args(
     parser: Parser, models: Iterable[str], *, model: str, ratio: float
 ) -> argparse._ArgumentGroup:
-    """What a masked autoencoder is built from, `ratio` being removed; returns the group."""
+    """Add the arguments of a masked autoencoder; returns the group."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -201,7 +201,7 @@ def add_autoencoder_args(
 
 
 def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._ArgumentGroup:
-    """What a classifier is built from; returns the group, for more arguments of the model."""
+    """Add the arguments of a classifier; returns the group, for more arguments of the model."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--finetune",
@@ -241,7 +241,7 @@ def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._Argu
 def add_eval_args(
     parser: Parser, val: str = "images to evaluate on, a folder a class or shards"
 ) -> None:
-    """How a classifier is evaluated, `val` being what `--val_path` takes."""
+    """Add the arguments of an evaluation; `val` is the help text of `--val_path`."""
     group = parser.add_argument_group("evaluation")
     group.add_argument(
         "--eval",

@@ -210,7 +210,7 @@ def complain(line: str) -> None:
 
 
 def _is_first_to_say(line: str) -> bool:
-    """Whether no other process of this start has asked for the line; torchrun's agent knows.
+    """True if no other process of this start has asked for the line; torchrun's agent knows.
 
     It is asked directly, as most errors come before the processes have joined, or from one alone.
     """
@@ -243,7 +243,7 @@ class StopSignal:
         self.received = number
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any process was signalled: the same answer in all of them (a collective)."""
+        """True in all processes if any of them was signalled (a collective)."""
         if world_size() == 1:
             return self.received > 0
         flag = torch.tensor(float(self.received > 0), device=device)

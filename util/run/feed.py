@@ -69,7 +69,7 @@ class DeviceFeed:
 
 
 class Pace:
-    """How fast an epoch goes: images/s, and the share of the time that is waiting for data.
+    """Speed of an epoch: images/s, and the share of time spent waiting for data.
 
     Of several processes the one that waits most counts, as the others wait for it.
 
@@ -87,7 +87,7 @@ class Pace:
         feed.waited()  # forget what was before
 
     def read(self, step: int) -> dict[str, float]:
-        """What was since the last call: "images_per_s" and "data_wait" (a collective)."""
+        """Numbers since the last call: "images_per_s" and "data_wait" (a collective)."""
         now, waited = time.perf_counter(), self._most(self.feed.waited())
         seconds, steps = now - self.last[0], step - self.last[1]
         self.last = (now, step)

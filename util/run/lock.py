@@ -203,13 +203,13 @@ def _started(pid: object) -> str | None:
 
 
 def _runs(holder: dict) -> bool:
-    """Whether the process that wrote this lives on this machine."""
+    """True if the process that wrote this lives on this machine."""
     ticks = _started(holder.get("pid"))
     return holder.get("boot") == _boot() and ticks is not None and ticks == holder.get("ticks")
 
 
 def _peek(path: Path) -> dict | None:
-    """What is in a file that may not be there."""
+    """Contents of a file that may not be there."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -221,7 +221,7 @@ def _peek(path: Path) -> dict | None:
 
 
 def _read(file: int) -> dict | None:
-    """What a holder wrote; None for an empty or damaged file."""
+    """Record that a holder wrote; None for an empty or damaged file."""
     try:
         holder = json.loads(os.pread(file, 4096, 0))
     except ValueError:

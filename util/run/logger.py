@@ -74,7 +74,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def count_parameters(model: nn.Module) -> str:
-    """How many numbers a model has, for reading."""
+    """Number of a model's parameters, in millions, as text."""
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
 
 

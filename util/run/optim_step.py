@@ -34,7 +34,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 class StepResult(NamedTuple):
-    """What a step did, as scalars on the device: reading one waits for the device.
+    """Result of a step, as scalars on the device: reading one waits for the device.
 
     Attributes:
         loss: mean over the step's micro-batches, of this process.

@@ -69,7 +69,7 @@ class Reporter:
 
     @property
     def due(self) -> bool:
-        """Whether this step has a log line: every `--print_freq`, and the epoch's last."""
+        """True if this step has a log line: every `--print_freq`, and the epoch's last."""
         return self.done % self.args.print_freq == 0 or self.done == self.loader.steps_per_epoch
 
     def show(self, lr: float, step: OptimStep) -> None:

@@ -22,7 +22,7 @@ class Stateful(Protocol):
     """A part of a run that a checkpoint holds: model, optimizer, scaler, meters."""
 
     def state_dict(self) -> dict:
-        """What to save."""
+        """The state to save."""
 
     def load_state_dict(self, state: dict) -> object:
         """Go on from what was saved."""

@@ -190,7 +190,7 @@ class Run:
             raise Stopped(self.stopped_at(f"the end of epoch {epoch + 1}"))
 
     def stopped_at(self, place: str) -> str:
-        """What to say to the user when a signal ended the run."""
+        """Message for the user when a signal ended the run."""
         command = "--resume auto" if self.args.resume == "none" else "the same command"
         return (
             f"stopped by a signal at {place}: saved in {self.checkpoints.folder / LAST}; "

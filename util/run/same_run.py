@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the run that would go on from it."""
+"""Checks that a checkpoint belongs to the run that resumes it."""
 
 import argparse
 from collections.abc import Mapping

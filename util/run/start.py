@@ -13,7 +13,7 @@ from util.weights.read import KINDS, Weights, read_weights, weights_of
 
 
 def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Weights | None]:
-    """What a run goes on or starts from; fills in the arguments that the checkpoint decides.
+    """Find the checkpoint to resume or to start from, and complete the arguments from it.
 
     Args:
         args: `--resume`, `--finetune`, and the arguments of the model.

@@ -14,7 +14,7 @@ _MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "LARS": {"mu"}}
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is what command lines give, and no more of it."""
+    """True for a value such as command lines give, within bounds."""
     todo, count = [value], 0
     while todo:
         value, count = todo.pop(), count + 1

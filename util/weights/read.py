@@ -194,7 +194,7 @@ def _items(value: object) -> Iterable[tuple[object, object]]:
 
 
 def _known_info(info: Mapping) -> dict[str, object]:
-    """What a file says of itself, without entries that are not what they should be."""
+    """A file's information on itself, without entries of a wrong type."""
     args = {name: value for name, value in _items(info.get("args")) if isinstance(name, str)}
     args = {n: v for n, v in args.items() if n not in _ARGS or _ARGS[n](v)}
     if not {"tubelet", "patch_size"} <= args.keys():

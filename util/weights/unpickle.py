@@ -132,7 +132,7 @@ class Unpickler(pickle._Unpickler):
         raise Refused(f"it uses the extension code {code}")
 
     def make(self, maker: object, args: object, kwargs: object = None) -> object:
-        """What a name makes of arguments."""
+        """Result of calling a known name with arguments."""
         if not isinstance(maker, Name | Foreign) or not isinstance(args, tuple):
             raise Refused(f"it calls a {type(maker).__name__}")
         if maker.kind == "copyreg._reconstructor" and args and isinstance(args[0], Name):

@@ -1,4 +1,4 @@
-"""Where the data are, and how they are read: COCO with large-scale jitter, in padded squares.
+"""Data paths and loading: COCO with large-scale jitter, in padded squares.
 
 Any other data set: `data.train.json=… data.train.images=… data.val.json=… data.val.images=…`.
 """

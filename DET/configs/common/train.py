@@ -1,4 +1,4 @@
-"""How a run goes. Lengths are in epochs: the iterations follow from the images and the batch."""
+"""Schedule of a run. Lengths are in epochs; iterations follow from the images and the batch."""
 
 train = dict(
     output_dir="output/det",
