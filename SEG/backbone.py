@@ -68,7 +68,8 @@ class RelativeBlock(Block):
 class ConvMAE(ConvViT):
     """ConvViT as a multi-scale backbone: features at 1/4, 1/8, 1/16 and 1/32.
 
-    The first three are the stages' outputs; the last comes from a 3x3 convolution of stride 2.
+    The first three are the stages' outputs; the last comes from a 3x3 convolution of stride 2
+    without padding.
     Position tables are resized to the grid of any input.
 
     Args:
@@ -94,12 +95,17 @@ class ConvMAE(ConvViT):
     ) -> None:
         block = partial(RelativeBlock, grid=Geometry.of(img_size, patch_size).grid(3))
         super().__init__(
-            img_size=img_size, patch_size=patch_size, num_classes=0, block=block, **encoder
+            img_size=img_size,
+            patch_size=patch_size,
+            num_classes=0,
+            block=block,
+            norm_layer=nn.LayerNorm,  # eps 1e-5: segmentation's own
+            **encoder,
         )
         self.prune_intermediate_layers(3, prune_norm=True)  # the head and its norm
         width = self.embed_dim[2]
         self.fpn = nn.Sequential(
-            nn.Conv2d(width, width, 3, stride=2, padding=1),
+            nn.Conv2d(width, width, 3, stride=2),  # no padding, as the original
             build_norm_layer(norm_cfg or dict(type="SyncBN"), width)[1],
             nn.GELU(),
         )
@@ -145,12 +151,14 @@ class ConvMAE(ConvViT):
             x: `[N, in_chans, H, W]`.
 
         Returns:
-            `[N, C_i, ceil(H / s_i), ceil(W / s_i)]` for the strides 4, 8, 16 and 32 (of the default
-            `patch_size`).
+            `[N, C_i, ceil(H / s_i), ceil(W / s_i)]` for the strides 4, 8 and 16 (of the default
+            `patch_size`), and the last, `(h - 1) // 2` of the third's sides `h`, at least 1.
         """
         size, strides = x.shape[2:], [self.geometry.stride(stage) for stage in (1, 2, 3)]
         rows, columns = (-s % p for s, p in zip(size, strides[2], strict=True))
         maps = self.forward_intermediates(F.pad(x, (0, columns, 0, rows)), intermediates_only=True)
         covered = [[-(-s // p) for s, p in zip(size, stride, strict=True)] for stride in strides]
         maps = [m[..., :h, :w] for m, (h, w) in zip(maps, covered, strict=True)]
-        return *maps, self.fpn(maps[2])
+        # A third map of fewer than 3 tokens gets zeros for the kernel to fit.
+        rows, columns = (max(0, 3 - side) for side in maps[2].shape[2:])
+        return *maps, self.fpn(F.pad(maps[2], (0, columns, 0, rows)))

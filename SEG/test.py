@@ -66,6 +66,7 @@ def test(
     config.model.backbone.pretrained = None
     dataset = config.test_dataloader.dataset
     if tta:
+        follow_scale(config.tta_pipeline, dataset.pipeline)
         dataset.pipeline = config.tta_pipeline
         config.model = dict(**config.tta_model, module=config.model)
     if show_dir:
@@ -77,6 +78,26 @@ def test(
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         print_once(load_weights(model.module if tta else model, weights))
         return runner.test()
+
+
+def follow_scale(tta_pipeline: list[dict], test_pipeline: list[dict]) -> None:
+    """Make the factors of augmented testing relative to the scale of plain testing.
+
+    Args:
+        tta_pipeline: its `Resize` steps have a `scale_factor`; changed in place.
+        test_pipeline: with a `Resize` to a `scale` (longest and shortest side at most) or by a
+            `scale_factor`.
+    """
+    plain = next((step for step in test_pipeline if step["type"] == "Resize"), None)
+    augmented = next(step for step in tta_pipeline if step["type"] == "TestTimeAug")
+    for step in (step for choices in augmented["transforms"] for step in choices):
+        if plain is None or step["type"] != "Resize" or "scale_factor" not in step:
+            continue
+        if "scale" in plain:
+            factor = step.pop("scale_factor")
+            step["scale"] = tuple(round(side * factor) for side in plain["scale"])
+        else:
+            step["scale_factor"] *= plain["scale_factor"]
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:

@@ -12,7 +12,7 @@ from SEG import options
 from util.errors import UsageError
 from util.run.args import check_writable
 from util.run.distributed import print_once, world_size
-from util.run.parser import Parser
+from util.run.parser import Parser, positive_int
 from util.run.program import run_main
 
 
@@ -47,7 +47,43 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="mixed precision; auto: bf16 where the GPU has it, else fp16 on CUDA, none elsewhere "
         "(default: the config's)",
     )
+    group.add_argument(
+        "--accum-iter",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="micro-batches of an optimizer step; the config's iterations and intervals stay "
+        "those of steps",
+    )
     return parser.parse_args(argv)
+
+
+def accumulate(config: Config, count: int) -> None:
+    """Take each optimizer step over `count` micro-batches.
+
+    mmengine counts micro-batches as iterations, so all that the config counts in iterations is
+    multiplied: length, intervals, beginnings and ends of schedules.
+
+    Raises:
+        UsageError: the config accumulates already.
+    """
+    if count == 1:
+        return
+    wrapper = config.optim_wrapper
+    if wrapper.get("accumulative_counts", 1) != 1:
+        raise UsageError(
+            "--accum-iter and optim_wrapper.accumulative_counts say the same: give the first alone"
+        )
+    wrapper.accumulative_counts = count
+    for name in ("max_iters", "val_interval"):
+        config.train_cfg[name] *= count
+    for schedule in config.param_scheduler:
+        for name in ("begin", "end"):
+            if name in schedule:
+                schedule[name] *= count
+    for hook in config.default_hooks.values():
+        if "interval" in hook:
+            hook.interval *= count
 
 
 def begin_from(config: Config, pretrained: str | None, resume: bool) -> None:
@@ -81,8 +117,7 @@ def check_batch(config: Config) -> None:
     if batch != meant:
         print_once(
             f"note: {batch} images a step, the config's learning rate is for {meant}: set "
-            f"train_dataloader.batch_size (per GPU), optim_wrapper.accumulative_counts or "
-            f"optim_wrapper.optimizer.lr"
+            f"train_dataloader.batch_size (per GPU), --accum-iter or optim_wrapper.optimizer.lr"
         )
 
 
@@ -92,6 +127,7 @@ def main(args: argparse.Namespace) -> None:
     options.use_data(config, args)
     if args.work_dir is not None:
         config.work_dir = str(args.work_dir)
+    accumulate(config, args.accum_iter)
     options.start(config, args.amp)
     check_writable(Path(config.work_dir), "--work-dir")
     begin_from(config, args.pretrained, args.resume)

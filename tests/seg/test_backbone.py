@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
@@ -45,8 +46,33 @@ def test_features_of_any_size_have_the_strides_4_to_32(size):
     model = small(img_size=512).eval()
     with torch.no_grad():
         maps = model(torch.randn(1, 3, *size))
-    for features, stride, channels in zip(maps, (4, 8, 16, 32), (16, 24, 32, 32), strict=True):
+    for features, stride, channels in zip(maps, (4, 8, 16), (16, 24, 32), strict=False):
         assert features.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
+    height, width = maps[2].shape[2:]
+    assert maps[3].shape == (1, 32, (height - 1) // 2, (width - 1) // 2)
+
+
+def test_features_are_the_originals():
+    with safe_open(GOLDEN.parent / "seg_backbone.safetensors", "pt") as golden:
+        tensors = {name: golden.get_tensor(name) for name in golden.keys()}  # noqa: SIM118
+        config = json.loads(golden.metadata()["config"])
+    state = {n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")}
+    model = ConvMAE(**config, norm_cfg=dict(type="BN")).eval()
+    assert model.state_dict().keys() == state.keys()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        maps = model(tensors["input"])
+    for i, features in enumerate(maps):
+        expected = tensors[f"map{i}"]
+        assert features.shape == expected.shape
+        assert (features - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_an_image_of_few_tokens_has_a_last_map_too(side):
+    with torch.no_grad():
+        maps = small().eval()(torch.randn(1, 3, side, side))
+    assert maps[3].shape == (1, 32, 1, 1)
 
 
 def test_a_position_of_a_map_sees_what_lies_there_in_the_image():
@@ -74,7 +100,7 @@ def test_an_odd_size_is_the_even_one_padded_and_cropped():
 
 def test_stage_3_is_the_encoders_when_tables_are_zero_and_scales_one():
     model = small()
-    encoder = ConvViT(**SIZES, img_size=64, num_classes=0)
+    encoder = ConvViT(**SIZES, img_size=64, num_classes=0, norm_layer=torch.nn.LayerNorm)
     encoder.load_state_dict(model.state_dict(), strict=False)
     image = torch.randn(2, 3, 64, 64)
     expected = encoder.forward_intermediates(image, intermediates_only=True)

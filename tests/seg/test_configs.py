@@ -1,13 +1,17 @@
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.optim import OptimWrapper
+from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from mmseg.registry import MODELS
 
 from SEG.options import without_sync_bn
+from SEG.test import follow_scale
+from SEG.train import accumulate
 from util.weights.load import load_weights
 from util.weights.read import read_weights
 
@@ -88,6 +92,68 @@ def test_base_is_the_papers_recipe():
     assert (decay.type, decay.power, decay.eta_min, decay.end) == ("PolyLR", 1.0, 0.0, 160_000)
     assert config.train_cfg.max_iters == 160_000
     assert config.auto_scale_lr.base_batch_size == 16 == 8 * config.train_dataloader.batch_size
+
+
+def test_accumulation_keeps_the_number_and_the_rates_of_steps():
+    plain, config = read("base_512_slide_160k_ade20k"), read("base_512_slide_160k_ade20k")
+    accumulate(config, 4)
+    assert config.optim_wrapper.accumulative_counts == 4
+    assert config.train_cfg.max_iters == 4 * 160_000
+    assert config.train_cfg.val_interval == 4 * 16_000
+    assert config.default_hooks.checkpoint.interval == 4 * 4000
+    ends = [(s.begin, s.end) for s in config.param_scheduler]
+    assert ends == [(4 * s.begin, 4 * s.end) for s in plain.param_scheduler]
+
+
+def rates(accum_iter):
+    """The learning rate of each optimizer step of a short run, by mmengine's own loop."""
+    config = read("base_512_slide_160k_ade20k")
+    config.train_cfg.max_iters = 24
+    for schedule, (begin, end) in zip(config.param_scheduler, [(0, 6), (6, 24)], strict=True):
+        schedule.begin, schedule.end = begin, end
+    accumulate(config, accum_iter)
+    model = torch.nn.Linear(1, 1)
+    wrapper = OptimWrapper(
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        accumulative_counts=config.optim_wrapper.get("accumulative_counts", 1),
+    )
+    wrapper.initialize_count_status(model, 0, config.train_cfg.max_iters)
+    schedulers = [
+        PARAM_SCHEDULERS.build(s.to_dict(), default_args=dict(optimizer=wrapper))
+        for s in config.param_scheduler
+    ]
+    found = []
+    wrapper.step = lambda: found.append(wrapper.get_lr()["lr"][0])
+    for _ in range(config.train_cfg.max_iters):
+        wrapper.update_params(model(torch.ones(1)).sum())
+        for scheduler in schedulers:
+            scheduler.step()
+    return found
+
+
+def test_steps_over_several_micro_batches_follow_the_schedule_of_steps():
+    plain, accumulated = rates(1), rates(4)
+    assert len(plain) == len(accumulated) == 24
+    # A rate is set at each micro-batch: within a step of the plain schedule's.
+    steps = [abs(a - b) for a, b in itertools.pairwise(plain)]
+    for i, (a, b) in enumerate(zip(plain, accumulated, strict=True)):
+        assert abs(a - b) <= max(steps[max(0, i - 1) : i + 1] or steps[:1]) + 1e-9, i
+
+
+@pytest.mark.parametrize("resize", [{"scale": (1024, 256)}, {"scale_factor": 0.5}])
+def test_augmented_testing_follows_the_scale_of_plain_testing(resize):
+    config = read("base_512_slide_160k_ade20k")
+    follow_scale(config.tta_pipeline, [dict(type="Resize", keep_ratio=True, **resize)])
+    steps = config.tta_pipeline[1]["transforms"][0]
+    if "scale" in resize:
+        assert [s["scale"] for s in steps][:3] == [(512, 128), (768, 192), (1024, 256)]
+        assert not any("scale_factor" in s for s in steps)
+    else:
+        assert [s["scale_factor"] for s in steps][:3] == [0.25, 0.375, 0.5]
+
+
+def test_processes_draw_their_own_dropout_and_drop_path():
+    assert read("base_512_slide_160k_ade20k").randomness == dict(seed=0, diff_rank_seed=True)
 
 
 @pytest.mark.parametrize(

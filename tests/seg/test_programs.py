@@ -333,3 +333,38 @@ def test_a_picture_that_cannot_be_decoded_is_skipped_in_training(programs, tmp_p
 def test_ignore_zero_needs_classes(programs, data):
     line = refused(programs.run("train", "--data-path", data, "--ignore-zero"))
     assert "--ignore-zero goes with --classes" in line
+
+
+# --- the published recipes -----------------------------------------------------------------------
+
+SHRUNK = (
+    "model.backbone.embed_dim=(16,24,32)", "model.backbone.depth=(1,1,2)",
+    "model.backbone.num_heads=2", "model.backbone.mlp_ratio=(2,2,2)",
+    "model.decode_head.in_channels=[16,24,32,32]", "model.decode_head.channels=8",
+    "model.auxiliary_head.in_channels=32", "model.auxiliary_head.channels=8",
+    "train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False",
+    "val_dataloader.num_workers=0", "val_dataloader.persistent_workers=False",
+    "train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.logger.interval=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["small", "base", "large"])
+def test_a_published_recipe_takes_real_steps(size, programs, data, tmp_path):
+    config = f"SEG/configs/upernet_convmae_{size}_512_slide_160k_ade20k.py"
+    command = [config, "--data-path", data, "--classes", 11, "--ignore-zero"]
+    command += [
+        "--pretrained",
+        "none",
+        "--work-dir",
+        tmp_path,
+        "--crop-size",
+        96,
+        "--accum-iter",
+        2,
+        "--cfg-options",
+    ]
+    result = programs.launcher.run(*command, *SHRUNK, program="SEG.train")
+    assert result.code == 0, result.err
+    (saved,) = tmp_path.glob("iter_*.pth")
+    assert saved.name == "iter_4.pth"  # two steps of two micro-batches
+    assert "mIoU" in result.out

@@ -32,4 +32,5 @@ log_processor = dict(by_epoch=False)
 log_level = "INFO"
 load_from = None
 resume = False
-randomness = dict(seed=0)
+# Dropout and drop path differ between processes; the order of images is that of one seed.
+randomness = dict(seed=0, diff_rank_seed=True)
