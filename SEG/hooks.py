@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, ParamSchedulerHook
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
@@ -43,6 +43,16 @@ class PlainCheckpointHook(Hook):
             {"log_scalars": {}, "runtime_info": info, "resumed_keys": kept}
         )
         checkpoint["meta"] = plain(checkpoint["meta"])
+
+
+@HOOKS.register_module()
+class StepSchedulerHook(ParamSchedulerHook):
+    """Steps the schedules of the learning rate once an optimizer step, not once a micro-batch."""
+
+    def after_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
+        """Called by the runner after each micro-batch."""
+        if (runner.iter + 1) % runner.optim_wrapper._accumulative_counts == 0:
+            super().after_train_iter(runner, *args, **kwargs)
 
 
 def plain(value: object) -> object:

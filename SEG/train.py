@@ -61,8 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def accumulate(config: Config, count: int) -> None:
     """Take each optimizer step over `count` micro-batches.
 
-    mmengine counts micro-batches as iterations, so all that the config counts in iterations is
-    multiplied: length, intervals, beginnings and ends of schedules.
+    mmengine counts micro-batches as iterations, so the length and all intervals are multiplied;
+    the schedules of the learning rate are stepped with the optimizer instead, and stay.
 
     Raises:
         UsageError: the config accumulates already.
@@ -77,13 +77,10 @@ def accumulate(config: Config, count: int) -> None:
     wrapper.accumulative_counts = count
     for name in ("max_iters", "val_interval"):
         config.train_cfg[name] *= count
-    for schedule in config.param_scheduler:
-        for name in ("begin", "end"):
-            if name in schedule:
-                schedule[name] *= count
-    for hook in config.default_hooks.values():
+    config.default_hooks.param_scheduler = dict(type="StepSchedulerHook")
+    for hook in (*config.default_hooks.values(), *config.get("custom_hooks", [])):
         if "interval" in hook:
-            hook.interval *= count
+            hook["interval"] *= count
 
 
 def begin_from(config: Config, pretrained: str | None, resume: bool) -> None:

@@ -1,5 +1,6 @@
 """The programs from their command lines: what they train, find, refuse and write."""
 
+import json
 import pickle
 import re
 import shutil
@@ -368,3 +369,20 @@ def test_a_published_recipe_takes_real_steps(size, programs, data, tmp_path):
     (saved,) = tmp_path.glob("iter_*.pth")
     assert saved.name == "iter_4.pth"  # two steps of two micro-batches
     assert "mIoU" in result.out
+
+
+def rates(folder):
+    """The learning rates that a run logged, by iteration."""
+    (log,) = folder.glob("*/vis_data/scalars.json")
+    rows = map(json.loads, log.read_text().splitlines())
+    return {row["iter"]: row["base_lr"] for row in rows if "base_lr" in row}
+
+
+def test_steps_over_micro_batches_have_the_learning_rates_of_whole_steps(programs, data, tmp_path):
+    for count in (1, 3):
+        command = ["--data-path", data, "--pretrained", "none", "--accum-iter", count]
+        result = programs.run("train", *command, "--work-dir", tmp_path / str(count))
+        assert result.code == 0, result.err
+    whole, parts = rates(tmp_path / "1"), rates(tmp_path / "3")
+    assert list(whole) == [1, 2, 3, 4, 5, 6] and list(parts) == [3, 6, 9, 12, 15, 18]
+    assert list(parts.values()) == pytest.approx(list(whole.values()))
