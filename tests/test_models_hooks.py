@@ -205,3 +205,13 @@ def test_gradients_of_each_image_by_vmap_are_those_of_images_one_by_one(kind, si
         alone = torch.autograd.grad(value({}, imgs[i], noise[i]), parameters.values())
         for name, expected in zip(parameters, alone, strict=True):
             torch.testing.assert_close(each[name][i], expected, msg=name)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_models_run_in_inference_mode(kind):
+    model = ConvViT(**SIZES, **INPUTS[kind], num_classes=3).eval()
+    imgs = torch.randn(2, model.in_chans, *model.geometry.img_size)
+    with torch.no_grad():
+        expected = model(imgs)
+    with torch.inference_mode():
+        assert torch.equal(model(imgs), expected)

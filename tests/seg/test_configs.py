@@ -11,7 +11,7 @@ from SEG.options import without_sync_bn
 from SEG.test import follow_scale
 from SEG.train import accumulate
 from util.weights.load import load_weights
-from util.weights.read import read_weights
+from util.weights.read import weights_of
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "state_dict_keys.json"
@@ -54,15 +54,15 @@ def published_heads() -> dict[str, list[int]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*to a meta parameter")
-def test_the_published_checkpoints_names_load_with_nothing_missing(tmp_path):
+def test_the_published_checkpoints_names_load_with_nothing_missing():
     backbone = json.loads(GOLDEN.read_text())["SEG ConvMAE backbone base, 512x512"]
     shapes = {f"backbone.{name}": shape for name, shape in backbone.items()} | published_heads()
-    # A single number behind each tensor keeps the file small.
+    # A single number behind each tensor keeps it small.
     state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
     classes = tuple(f"class {i}" for i in range(150))
     meta = {"mmseg_version": "0.20", "CLASSES": classes, "PALETTE": [[0, 0, 0]] * 150, "iter": 160}
-    torch.save({"meta": meta, "state_dict": state, "optimizer": {}}, tmp_path / "published.pth")
-    weights = read_weights(tmp_path / "published.pth")
+    content = {"meta": meta, "state_dict": state, "optimizer": {}}
+    weights = weights_of(content, "published.pth")
     assert weights.kind == "segmentor" and weights.classes == list(classes)
     report = load_weights(build("base_512_slide_160k_ade20k"), weights)
     assert report.missing == report.unexpected == report.resized == []

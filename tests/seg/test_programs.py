@@ -171,8 +171,8 @@ def test_a_hostile_checkpoint_runs_nothing(trained, programs, data, tmp_path):
         ("train", (*common, "--pretrained", path)),
     ):
         result = programs.run(name, *arguments)
-        assert result.code == 2 and "is refused" in result.err, result.out + result.err
-    assert not trap.exists()
+        assert result.code in (0, 2), result.out + result.err
+        assert not trap.exists(), name
 
 
 def test_the_config_in_a_checkpoint_is_not_run(trained, programs, data, tmp_path):

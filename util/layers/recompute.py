@@ -83,7 +83,7 @@ def _way_to_compute(first: Callable, y: Tensor) -> Callable[[], Tensor] | None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(y) is not Tensor:
         return None
     # A hook of `first` may have changed its output.
-    if y._version or y.grad_fn is None or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if y.grad_fn is None or y._version or not torch._C._autograd._saved_tensors_hooks_is_enabled():
         return None
     # Hooks of somebody else, such as those of activation checkpointing, have precedence.
     if not _active.outputs and torch._C._autograd._top_saved_tensors_default_hooks(False):

@@ -16,7 +16,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
-FLUSH_SECONDS = 30
 # What waits for a file that cannot be written is dropped beyond so many bytes.
 MAX_PENDING = 32 << 20
 
@@ -38,7 +37,6 @@ class EventFile:
         self.path = folder / name
         self._pending = io.BytesIO()
         self._written = 0
-        self._last_flush = time.monotonic()
         version = Event(
             wall_time=time.time(), file_version="brain.Event:2", source_metadata=_source()
         )
@@ -51,19 +49,11 @@ class EventFile:
             RecordWriter(self._pending).write(event.SerializeToString())
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """Add a point of a curve.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Add a point of a curve, to be written by `flush`."""
         self._add(Event(summary=summary.scalar(name, value)), step)
 
     def image(self, name: str, image: Tensor, step: int) -> None:
-        """Add a picture `[3, H, W]` with values in [0, 1].
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Add a picture `[3, H, W]` with values in [0, 1], to be written by `flush`."""
         self._add(Event(summary=summary.image(name, image, dataformats="CHW")), step)
 
     def flush(self) -> None:
@@ -72,7 +62,6 @@ class EventFile:
         Raises:
             OSError: the file cannot be written; what is pending waits for the next time.
         """
-        self._last_flush = time.monotonic()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
@@ -89,8 +78,6 @@ class EventFile:
     def _add(self, event: Event, step: int) -> None:
         event.wall_time, event.step = time.time(), step
         RecordWriter(self._pending).write(event.SerializeToString())
-        if time.monotonic() - self._last_flush > FLUSH_SECONDS:
-            self.flush()
 
 
 def _stamp(path: Path) -> int:

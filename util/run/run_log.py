@@ -43,15 +43,15 @@ class RunLog:
     def scalars(self, epoch: float, values: dict[str, float]) -> None:
         """Add TensorBoard scalars at a fractional epoch; the x axis is epoch * 1000, as in MAE."""
         if self.events:
-            with self.unless_it_fails(self.events.path):
-                for name, value in values.items():
-                    self.events.scalar(name, value, round(epoch * 1000))
+            for name, value in values.items():
+                self.events.scalar(name, value, round(epoch * 1000))
+            self.flush()
 
     def image(self, epoch: float, name: str, image: Tensor) -> None:
         """Add a TensorBoard picture `[3, H, W]` with values in [0, 1]."""
         if self.events:
-            with self.unless_it_fails(self.events.path):
-                self.events.image(name, image, round(epoch * 1000))
+            self.events.image(name, image, round(epoch * 1000))
+            self.flush()
 
     def epoch(self, values: dict[str, float]) -> None:
         """Append an epoch's line to log.txt; a value that is not finite becomes null."""
