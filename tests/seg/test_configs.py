@@ -58,7 +58,11 @@ def test_the_published_checkpoints_names_load_with_nothing_missing():
     backbone = json.loads(GOLDEN.read_text())["SEG ConvMAE backbone base, 512x512"]
     shapes = {f"backbone.{name}": shape for name, shape in backbone.items()} | published_heads()
     # A single number behind each tensor keeps it small.
-    state = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    counter = {True: torch.int64, False: torch.float32}
+    state = {
+        name: torch.zeros((), dtype=counter[name.endswith("num_batches_tracked")]).expand(shape)
+        for name, shape in shapes.items()
+    }
     classes = tuple(f"class {i}" for i in range(150))
     meta = {"mmseg_version": "0.20", "CLASSES": classes, "PALETTE": [[0, 0, 0]] * 150, "iter": 160}
     content = {"meta": meta, "state_dict": state, "optimizer": {}}
