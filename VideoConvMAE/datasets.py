@@ -160,7 +160,7 @@ class Views(LabeledClips):
         return views, int(self.labels[index]), key[0], bad
 
 
-def spread(videos: VideoList, count: int) -> VideoList:
+def evenly_chosen(videos: VideoList, count: int) -> VideoList:
     """At most `count` of the videos, at equal distances, to look at."""
     total = len(videos.paths)
     places = [i * total // count for i in range(count)] if total > count else range(total)

@@ -19,7 +19,7 @@ from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import reconstruct
 from util.run.program import run_main
 from VideoConvMAE.args import add_sampling_args, complete_protocol
-from VideoConvMAE.datasets import spread
+from VideoConvMAE.datasets import evenly_chosen
 from VideoConvMAE.decode import open_video, write_mp4
 from VideoConvMAE.lists import VideoList, find_videos
 from VideoConvMAE.models import videoconvmae_from_checkpoint
@@ -110,7 +110,7 @@ def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) ->
         UsageError: not one can be decoded.
     """
     clips = []
-    for path in spread(videos, count).paths:
+    for path in evenly_chosen(videos, count).paths:
         with contextlib.suppress(OSError):
             clips.append(load_clip(path, args))
     if not clips:

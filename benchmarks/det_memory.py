@@ -73,7 +73,7 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def complete(args: argparse.Namespace) -> None:
+def settle_options(args: argparse.Namespace) -> None:
     """Settle what is left to `auto`.
 
     Raises:
@@ -184,7 +184,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     try:
-        complete(args)
+        settle_options(args)
         if args.device == "cuda":
             torch.set_float32_matmul_precision("high")
         if args.measure:

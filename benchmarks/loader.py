@@ -3,7 +3,7 @@
 `python -m benchmarks.loader --help`, from the repository root. One process with one thread reads
 the same JPEG files in every form; what counts is the processor time it takes:
 
-- `norm`: Pillow decodes, crops and resizes; each image to float and normalised (MAE's pipeline);
+- `mae`: Pillow decodes, crops and resizes; each image to float and normalised (MAE's pipeline);
 - `ours`: this project's data set, batches of 8-bit pixels as the device gets them;
 - `normalized`: the same, and the batch normalised on this core too.
 """
@@ -32,10 +32,10 @@ from torchvision import transforms
 
 from benchmarks.measuring import (
     environment,
+    median_and_range,
     print_environment,
     processor_time,
     ratios,
-    spread,
     time_rounds,
 )
 from util.data.datasets import ImageFiles
@@ -45,7 +45,7 @@ from util.errors import UsageError
 from util.run.logger import markdown_table
 from util.run.parser import Parser, positive_int
 
-FORMS = ("norm", "ours", "normalized")
+FORMS = ("mae", "ours", "normalized")
 BATCH_SIZE = 64
 
 
@@ -115,7 +115,7 @@ def write_photos(folder: Path, count: int, size: Sequence[int]) -> None:
         picture.save(folder / f"{number:04d}.jpg", quality=int(draw.integers(93, 97)))
 
 
-def norm_transform(size: int) -> Callable[[BinaryIO], Tensor]:
+def mae_transform(size: int) -> Callable[[BinaryIO], Tensor]:
     """MAE's pretraining pipeline: PIL and torchvision, an image at a time."""
     augment = transforms.Compose(
         [
@@ -147,9 +147,9 @@ def measure(files: Files, args: Namespace) -> dict[str, list[float]]:
     """Seconds that an image takes in each form, one entry a round."""
     size = (args.input_size, args.input_size)
     ours = ImageFiles(files.folder, pretrain_transform(size))
-    norm = ImageFiles(files.folder, norm_transform(args.input_size))
+    mae = ImageFiles(files.folder, mae_transform(args.input_size))
     runs = {
-        "norm": partial(read_all, norm, lambda images: images, seeds()),
+        "mae": partial(read_all, mae, lambda images: images, seeds()),
         "ours": partial(read_all, ours, lambda images: images, seeds()),
         "normalized": partial(read_all, ours, normalize, seeds()),
     }
@@ -158,11 +158,11 @@ def measure(files: Files, args: Namespace) -> dict[str, list[float]]:
 
 
 def table(seconds: dict[str, list[float]]) -> str:
-    """Images/s, milliseconds and the ratio to the norm."""
-    rows = [["form", "images/s a core", "ms an image (min–max)", "times the norm (min–max)"]]
+    """Images/s, milliseconds and the ratio to MAE's pipeline."""
+    rows = [["form", "images/s a core", "ms an image (min–max)", "times MAE's (min–max)"]]
     for form, values in seconds.items():
-        times = spread(ratios(seconds["norm"], values))
-        milliseconds = spread([1000 * value for value in values])
+        times = median_and_range(ratios(seconds["mae"], values))
+        milliseconds = median_and_range([1000 * value for value in values])
         rows.append([form, f"{1 / median(values):.0f}", milliseconds, times])
     return markdown_table(rows)
 

@@ -65,7 +65,7 @@ def ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
     return [x / y for x, y in zip(a, b, strict=True)]
 
 
-def spread(values: Sequence[float]) -> str:
+def median_and_range(values: Sequence[float]) -> str:
     """Median (minimum–maximum)."""
     return f"{median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
 

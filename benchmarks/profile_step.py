@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import finetune_step, pretrain_step
 from benchmarks.measuring import environment, print_environment
-from benchmarks.steps import Form, complete, ready_step
+from benchmarks.steps import Form, ready_step, settle_options
 from util.errors import UsageError
 from util.run.logger import markdown_table
 from util.run.parser import positive_int
@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, object]:
     add("--rows", type=positive_int, default=15, metavar="N", help="operations to list")
     args = parser.parse_args(argv[1:])
     try:
-        complete(args, module.BENCHMARK.bases)
+        settle_options(args, module.BENCHMARK.bases)
     except UsageError as error:
         parser.error(str(error))
     if not args.trace.absolute().parent.is_dir():

@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.measuring import environment, print_environment, spread, wall_clock
+from benchmarks.measuring import environment, median_and_range, print_environment, wall_clock
 from benchmarks.pretrain_step import MAE_SIZES
 from models_convmae import MODELS
 from util.errors import UsageError
@@ -113,11 +113,12 @@ def table(results: dict[int, list[float]]) -> str:
     """Images/s and efficiency."""
     rows = [["processes", "images/s (min–max)", "efficiency (min–max)"]]
     for count, values in results.items():
-        rows.append([str(count), spread(values), spread(efficiency(results, count))])
+        share = median_and_range(efficiency(results, count))
+        rows.append([str(count), median_and_range(values), share])
     return markdown_table(rows)
 
 
-def complete(args: argparse.Namespace) -> None:
+def settle_options(args: argparse.Namespace) -> None:
     """Check what the parser alone cannot, and settle what is left to `auto`.
 
     Raises:
@@ -153,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
         if args.one_run:
             one_run(args)
         else:
-            complete(args)
+            settle_options(args)
             report(args, argv)
     except UsageError as error:
         parser.error(str(error))

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import (
     environment,
+    median_and_range,
     print_environment,
     ratios,
-    spread,
     time_rounds,
     wall_clock,
 )
@@ -147,7 +147,7 @@ def add_step_args(parser: Parser, benchmark: Benchmark, sizes: Sequence[str], ba
     add("--measure_memory", metavar="FORM", help=argparse.SUPPRESS)
 
 
-def complete(args: argparse.Namespace, bases: Sequence[str]) -> None:
+def settle_options(args: argparse.Namespace, bases: Sequence[str]) -> None:
     """Check what the parser alone cannot, and settle what is left to `auto`.
 
     Raises:
@@ -305,10 +305,12 @@ def table(results: Mapping[str, Result], batch_size: int, hardware: str) -> str:
         images = f"{batch_size / median(result.seconds):.3g}"
         gflops = f"{result.flops_per_image / 1e9:.3g}"
         used = utilisation(result, batch_size, hardware)
-        rows.append([name, spread(result.seconds), images, memory, gflops, used])
+        rows.append([name, median_and_range(result.seconds), images, memory, gflops, used])
     for name, ratio in compare(results).items():
         memory = "–" if ratio["peak_memory"] is None else f"{ratio['peak_memory']:.3g}"
-        rows.append([name, spread(ratio["seconds"]), "", memory, f"{ratio['flops']:.3g}", ""])
+        rows.append(
+            [name, median_and_range(ratio["seconds"]), "", memory, f"{ratio['flops']:.3g}", ""]
+        )
     return markdown_table(rows)
 
 
@@ -336,7 +338,7 @@ def run(benchmark: Benchmark, parser: Parser, argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     try:
-        complete(args, benchmark.bases)
+        settle_options(args, benchmark.bases)
         if args.device == "cuda":
             torch.set_float32_matmul_precision("high")
         if args.measure_memory:

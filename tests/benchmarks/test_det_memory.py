@@ -10,7 +10,7 @@ SMALL = ["--config-file", "DET/configs/convmae_tiny_mask_rcnn_FPN_demo.py", "--i
 
 def completed(*argv):
     args = det_memory.get_args_parser().parse_args([*SMALL, *argv])
-    det_memory.complete(args)
+    det_memory.settle_options(args)
     return args
 
 

@@ -15,7 +15,7 @@ def test_every_form_reads_the_same_files(tmp_path, capsys):
     assert tuple(seconds) == FORMS
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
     printed = capsys.readouterr().out
-    assert "files: 4, " in printed and "times the norm" in printed
+    assert "files: 4, " in printed and "times MAE's" in printed
 
 
 def test_own_files_can_be_read(tmp_path, capsys):

@@ -9,7 +9,7 @@ from util.data.classes import NO_LABEL
 from util.data.loader import Loader
 from util.data.samplers import EvalSampler, StepSampler
 from util.errors import TrainingError, UsageError
-from VideoConvMAE.datasets import Clips, LabeledClips, Views, spread
+from VideoConvMAE.datasets import Clips, LabeledClips, Views, evenly_chosen
 from VideoConvMAE.lists import VideoList, find_videos
 
 
@@ -132,5 +132,5 @@ def test_nothing_but_broken_videos_ends_the_run(tmp_path):
 
 def test_videos_to_look_at_are_spread_over_all():
     videos = VideoList("x", [str(i) for i in range(10)], [])
-    assert spread(videos, 4).paths == ["0", "2", "5", "7"]
-    assert spread(videos, 20).paths == videos.paths
+    assert evenly_chosen(videos, 4).paths == ["0", "2", "5", "7"]
+    assert evenly_chosen(videos, 20).paths == videos.paths

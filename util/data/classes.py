@@ -39,8 +39,11 @@ def check_classes(
             f"{found[first]} here): labels would be compared with the wrong outputs"
         )
     else:
-        parts = [f"it lacks {some(lacking)}"] * bool(lacking)
-        parts += [f"it has {some(foreign)}, which are not there"] * bool(foreign)
+        parts = []
+        if lacking:
+            parts.append(f"it lacks {some(lacking)}")
+        if foreign:
+            parts.append(f"it has {some(foreign)}, which are not there")
         difference = "; ".join(parts)
         if lacking and not foreign:
             difference += " (an empty folder stands for a class without images)"

@@ -164,7 +164,7 @@ class Loader:
         batches = iter(self._dataloader)
         if self._dataloader.num_workers > 0:
             self._workers = batches._workers
-            _let_only_fetching_raise()
+            _ignore_signals_of_workers()
         return batches
 
     def _lost_worker(self) -> bool:
@@ -209,7 +209,7 @@ class Loader:
         )
 
 
-def _let_only_fetching_raise() -> None:
+def _ignore_signals_of_workers() -> None:
     """Remove the signal handler by which torch reports a lost worker.
 
     It raises wherever the main thread happens to be, in an optimizer step, say. Without it the
