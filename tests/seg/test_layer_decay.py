@@ -6,12 +6,19 @@ from mmseg.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from SEG.options import without_sync_bn
 from tests.seg.test_configs import read
 
+RECIPES = {
+    "small_512_slide_160k_ade20k": (1e-4, 0.75, 11),
+    "base_512_slide_160k_ade20k": (1e-4, 0.75, 11),
+    "large_512_slide_160k_ade20k": (1e-4, 0.75, 23),
+    "tiny_scenes": (1e-2, 0.25, 4),
+}
 
-@pytest.fixture(scope="module")
-def groups():
-    """Parameter name to (learning rate, weight decay, layer's scale), of base as configured."""
+
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request):
+    """Learning rate, layer decay, blocks of stage 3; and of each parameter (lr, wd, scale)."""
     init_default_scope("mmseg")
-    config = read("base_512_slide_160k_ade20k")
+    config = read(request.param)
     wrapper = config.optim_wrapper.to_dict() | {"type": "OptimWrapper"}
     config = without_sync_bn(config.model.to_dict())
     with torch.device("meta"):
@@ -31,25 +38,28 @@ def groups():
         for p in group["params"]
     ]
     assert len(found) == len(dict(found)) == len(names), "each parameter is in one group"
-    return dict(found)
+    return *RECIPES[request.param], dict(found)
 
 
-def layer(name: str) -> int:
+def layer(name: str, last: int) -> int:
     """The layer of a parameter, as the paper's recipe counts them."""
     if name.startswith("backbone.blocks3."):
         return int(name.split(".")[2]) + 1
     stem = ("backbone.pos_embed", "backbone.patch_embed", "backbone.blocks1", "backbone.blocks2")
-    return 0 if name.startswith(stem) else 12
+    return 0 if name.startswith(stem) else last
 
 
-def test_the_learning_rate_decays_from_layer_to_layer(groups):
+def test_the_learning_rate_decays_from_layer_to_layer(recipe):
+    lr, decay, blocks, groups = recipe
+    last = blocks + 1
     for name, (rate, _, scale) in groups.items():
-        assert scale == pytest.approx(0.75 ** (12 - layer(name))), name
-        assert rate == pytest.approx(1e-4 * scale), name
-    assert {layer(name) for name in groups} == set(range(13))
+        assert scale == pytest.approx(decay ** (last - layer(name, last))), name
+        assert rate == pytest.approx(lr * scale), name
+    assert {layer(name, last) for name in groups} == set(range(last + 1))
 
 
-def test_one_dimension_and_position_tables_have_no_weight_decay(groups):
+def test_one_dimension_and_position_tables_have_no_weight_decay(recipe):
+    *_, groups = recipe
     without = {name for name, (_, decay, _) in groups.items() if decay == 0}
     assert {decay for _, decay, _ in groups.values()} == {0.0, 0.05}
     for name in groups:
