@@ -137,9 +137,12 @@ def check_mixing(args: argparse.Namespace) -> None:
     """
     if not mixes(args):
         return
-    if args.batch_size % 2:
+    count, what = str(args.batch_size), "images"
+    if "repeats" in args:  # each clip of a batch comes so often
+        count, what = f"{count} x --repeats {args.repeats}", "clips"
+    if args.batch_size * getattr(args, "repeats", 1) % 2:
         raise UsageError(
-            f"--batch_size {args.batch_size} must be even, as mixup pairs images; or give "
+            f"--batch_size {count} must be even, as mixup pairs {what}; or give "
             f"--mixup 0 --cutmix 0"
         )
     low, high = args.cutmix_minmax or (0, 1)

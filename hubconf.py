@@ -1,6 +1,7 @@
 """torch.hub entry points: `torch.hub.load(FOLDER, "convvit_base_patch16", source="local")`.
 
-Each entry takes `checkpoint=FILE` and the model's own arguments; `torch.hub.list` names them all.
+Each entry takes the model's own arguments. With `checkpoint=FILE` a classifier is built from the
+file and its arguments, an autoencoder from the file alone. `torch.hub.list` names all entries.
 """
 
 from collections.abc import Callable

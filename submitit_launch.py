@@ -174,7 +174,8 @@ class Task:
         # The main chooses its GPU itself, by its local rank.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's, for SLURM's warning
-        main = Main(self.command, self.patience)
+        job = str(JobEnvironment().job_id)
+        main = Main([text.replace("%j", job) for text in self.command], self.patience)
         code = main.wait()
         if code not in (0, STOPPED):
             raise RuntimeError(f"{' '.join(self.command)} failed with exit code {code}")
@@ -302,9 +303,12 @@ def main(args: argparse.Namespace) -> None:
         ) from None
     command = command_of(args)
     check(args)
-    check_writable(args.job_dir, "--job_dir")
+    # With %j, submitit's word for the job's number, the folder is the job's own already.
+    named = "%j" in str(args.job_dir)
+    folder = args.job_dir.resolve() if named else args.job_dir.resolve() / "%j"
+    check_writable(Path(str(folder).partition("%j")[0]), "--job_dir")
     limits = dict(slurm_max_num_timeout=args.max_timeouts, local_max_num_timeout=args.max_timeouts)
-    executor = submitit.AutoExecutor(args.job_dir.resolve() / "%j", args.cluster, **limits)
+    executor = submitit.AutoExecutor(folder, args.cluster, **limits)
     executor.update_parameters(
         name=args.program.removesuffix(".py"),
         nodes=args.nodes,

@@ -42,7 +42,8 @@ class PlainCheckpointHook(Hook):
         checkpoint["message_hub"] = plain(
             {"log_scalars": {}, "runtime_info": info, "resumed_keys": kept}
         )
-        checkpoint["meta"] = plain(checkpoint["meta"])
+        accum_iter = getattr(runner.optim_wrapper, "_accumulative_counts", 1)
+        checkpoint["meta"] = plain({**checkpoint["meta"], "accum_iter": accum_iter})
 
 
 @HOOKS.register_module()

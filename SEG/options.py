@@ -140,8 +140,8 @@ def start(config: Config, amp: str | None = None) -> torch.device:
 
     Args:
         config: changed in place.
-        amp: precision, see `util.optim_step.amp_dtype`; None for the config's, which on a CPU is
-            full precision.
+        amp: precision, as `amp_dtype` takes it; None for the config's, which on a CPU is full
+            precision.
 
     Returns:
         This process's device.

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -14,6 +14,7 @@ from util.run.args import check_writable
 from util.run.distributed import print_once, world_size
 from util.run.parser import Parser, positive_int
 from util.run.program import run_main
+from util.weights.checkpoint import load_file
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,17 +66,22 @@ def accumulate(config: Config, count: int) -> None:
     the schedules of the learning rate are stepped with the optimizer instead, and stay.
 
     Raises:
-        UsageError: the config accumulates already.
+        UsageError: the config accumulates already, or counts epochs.
     """
     if count == 1:
         return
+    if "max_iters" not in config.train_cfg:
+        raise UsageError(
+            "--accum-iter is for configs that count iterations (train_cfg.max_iters), not epochs: "
+            "give optim_wrapper.accumulative_counts as --cfg-options"
+        )
     wrapper = config.optim_wrapper
     if wrapper.get("accumulative_counts", 1) != 1:
         raise UsageError(
             "--accum-iter and optim_wrapper.accumulative_counts say the same: give the first alone"
         )
     wrapper.accumulative_counts = count
-    for name in ("max_iters", "val_interval"):
+    for name in {"max_iters", "val_interval"} & config.train_cfg.keys():
         config.train_cfg[name] *= count
     config.default_hooks.param_scheduler = dict(type="StepSchedulerHook")
     for hook in (*config.default_hooks.values(), *config.get("custom_hooks", [])):
@@ -87,11 +93,19 @@ def begin_from(config: Config, pretrained: str | None, resume: bool) -> None:
     """Set the weights that a run begins with.
 
     Raises:
-        UsageError: a checkpoint that is not there.
+        UsageError: a checkpoint that is not there, or of a run that counts micro-batches otherwise.
     """
     last = options.last_checkpoint(config.work_dir) if resume else None
     backbone = config.model.backbone
     if last:
+        meta = load_file(last).get("meta")
+        before = meta.get("accum_iter", 1) if isinstance(meta, Mapping) else 1
+        now = config.optim_wrapper.get("accumulative_counts", 1)
+        if before != now:
+            raise UsageError(
+                f"{last} is of a run with --accum-iter {before}, which counts its iterations, not "
+                f"{now}: give the same, or another --work-dir and the checkpoint as --pretrained"
+            )
         config.load_from, config.resume, backbone.pretrained = str(last), True, None
         print_once(f"going on from {last}")
         return

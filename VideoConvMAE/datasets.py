@@ -74,7 +74,7 @@ class LabeledClips(Clips):
     """Random clips with labels: an item is `(clip, label, index, bad)`, or a list of such.
 
     With repeated augmentation (arXiv 1901.09335) each video is decoded once and transformed
-    several times; its items come as a list, which `util.loader.collate` knows.
+    several times; its items come as a list, which `util.data.loader.collate` knows.
 
     Args:
         videos: the files with the names of their classes.

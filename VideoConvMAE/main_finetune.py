@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from build_classifier import build_finetuning, mixes
+from build_classifier import build_finetuning, check_mixing
 from engine_evaluate import Evaluation, evaluate_checkpoint, mean_over_views
 from engine_finetune import train_classifier
 from util.data.loader import Loader
@@ -139,19 +139,6 @@ def tell(videos: VideoList) -> None:
         print_once(note)
 
 
-def check_recipe(args: argparse.Namespace) -> None:
-    """Refuse a batch that mixup cannot pair.
-
-    Raises:
-        UsageError: an odd number of clips, where clips are mixed.
-    """
-    if mixes(args) and args.batch_size * args.repeats % 2:
-        raise UsageError(
-            f"--batch_size {args.batch_size} x --repeats {args.repeats} must be even, as mixup "
-            f"pairs clips; or give --mixup 0 --cutmix 0"
-        )
-
-
 def build_data(args: argparse.Namespace) -> tuple[Loader, Loader]:
     """Clips to train on; one view of each video to validate on."""
     train, val = videos_to_train_on(args), videos_to_validate_on(args)
@@ -194,7 +181,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     content, weights = find_start(args, PROGRAM)
     complete_run(args, device)
     complete_protocol(args)
-    check_recipe(args)
+    check_mixing(args)
     loader, val_loader = build_data(args)
     build = partial(build_finetuning, args, device, weights, models=CLASSIFIERS)
     train_classifier(

@@ -81,8 +81,6 @@ def mask_ratio_of(args: argparse.Namespace) -> float:
 
 def loss(form: str, model: nn.Module, args: argparse.Namespace, imgs: Tensor) -> Tensor:
     """The loss of a batch, as each form's training takes it."""
-    if form == "visible":
-        return model(imgs, mask_ratio_of(args))[0]
     return model(imgs, mask_ratio_of(args))[0]
 
 

@@ -81,6 +81,19 @@ def test_a_job_trains_with_its_processes_and_ends(launcher, images, folder):
     assert [line["epoch"] for line in log_lines(folder / "out")] == [0, 1]
 
 
+def test_the_number_of_the_job_stands_for_percent_j_in_its_folders(launcher, images, tmp_path):
+    run = command_line(RUN | {"data_path": images, "output_dir": tmp_path / "%j" / "out"})
+    job = command_line(JOB | {"job_dir": tmp_path / "%j"})
+    result = launcher.run(*job, MAIN, *run, "--epochs", 1, "--warmup_epochs", 0, program=PROGRAM)
+    assert_ok(result)
+    log = Path(result.out.rpartition("its log: ")[2].strip())
+    number = log.parent.name
+    assert log.parent.resolve() == tmp_path.resolve() / number and number.isdecimal()
+    wait_for(log, "completed successfully")
+    assert [line["epoch"] for line in log_lines(tmp_path / number / "out")] == [0]
+    assert not any((tmp_path / "%j").rglob("*"))  # submitit makes this folder, and leaves it empty
+
+
 @needs_proc
 def test_a_warned_job_saves_is_requeued_and_ends_as_if_never_stopped(launcher, images, folder):
     epochs = 12

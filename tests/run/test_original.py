@@ -24,6 +24,7 @@ from util.run.lars import LARS
 from util.run.optim_step import OptimStep
 from util.run.original import comparable_args
 from util.run.resume import Checkpoints, find_resumable
+from util.run.same_run import check_same_run
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "state_dict_keys.json").read_text())
 TINY = dict(img_size=(32, 32), patch_size=(2, 2, 1))
@@ -281,6 +282,24 @@ def test_arguments_are_compared_where_both_mean_the_same():
 
 
 # --- from the command line ------------------------------------------------------------------------
+
+
+def test_two_names_of_one_model_are_the_same():
+    name = "convmae_convvit_base_patch16"
+    assert comparable_args({"model": f"{name}_dec512d8b"}, {"model": name}) == {"model": name}
+    assert comparable_args({"model": name}, {"model": None}) == {"model": None}
+
+
+def test_no_colour_jitter_is_none_of_it():
+    saved, now = {"aa": "", "color_jitter": None}, {"aa": "none", "color_jitter": 0.0}
+    assert comparable_args(saved, now) == now
+
+
+def test_a_setting_that_the_original_had_and_this_run_leaves_away_is_another_run():
+    saved = {"cutmix_minmax": [0.2, 0.8]}
+    with pytest.raises(UsageError, match=r"--cutmix_minmax 0\.2 0\.8 there, None here"):
+        now = {"cutmix_minmax": None}
+        check_same_run(argparse.Namespace(**now), comparable_args(saved, now))
 
 
 def tiny(kind):

@@ -10,6 +10,7 @@ from mmseg.registry import MODELS
 from SEG.options import without_sync_bn
 from SEG.test import follow_scale
 from SEG.train import accumulate
+from util.errors import UsageError
 from util.weights.load import load_weights
 from util.weights.read import weights_of
 
@@ -105,6 +106,13 @@ def test_accumulation_keeps_the_number_and_the_rates_of_steps():
     assert config.default_hooks.checkpoint.interval == 4 * 4000
     assert config.param_scheduler == plain.param_scheduler
     assert config.default_hooks.param_scheduler.type == "StepSchedulerHook"
+
+
+def test_accumulation_is_refused_where_epochs_are_counted():
+    config = read("base_512_slide_160k_ade20k")
+    config.train_cfg = Config(dict(type="EpochBasedTrainLoop", max_epochs=3))
+    with pytest.raises(UsageError, match="not epochs"):
+        accumulate(config, 4)
 
 
 @pytest.mark.parametrize("resize", [{"scale": (1024, 256)}, {"scale_factor": 0.5}])

@@ -72,6 +72,13 @@ def test_a_resumed_run_goes_on_where_it_was_stopped(trained, programs, data, tmp
     assert {state["step"].item() for state in resumed["optimizer"]["state"].values()} == {6}
 
 
+def test_a_run_is_not_resumed_with_another_accumulation(trained, programs, data, tmp_path):
+    shutil.copy(trained[0] / "iter_4.pth", tmp_path)
+    command = ["--data-path", data, "--work-dir", tmp_path, "--resume", "--accum-iter", 2]
+    error = refused(programs.run("train", *command))
+    assert "is of a run with --accum-iter 1" in error
+
+
 def test_resume_without_a_checkpoint_begins(programs, data, pretrained, tmp_path):
     arguments = ("--data-path", data, "--pretrained", pretrained, "--work-dir", tmp_path)
     result = programs.run("train", *arguments, "--resume", options=("train_cfg.max_iters=1",))

@@ -377,6 +377,8 @@ def test_bad_use_is_one_line_and_exit_code_2(data, pretrained, launcher, tmp_pat
     refused(FINETUNE, finetune_flags(data, tmp_path / "o", tubelet=4, **start), "--tubelet 4")
     odd = finetune_flags(data, tmp_path / "o", batch_size=3, **start)
     refused(FINETUNE, odd, "--batch_size 3 x --repeats 1 must be even, as mixup pairs clips")
+    turned = finetune_flags(data, tmp_path / "o", cutmix_minmax=(0.8, 0.2), **start)
+    refused(FINETUNE, turned, "--cutmix_minmax 0.8 0.2: the smaller share comes first")
     random = {"model": "videoconvvit_tiny_patch16", "patch_size": (2, 2, 2), "temporal_kernel": 9}
     long = finetune_flags(data, tmp_path / "o", **random)
     refused(FINETUNE, long, "temporal_kernel 9 is longer than a clip of 4 frames")

@@ -12,7 +12,7 @@ from PIL import Image
 from util.demo.digits import write_once
 from util.demo.scenes import CLASSES, COUNT, Scene, scenes
 
-# Names here to those of `util.demo_scenes`.
+# Names here to those of `util.demo.scenes`.
 SPLITS = {"train": "training", "val": "validation"}
 
 

@@ -2,7 +2,7 @@
 
 Each scene is a colour picture with several handwritten digits of varied size, colour and place,
 and says for each which digit it is and which pixels are its ink. Training scenes are made of the
-training digits of `util.demo_data`, validation scenes of those held out there. The same scenes
+training digits of `util.demo.digits`, validation scenes of those held out there. The same scenes
 come out every time.
 """
 

@@ -75,17 +75,28 @@ def comparable_args(saved: Mapping[str, object], now: Mapping[str, object]) -> d
     Returns:
         `now`, with the values of `saved` where the two mean the same.
     """
-    both = {n: saved[n] for n in now.keys() & saved.keys() - _FREE if now[n] is not None}
+    # A model that is read off the file has no name here.
+    unnamed = {"model"} if now.get("model") is None else set()
+    both = {n: saved[n] for n in now.keys() & saved.keys() - _FREE - unnamed}
+    if _model_name(both) == _model_name(now):
+        both |= {"model": now["model"]} if "model" in both else {}
     if isinstance(size := both.get("input_size"), int):
         both["input_size"] = [size, size]
     if "aa" in both:
         both["aa"] = both["aa"] or "none"
         if both["aa"] != "none":
             both.pop("color_jitter", None)  # not used
+    if both.get("color_jitter", 0) is None:
+        both["color_jitter"] = 0.0
     batch = [saved.get(name, 1) for name in ("batch_size", "accum_iter", "world_size")]
     if "batch_size" in saved and all(isinstance(n, int) for n in batch):
         both["effective_batch_size"] = math.prod(batch)
     return {**now, **both}
+
+
+def _model_name(args: Mapping[str, object]) -> str:
+    """The model's name without what the original puts behind that of the base model."""
+    return str(args.get("model")).removesuffix("_dec512d8b")
 
 
 def match_optimizer(

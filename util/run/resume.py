@@ -167,6 +167,22 @@ def find_resumable(resume: str, folder: str | Path) -> dict | None:
         UsageError: a file that is missing, unreadable, or only weights; "none" in a folder that
             already has a checkpoint.
     """
+    path = resumable_path(resume, folder)
+    if path is None:
+        return None
+    content = load_file(path)
+    if is_original(content):
+        content = as_content(content, path)
+    check_content(content, f"--resume {path}")
+    return content
+
+
+def resumable_path(resume: str, folder: str | Path) -> str | None:
+    """The file that `find_resumable` reads, None to start from the beginning.
+
+    Raises:
+        UsageError: "none" in a folder that already has a checkpoint.
+    """
     last = Path(folder) / LAST
     if resume == "none":
         if last.exists():
@@ -179,11 +195,5 @@ def find_resumable(resume: str, folder: str | Path) -> dict | None:
     if last.exists() and elsewhere:
         print_once(f"going on from {last}, not from --resume {resume}, which it began with")
     if last.exists() and (elsewhere or resume == "auto"):
-        resume = str(last)
-    elif resume == "auto":
-        return None
-    content = load_file(resume)
-    if is_original(content):
-        content = as_content(content, resume)
-    check_content(content, f"--resume {resume}")
-    return content
+        return str(last)
+    return None if resume == "auto" else resume

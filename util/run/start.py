@@ -31,7 +31,8 @@ def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Wei
     content, weights = find_resumable(args.resume, args.output_dir), None
     if content:
         check_program(content, program)
-        weights = weights_of(content, args.output_dir / LAST)
+        last = args.output_dir / LAST
+        weights = weights_of(content, last if last.exists() else args.resume)
     elif args.finetune:
         weights = read_weights(args.finetune)
         if weights.encoder:
