@@ -10,7 +10,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from build_classifier import Trainee
-from engine_evaluate import Evaluation, Predict, evaluate
+from engine_evaluate import Evaluation, evaluate
+from engine_features import Predict
 from util.data.loader import Loader
 from util.run.distributed import print_once, rank
 from util.run.labeled_data import check_nb_classes

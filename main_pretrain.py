@@ -51,6 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.add_autoencoder_args(parser, MODELS, model="convmae_convvit_base_patch16", ratio=0.75)
     recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, **recipe)
+    arguments.add_knn_args(parser)
     arguments.add_run_args(parser)
     parser.add_argument(
         "--demo",
@@ -79,6 +80,27 @@ def build_data(args: argparse.Namespace) -> Loader:
     return train_loader(args, ImageFiles(find_train_folder(args.data_path), transform))
 
 
+def build_knn(args: argparse.Namespace, run: Run) -> Measure | None:
+    """The k-NN accuracy of `--knn_freq`, None if it is not asked for.
+
+    Raises:
+        UsageError: no labelled images.
+    """
+    if not args.knn_freq:
+        return None
+    path = args.knn_path or args.data_path
+    loaders = labeled_splits(args, path, "--knn_path" if args.knn_path else "--knn_freq: --data_path")
+    return partial(
+        knn_accuracy,
+        run.model,
+        loaders,
+        run.device,
+        run.optim.dtype,
+        predict=pooled_latent,
+        max_bad_images=args.max_bad_images,
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     """Build everything, then run the epochs."""
     device = init_processes(args.device)
@@ -91,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
             args.data_path, args.input_size, args.in_chans, max_pixels=args.max_pixels
         ).to(device)
         draw = partial(reconstruction_grid, run.model, samples, args.mask_ratio)
-    pretrain(run, draw)
+    pretrain(run, draw, build_knn(args, run))
 
 
 if __name__ == "__main__":
