@@ -17,7 +17,8 @@ from util.data.classes import NO_LABEL, check_classes
 from util.data.datasets import LabeledImages
 from util.data.loader import Loader
 from util.errors import UsageError
-from util.run.args import derive_args
+from util.run.args import check_tables, derive_args
+from util.run.confusion import confusion_matrix, write_confusion
 from util.run.distributed import gather_objects, is_main_process, print_once, world_size
 from util.run.geometry_args import described_architecture, fill_geometry_flags
 from util.run.labeled_data import check_nb_classes, val_images
@@ -78,6 +79,13 @@ class Evaluation:
             f"Accuracy of the network on the {len(self.indices)} test {self.what}: {self.acc1:.1f}%"
         )
 
+    def write_tables(self, args: argparse.Namespace, dataset: LabeledImages) -> None:
+        """Write what `--predictions` and `--confusion` ask for."""
+        if args.predictions:
+            self.write(args.predictions, dataset)
+        if args.confusion:
+            self.write_confusion(args.confusion, dataset)
+
     def write(self, path: Path, dataset: LabeledImages) -> None:
         """Write path, label, prediction and its probability of each image as CSV."""
         if not is_main_process():
@@ -91,6 +99,22 @@ class Evaluation:
                 row = [dataset.path(index), label, dataset.classes[prediction]]
                 table.writerow([*row, f"{probability:.6f}"])
         print(f"predictions of {len(self.indices)} {self.what} in {path}")
+
+    def write_confusion(self, path: Path, dataset: LabeledImages) -> None:
+        """Write the confusion matrix and each class's accuracy as CSV, and a picture beside it.
+
+        Raises:
+            UsageError: the labels are not known.
+        """
+        if not is_main_process():
+            return
+        if not self.labeled:
+            raise UsageError(f"--confusion: the {self.what} of {dataset.root} have no labels")
+        matrix = confusion_matrix(
+            dataset.labels[self.indices.numpy()], self.predictions.numpy(), len(dataset.classes)
+        )
+        write_confusion(path, matrix, dataset.classes)
+        print(f"confusion matrix in {path} and {path.with_suffix('.png')}")
 
 
 def evaluate(
@@ -193,6 +217,7 @@ def evaluate_checkpoint(
         )
     fill_geometry_flags(args, weights.architecture, str(weights.path))
     derive_args(args, device.type, world_size())
+    check_tables(args)
     dtype = amp_dtype(args.amp, device)
     architecture = described_architecture(args, weights.architecture)
     if architecture.ndim != weights.architecture.ndim:
@@ -205,8 +230,7 @@ def evaluate_checkpoint(
     model.to(device)
     evaluation = evaluate(model, loader, device, dtype, args.max_bad_images, predict)
     evaluation.report()
-    if args.predictions:
-        evaluation.write(args.predictions, loader.dataset)
+    evaluation.write_tables(args, loader.dataset)
     return evaluation
 
 

@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> Evaluation:
     train(args, device)
     wait_for_all()  # for the last checkpoint
     best = test_of_run(args, device, "best", BEST)
-    test_of_run(args, device, "last", LAST, predictions=None)
+    test_of_run(args, device, "last", LAST, predictions=None, confusion=None)
     return best
 
 

@@ -53,8 +53,7 @@ def add_inference_args(parser: Parser, *, data: str = DATA, views: int | None = 
         "--batch_size", type=positive_int, default=64, metavar="N", help="images per process"
     )
     arguments.add_device_args(group)
-    # What `eval_loader` and the geometry's flags ask for, and these programs do not.
-    parser.set_defaults(dist_eval=True, model=None)
+    parser.set_defaults(model=None)  # the checkpoint's
 
 
 @dataclass(frozen=True)

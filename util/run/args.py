@@ -267,6 +267,13 @@ def add_eval_args(
         metavar="CSV",
         help="write path, label, prediction and probability of each image of the last evaluation",
     )
+    group.add_argument(
+        "--confusion",
+        action=PathOrDefault,
+        metavar="CSV",
+        help="write the confusion matrix and each class's accuracy of the last evaluation, and a "
+        "picture beside it",
+    )
 
 
 def add_knn_args(parser: Parser) -> None:
@@ -536,6 +543,20 @@ def derive_loading(args: argparse.Namespace, device_type: str) -> None:
         args.num_workers = min(10, max(1, cores_per_process()))
     if args.pin_mem is None:
         args.pin_mem = device_type == "cuda"
+
+
+def check_tables(args: argparse.Namespace) -> None:
+    """Refuse tables of an evaluation that could not be written at its end.
+
+    Raises:
+        UsageError: a folder that is not there, or a matrix that is to be no CSV.
+    """
+    for name in ("predictions", "confusion"):
+        path = getattr(args, name, None)
+        if path and not path.absolute().parent.is_dir():
+            raise UsageError(f"the folder of --{name} {path} does not exist")
+    if getattr(args, "confusion", None) and args.confusion.suffix != ".csv":
+        raise UsageError(f"--confusion {args.confusion} must end in .csv; the picture ends in .png")
 
 
 def check_writable(folder: Path, flag: str) -> None:
