@@ -118,3 +118,32 @@ def encode_views(model: ConvViT, views: Tensor, stage: int = 3, tokens: bool = F
     """`encode` of several views of each sample, `[N, V, …]`: the mean over them."""
     features = encode(model, views.flatten(0, 1), stage, tokens)
     return features.unflatten(0, views.shape[:2]).mean(1)
+
+
+@torch.inference_mode()
+def attention_map(model: ConvViT, x: Tensor) -> Tensor:
+    """Attention that the last block pays to each token of stage 3, the mean over its heads.
+
+    Args:
+        model: the encoder.
+        x: `[N, in_chans, *size]`.
+
+    Returns:
+        `[N, *grid]`, float32: the class token's attention, or without one the mean over all
+        tokens', which is what their mean is made of.
+    """
+    attention, seen = model.blocks3[-1].attn, []
+    hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        model.forward_stages(x)
+    finally:
+        hook.remove()
+    received = []
+    for tokens in seen[0].split(1):  # [1, prefix + L, C]; the weights of a clip are large
+        q, k, _ = attention.split_heads(tokens)  # [1, heads, prefix + L, C / heads]
+        weights = (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(-1)
+        prefix = model.num_prefix_tokens
+        queries = weights[:, :, :1] if prefix else weights
+        received.append(queries[..., prefix:].mean((1, 2)))
+    grid = [s // p for s, p in zip(x.shape[2:], model.geometry.stride(3), strict=True)]
+    return torch.cat(received).unflatten(1, grid)

@@ -17,6 +17,7 @@ from util.atomic import write_atomically
 from util.data.datasets import LabeledImages
 from util.data.samplers import EvalSampler
 from util.errors import UsageError
+from util.run.args import check_writable
 from util.run.distributed import (
     gather_objects,
     is_main_process,
@@ -25,7 +26,7 @@ from util.run.distributed import (
     wait_for_all,
     world_size,
 )
-from util.run.setup import hold_output
+from util.run.lock import hold
 
 Columns = dict[str, np.ndarray]
 _JOB = "job.json"
@@ -89,7 +90,8 @@ class PartedJob:
         size = min(max(len(dataset) // 64, 64), most)
         starts = range(0, len(dataset), size)
         self.parts = [range(start, min(start + size, len(dataset))) for start in starts]
-        hold_output(self.folder)
+        check_writable(self.folder, "--output")
+        hold(self.folder, "--output")
         claim = self._claim(settings) if is_main_process() else None
         self.missing, problem = gather_objects(claim)[0]
         if problem:
