@@ -15,10 +15,10 @@ from typing import BinaryIO
 import numpy as np
 
 from tools.inference import add_inference_args, open_frozen
-from tools.parts import PartedJob
+from tools.parts import PartedJob, parts_folder
 from util.atomic import write_atomically
 from util.errors import UsageError
-from util.run.distributed import is_main_process, wait_for_all
+from util.run.distributed import is_main_process
 from util.run.parser import Parser
 from util.run.program import run_main
 
@@ -58,15 +58,15 @@ def main(args: argparse.Namespace) -> None:
     """Embed every file, then put the parts together."""
     if args.output.suffix not in (".npz", ".npy"):
         raise UsageError(f"--output {args.output} must end in .npz or .npy")
+    table = args.output.with_suffix(".csv")
+    going_on = parts_folder(args.output).exists()
+    if args.output.suffix == ".npy" and table.exists() and not going_on:
+        raise UsageError(f"{table}, of the paths, exists already: give --output another name")
     frozen = open_frozen(args)
     if args.tokens and frozen.is_video and args.test_clips * args.test_crops > 1:
         raise UsageError("--tokens are of one view: leave --test_clips and --test_crops away")
     dataset = frozen.dataset(args.data_path)
     settings = {name: getattr(args, name) for name in ("stage", "tokens")}
-    if frozen.is_video:
-        settings |= {
-            n: getattr(args, n) for n in ("sampling", "stride", "test_clips", "test_crops")
-        }
     job = PartedJob(frozen, dataset, args.output, settings, most=64 if args.tokens else 1024)
     job.run(frozen.features(args.stage, args.tokens), lambda rows: {"features": rows}, "embed")
     if is_main_process():
@@ -74,13 +74,12 @@ def main(args: argparse.Namespace) -> None:
         if args.output.suffix == ".npz":
             write_atomically(args.output, lambda file: _write_npz(job, rows, file))
         else:
-            table = _table(rows).encode(errors="surrogateescape")
-            write_atomically(args.output.with_suffix(".csv"), lambda file: file.write(table))
+            text = _table(rows).encode(errors="surrogateescape")
+            write_atomically(table, lambda file: file.write(text))
             write_atomically(args.output, lambda file: _write_features(job, file))
         shape = _shape(job)
         job.remove()
         print(f"{dataset.what} of {dataset.root}: features {shape} in {args.output}")
-    wait_for_all()
 
 
 def _labels(job: PartedJob) -> dict[str, np.ndarray]:

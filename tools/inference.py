@@ -27,6 +27,7 @@ from VideoConvMAE.args import add_reading_args, add_view_args, complete_protocol
 DATA = "folder of images, nested or flat; shards; a .txt with a path a line; or one image. For a "
 DATA += "video model: a folder of videos, a list of them, or one video"
 _OF_VIDEOS = ("video_root", "sampling", "stride", "short_side")
+_VIEWS = ("test_clips", "test_crops")
 
 
 def add_inference_args(parser: Parser, *, data: str = DATA, views: int | None = 1) -> None:
@@ -135,7 +136,7 @@ def open_frozen(args: argparse.Namespace) -> Frozen:
         )
     if weights.architecture.ndim == 3:
         args.num_frames = None  # the checkpoint's
-    elif given := [name for name in _OF_VIDEOS if getattr(args, name) is not None]:
+    elif given := _given_for_videos(args):
         raise UsageError(f"--{given[0]} is for videos, and {weights.path} is an image model")
     fill_geometry_flags(args, weights.architecture, str(weights.path))
     arguments.derive_loading(args, device.type)
@@ -145,6 +146,12 @@ def open_frozen(args: argparse.Namespace) -> Frozen:
     model, report = convvit_from_weights(weights, img_size=size)
     print_once(report)
     return Frozen(args, weights, model.to(device), device, dtype)
+
+
+def _given_for_videos(args: argparse.Namespace) -> list[str]:
+    """The flags that mean nothing for images."""
+    read = [name for name in _OF_VIDEOS if getattr(args, name) is not None]
+    return read + [name for name in _VIEWS if getattr(args, name) not in (None, 1)]
 
 
 def _views(args: argparse.Namespace, path: Path, labeled: bool) -> LabeledImages:

@@ -33,6 +33,11 @@ _JOB = "job.json"
 _REASON = 200  # letters of it that are kept
 
 
+def parts_folder(output: Path) -> Path:
+    """The folder of the parts of an output."""
+    return output.with_name(output.name + ".parts")
+
+
 class PartSampler(EvalSampler):
     """Batch sampler of `(index, seed)` that gives every sample of some parts once, in order.
 
@@ -81,7 +86,7 @@ class PartedJob:
         most: int = 1024,
     ) -> None:
         self.frozen, self.dataset = frozen, dataset
-        self.folder = output.with_name(output.name + ".parts")
+        self.folder = parts_folder(output)
         if output.exists():
             raise UsageError(f"--output {output} exists already: give another name")
         if not output.absolute().parent.is_dir():
@@ -106,11 +111,14 @@ class PartedJob:
         paths = hashlib.sha256()
         for index in range(len(self.dataset)):
             paths.update(os.fsencode(self.dataset.path(index)) + b"\0")
+        args = self.frozen.args
+        clips = ("sampling", "stride", "test_clips", "test_crops") if self.frozen.is_video else ()
         job = {
             "files": [len(self.dataset), paths.hexdigest()],
             "checkpoint": [str(self.frozen.weights.path), status.st_size, status.st_mtime_ns],
-            "input_size": list(self.frozen.args.input_size),
+            "input_size": list(args.input_size),
             "precision": str(self.frozen.dtype),
+            **{name: getattr(args, name) for name in clips},
             **settings,
         }
         path = self.folder / _JOB

@@ -17,7 +17,7 @@ from tools.inference import add_inference_args, open_frozen
 from tools.parts import PartedJob
 from util.atomic import write_atomically
 from util.errors import UsageError
-from util.run.distributed import is_main_process, print_once, wait_for_all
+from util.run.distributed import is_main_process, print_once
 from util.run.parser import Parser, positive_int
 from util.run.program import run_main
 from util.weights.read import KINDS, Weights
@@ -64,7 +64,6 @@ def main(args: argparse.Namespace) -> None:
         write_atomically(args.output, lambda file: _write(job, names, k, file))
         job.remove()
         print(f"predictions of {job.count} {dataset.what} in {args.output}")
-    wait_for_all()
 
 
 def class_names(weights: Weights) -> Sequence[str]:

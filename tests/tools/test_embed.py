@@ -59,6 +59,9 @@ def test_an_npy_has_its_paths_and_labels_in_a_csv_beside_it(autoencoder, classes
     head, *rows = csv.reader((tmp_path / "f.csv").read_text().splitlines())
     assert head == ["path", "label"] and len(rows) == 17
     assert all(f"/{label}/" in path for path, label in rows)
+    (tmp_path / "f.npy").unlink()
+    with pytest.raises(UsageError, match=r"f\.csv, of the paths, exists already"):
+        run(autoencoder, classes / "val", tmp_path / "f.npy")
 
 
 def test_shards_lists_and_single_images_give_the_features_of_the_folder(
