@@ -84,7 +84,7 @@ def knn_accuracy(
         predict: from the model and a batch to features `[N, C]`.
         max_bad_images: share of the samples that may be undecodable.
         rule: of the vote.
-        stopping: see `each_output`.
+        stopping: whether this process was asked to stop, looked at before each batch.
 
     Returns:
         "knn_acc1" and "knn_acc5" in percent; None if any process was asked to stop.

@@ -101,7 +101,8 @@ def pretrain(
     Args:
         run: set to where it begins.
         draw: gives a reconstruction, `[3, height, width]` in [0, 1]; in the main process.
-        measure: see `measure_accuracy`; after every `--knn_freq` epochs and the last.
+        measure: gives numbers by name, after every `--knn_freq` epochs and the last; or None if
+            its argument `stopping` became true.
     """
     run.describe(title(run))
     with closing(run.report.log) as log:

@@ -70,7 +70,7 @@ class ImagesAndMasks(BaseSegDataset):
     The mask of `a/b.jpg` is `a/b.png`. A pixel of a mask is the number of its class.
 
     Args:
-        classes: see `class_names`.
+        classes: their names, a file of them, or how many there are.
         data_root: what the folders of `data_prefix` (`img_path`, `seg_map_path`) are relative to.
         reduce_zero_label: classes are 1 … N in the masks and 0 is ignored, as in ADE20K;
             otherwise they are 0 … N - 1 and 255 is ignored.

@@ -15,7 +15,7 @@ def views_of(args: argparse.Namespace, path: Path, labeled: bool) -> Views:
 
     Args:
         args: completed from the checkpoint.
-        path: see `find_videos`.
+        path: a folder or list of videos, or one.
         labeled: videos without labels are an error.
 
     Raises:

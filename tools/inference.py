@@ -92,14 +92,14 @@ class Frozen:
         return mean_over_views if self.is_video else torch.nn.Module.__call__
 
     def features(self, stage: int = 3, tokens: bool = False) -> Predict:
-        """From samples of `dataset` to features, see `encode`."""
+        """From samples of `dataset` to what `encode` gives."""
         return partial(encode_views if self.is_video else encode, stage=stage, tokens=tokens)
 
     def dataset(self, path: Path, labeled: bool = False) -> LabeledImages:
         """The files of a path as they are seen in evaluation; `labels` where there are any.
 
         Args:
-            path: see `DATA`.
+            path: a folder, a list, shards or one file.
             labeled: files without labels are an error.
 
         Raises:

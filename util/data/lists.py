@@ -68,7 +68,7 @@ class ImageList:
 
         Raises:
             OSError: the file is to blame.
-            TrainingError: the storage fails, see `read_file`.
+            TrainingError: the storage fails, again and again.
         """
         return read_file(self.path(index))
 

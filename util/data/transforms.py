@@ -67,7 +67,7 @@ def probe_transform(
 ) -> Callable[[BinaryIO], Tensor]:
     """The augmentation of the linear probe: as in pretraining, but with MAE's `clamped_box`.
 
-    Args and result: see `pretrain_transform`.
+    Arguments and result are those of `pretrain_transform`.
     """
     choose = partial(clamped_box, scale=scale)
     return _crop_transform(choose, img_size, in_chans, hflip, max_pixels)
