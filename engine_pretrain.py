@@ -33,8 +33,8 @@ def build_model(
         UsageError: a geometry that the model cannot have.
     """
     kwargs = {"norm_pix_loss": args.norm_pix_loss}
-    if "masking" in args:
-        kwargs["masking"] = args.masking
+    flags = {name: vars(args).get(name) for name in ("masking", "complementary")}
+    kwargs |= {name: value for name, value in flags.items() if value is not None}
     try:
         architecture = Architecture.named(args.model).with_flags(vars(args))
         return models[args.model](**architecture.encoder_kwargs(), **kwargs)
@@ -43,11 +43,15 @@ def build_model(
 
 
 def check_sizes(args: argparse.Namespace, models: Mapping[str, Factory]) -> None:
-    """Refuse sizes that do not fit each other, before anything is read or built."""
+    """Refuse sizes that do not fit each other, before anything is read or built.
+
+    `--complementary` becomes what the model is; None stands for no, as in older checkpoints.
+    """
     with torch.device("meta"):
-        geometry = build_model(args, models).geometry
+        model = build_model(args, models)
+    args.complementary = model.complementary or None
     try:
-        geometry.visible_patches(args.mask_ratio)
+        model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--input_size, --patch_size, --mask_ratio: {error}") from error
 
@@ -83,10 +87,11 @@ def title(run: Run) -> str:
     """One line on the model: name, parameters, input, visible patches."""
     geometry = run.model.geometry
     pixels = "x".join(map(str, geometry.img_size))
-    visible = geometry.visible_patches(run.args.mask_ratio)
+    ratio = run.args.mask_ratio
+    masks = f" in each of {geometry.num_masks(ratio)} masks" if run.model.complementary else ""
     return (
         f"{run.args.model}: {count_parameters(run.model)}, {pixels} pixels, "
-        f"{visible} of {geometry.num_patches} patches visible"
+        f"{geometry.visible_patches(ratio)} of {geometry.num_patches} patches visible{masks}"
     )
 
 

@@ -36,6 +36,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         decoder_depth: transformer blocks of the decoder.
         decoder_num_heads: attention heads of the decoder; its MLP ratio is the first stage's.
         norm_pix_loss: compare with patches normalised by their own mean and variance.
+        complementary: mask each image as often as there are disjoint visible sets of its blocks,
+            see `random_masking` (FastConvMAE).
 
     Raises:
         ValueError: a size, stride or width that does not divide.
@@ -58,6 +60,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         norm_pix_loss: bool = False,
+        complementary: bool = False,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
     ) -> None:
         super().__init__(
@@ -75,6 +78,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         self.geometry = geometry = Geometry.of(img_size, patch_size, mask_unit)
         self.multi_scale = multi_scale
         self.norm_pix_loss = norm_pix_loss
+        self.complementary = complementary
 
         if multi_scale:
             strides = [
@@ -140,15 +144,22 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
 
         Blocks of one mask unit share their fate; in images each of the `L` blocks is a unit.
 
+        A `complementary` model cuts the shuffled blocks into `K` visible sets that share no block,
+        each of them what one mask leaves: `K = U // visible units`, otherwise 1. Blocks left over
+        are removed in every mask. Rows are mask-major: the first masks of all images, then the
+        second ones, and so on.
+
         Args:
             imgs: `[N, …]`; only the number and the device matter.
             mask_ratio: share of the `U` mask units to remove.
             noise: `[N, U]`, the units with the smallest values stay; drawn if not given.
 
         Returns:
-            ids_keep: `[N, visible]`, the blocks of the `int(U * (1 - mask_ratio))` visible units.
-            mask: `[N, L]`, float, 0 keep, 1 removed.
-            ids_restore: `[N, L]`, the place of each block in the shuffled order.
+            ids_keep: `[K * N, visible]`, the blocks of the `int(U * (1 - mask_ratio))` visible
+                units.
+            mask: `[K * N, L]`, float, 0 keep, 1 removed.
+            ids_restore: `[K * N, L]`, the place of each block in the shuffled order, which begins
+                with the visible ones.
 
         Raises:
             ValueError: a ratio that removes nothing or everything, noise of another shape.
@@ -168,8 +179,13 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         units = to_nested_blocks(blocks, [geometry.mask_unit]).reshape(shape[1], -1)
         ids_shuffle = units[torch.argsort(noise, dim=1)].flatten(1)  # [N, U, blocks] -> [N, L]
         ids_restore = torch.argsort(ids_shuffle, dim=1)
+        ids_keep = ids_shuffle[:, :keep]
+        if self.complementary:
+            masks, length = geometry.num_masks(mask_ratio), geometry.num_patches
+            ids_keep = torch.cat(ids_shuffle[:, : masks * keep].split(keep, dim=1))
+            ids_restore = torch.cat([(ids_restore - k * keep) % length for k in range(masks)])
         mask = (ids_restore >= keep).float()
-        return ids_shuffle[:, :keep], mask, ids_restore
+        return ids_keep, mask, ids_restore
 
     def forward_encoder(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
@@ -182,7 +198,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             noise: `[N, U]`, the mask units with the smallest values stay; drawn if not given.
 
         Returns:
-            latent: `[N, visible, embed_dim[2]]`.
+            latent: `[K * N, visible, embed_dim[2]]`.
             mask: `[N, L]`, float, 0 keep, 1 removed.
             ids_restore: `[N, L]`, the place of each block in the shuffled order.
         """
@@ -208,23 +224,26 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
 
         Args:
             imgs: `[N, C, *img_size]`.
-            pred: `[N, L, patch_pixels * C]`.
-            mask: `[N, L]`, 1 where removed.
+            pred: `[K * N, L, patch_pixels * C]`.
+            mask: `[K * N, L]`, 1 where removed.
 
         Returns:
             A scalar.
         """
         with torch.autocast(imgs.device.type, enabled=False):
-            loss = self.patch_loss(self.patchify(imgs.float()), pred)
+            pred = pred.float().unflatten(0, (-1, len(imgs)))  # [K, N, L, patch_pixels * C]
+            target = self.target(imgs.float()).expand_as(pred)
+            loss = F.mse_loss(pred, target, reduction="none").mean(dim=-1).flatten(0, 1)
             return (loss * mask).sum() / mask.sum()
 
-    def patch_loss(self, patches: Tensor, pred: Tensor) -> Tensor:
-        """Mean squared error of each patch: `[N, B, patch_pixels * C]` to `[N, B]`."""
+    def target(self, imgs: Tensor) -> Tensor:
+        """The values to predict: `[N, C, *img_size]` to `[N, L, patch_pixels * C]`."""
+        patches = self.patchify(imgs)
         if self.norm_pix_loss:
             mean = patches.mean(dim=-1, keepdim=True)
             var = patches.var(dim=-1, keepdim=True)
             patches = (patches - mean) / (var + 1e-6) ** 0.5
-        return F.mse_loss(pred.float(), patches, reduction="none").mean(dim=-1)
+        return patches
 
     def forward(
         self,
@@ -242,8 +261,9 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
 
         Returns:
             loss: a scalar.
-            pred: `[N, L, patch_pixels * C]`, a prediction for every patch.
-            mask: `[N, L]`, 1 where removed.
+            pred: `[K * N, L, patch_pixels * C]`, a prediction for every patch; `K` is 1 unless
+                the model is `complementary`, see `random_masking`.
+            mask: `[K * N, L]`, 1 where removed.
 
         Raises:
             ValueError: images of another shape, or a ratio that leaves nothing.
@@ -280,8 +300,14 @@ def convmae_convvit_huge_patch16(**kwargs) -> MaskedAutoencoderConvViT:
     return MaskedAutoencoderConvViT(**{**SIZES["huge"], **kwargs})
 
 
-# The original repository's name for the base model.
+def fastconvmae_convvit_base_patch16(**kwargs) -> MaskedAutoencoderConvViT:
+    """FastConvMAE-B: ConvMAE-B with complementary masks. `kwargs` override any argument."""
+    return convmae_convvit_base_patch16(**{"complementary": True, **kwargs})
+
+
+# The original repository's names for the base models.
 convmae_convvit_base_patch16_dec512d8b = convmae_convvit_base_patch16
+fastconvmae_convvit_base_patch16_dec512d8b = fastconvmae_convvit_base_patch16
 
 # Model name to factory, for command lines and checkpoints.
 MODELS = {
@@ -291,6 +317,8 @@ MODELS = {
     "convmae_convvit_base_patch16_dec512d8b": convmae_convvit_base_patch16_dec512d8b,
     "convmae_convvit_large_patch16": convmae_convvit_large_patch16,
     "convmae_convvit_huge_patch16": convmae_convvit_huge_patch16,
+    "fastconvmae_convvit_base_patch16": fastconvmae_convvit_base_patch16,
+    "fastconvmae_convvit_base_patch16_dec512d8b": fastconvmae_convvit_base_patch16_dec512d8b,
 }
 
 
@@ -318,7 +346,8 @@ def convmae_from_checkpoint(
             f"checkpoint {path}: it is no pretraining checkpoint: its model is {name!r}, not one "
             f"of {', '.join(models)}"
         )
-    known = {k: args[k] for k in ("norm_pix_loss", "masking") if args.get(k) is not None}
+    settings = ("norm_pix_loss", "masking", "complementary")
+    known = {name: args[name] for name in settings if args.get(name) is not None}
     try:
         model = models[name](**weights.architecture.encoder_kwargs(), **known)
     except ValueError as error:

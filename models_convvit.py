@@ -288,9 +288,12 @@ class ConvViTEncoder(nn.Module):
         return VisibleGrid(index, canvas, windows)
 
     def visible_blocks(self, imgs: Tensor, ids_keep: Tensor) -> Tensor:
-        """The pixels of the blocks `ids_keep` `[N, B]` in nested order: `[N, B, pixels, C]`."""
+        """The pixels of the blocks `ids_keep` `[K * N, B]` of `N` images, mask-major.
+
+        They are in nested order: `[K * N, B, pixels, C]`.
+        """
         blocks = to_nested_blocks(imgs, self.geometry.nesting(0))
-        image = torch.arange(len(imgs), device=imgs.device).unsqueeze(1)
+        image = (torch.arange(len(ids_keep), device=imgs.device) % len(imgs)).unsqueeze(1)
         block = torch.unravel_index(ids_keep, self.geometry.grid(3))
         return blocks[(image, *block)].flatten(2, -2)
 
@@ -303,11 +306,12 @@ class ConvViTEncoder(nn.Module):
 
         Args:
             imgs: `[N, in_chans, *img_size]`.
-            ids_keep: `[N, B]`, the visible stage-3 tokens of each image, mask unit by mask unit.
+            ids_keep: `[K * N, B]`, the visible stage-3 tokens of each of the `K` masks of each
+                image, mask-major, mask unit by mask unit.
 
         Returns:
-            Tokens after stage 1 `[N, B, U1, C1]`, stage 2 `[N, B, U2, C2]` and stage 3
-            `[N, B, C3]`.
+            Tokens after stage 1 `[K * N, B, U1, C1]`, stage 2 `[K * N, B, U2, C2]` and stage 3
+            `[K * N, B, C3]`.
         """
         x = self.patch_embed1(self.under_patches(self.visible_blocks(imgs, ids_keep), 1))
         visible = self.visible_grid(ids_keep, 1)

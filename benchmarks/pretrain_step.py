@@ -7,6 +7,9 @@ one run, on random images: forward, backward and AdamW.
 - `dense`: the same model as the original computes it;
 - `mae`: a plain MAE ViT of the same width.
 
+Not compared unless named: `complementary`, FastConvMAE's several masks of each image. Its numbers
+are those of a mask, which counts as an image: a batch holds as many fewer images.
+
 With `--video` the same of clips: VideoConvMAE, its dense form, and a plain VideoMAE.
 """
 
@@ -57,6 +60,7 @@ def build(form: str, args: argparse.Namespace) -> nn.Module:
         model = VIDEO_MODELS[f"videoconvmae_{args.model}_patch16"](img_size=size)
     else:
         model = MODELS[f"convmae_convvit_{args.model}_patch16"](img_size=size)
+    model.complementary = form == "complementary"
     if form == "dense":
         model.__class__ = DenseMaskedAutoencoder  # the same module, computed the other way
     model.geometry.visible_patches(mask_ratio_of(args))
@@ -84,7 +88,16 @@ def loss(form: str, model: nn.Module, args: argparse.Namespace, imgs: Tensor) ->
     return model(imgs, mask_ratio_of(args))[0]
 
 
-BENCHMARK = Benchmark("pretrain_step", build, random_images, loss, ("visible", "dense", "mae"))
+def masks(model: nn.Module, args: argparse.Namespace) -> int:
+    """Masks of an image."""
+    return model.geometry.num_masks(mask_ratio_of(args)) if model.complementary else 1
+
+
+BENCHMARK = Benchmark(
+    *("pretrain_step", build, random_images, loss, ("visible", "dense", "mae")),
+    more=("complementary",),
+    masks=masks,
+)
 
 
 def get_args_parser() -> Parser:

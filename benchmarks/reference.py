@@ -57,9 +57,9 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The dense form of `MaskedAutoencoderConvViT.forward_encoder`, with the same results."""
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
-        block_mask = mask.view(len(imgs), 1, *self.geometry.grid(3))  # [N, 1, *grid]
+        block_mask = mask.view(len(mask), 1, *self.geometry.grid(3))  # [K * N, 1, *grid]
 
-        x, masks = imgs, {}
+        x, masks = torch.cat([imgs] * (len(mask) // len(imgs))), {}
         for stage in (1, 2):
             masks[stage] = F.interpolate(
                 block_mask, self.geometry.grid(stage), mode="nearest-exact"
@@ -130,7 +130,8 @@ class PlainMaskedAutoencoder(nn.Module):
     patchify = MaskedAutoencoderConvViT.patchify
     random_masking = MaskedAutoencoderConvViT.random_masking
     forward_loss = MaskedAutoencoderConvViT.forward_loss
-    patch_loss = MaskedAutoencoderConvViT.patch_loss
+    target = MaskedAutoencoderConvViT.target
+    complementary = False
 
     def __init__(
         self,

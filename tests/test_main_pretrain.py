@@ -973,6 +973,19 @@ def test_visualize_draws_images_of_several_formats(whole, launcher, tmp_path):
     assert 600 < grid.width < 700 and 300 < grid.height < 400
 
 
+def test_complementary_masks_are_a_flag_that_a_run_keeps(images, launcher, tmp_path):
+    command = flags(images, tmp_path, "--complementary", epochs=2)
+    result = launcher.run(*command)
+    assert_ok(result)
+    assert "16 of 64 patches visible in each of 4 masks" in result.out
+    assert load(tmp_path / "checkpoint.pth")["args"]["complementary"] is True
+    other = launcher.run(*flags(images, tmp_path, epochs=2))
+    assert_one_line(other, 2, "(--complementary True there, None here)")
+    command = ["--checkpoint", tmp_path / "checkpoint.pth", "--images", images, "--max_images", 1]
+    assert_ok(visualize(launcher, *command, "--output", tmp_path / "grid.png"))
+    assert Image.open(tmp_path / "grid.png").width > 0
+
+
 def test_visualize_takes_folders(whole, images, launcher, tmp_path):
     command = ["--checkpoint", whole / "checkpoint-1.pth", "--images", images, "--max_images", 2]
     result = visualize(launcher, *command, "--output", tmp_path / "grid.png", "--columns", 1)

@@ -138,6 +138,25 @@ def test_mask_loss_prediction_and_gradients_equal_the_originals(golden, target):
     assert norms == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("target", ["plain", "norm_pix"])
+def test_complementary_masks_loss_prediction_and_gradients_equal_the_originals(golden, target):
+    with safe_open(GOLDEN / "fastconvmae_tiny.safetensors", "pt") as file:
+        expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model = golden_model(golden, norm_pix_loss=target == "norm_pix", complementary=True)
+    torch.manual_seed(123)
+    loss, pred, mask = model(golden[0]["imgs"], mask_ratio=0.75)
+
+    assert torch.equal(mask, expected["masks"])
+    assert loss.item() == pytest.approx(expected[f"{target}.loss"].item(), rel=0, abs=1e-5)
+    torch.testing.assert_close(pred[:, ::5], expected["pred_every_5th_token"], rtol=0, atol=1e-5)
+    norms = {name: gradient.norm().item() for name, gradient in gradients(model, loss).items()}
+    prefix = f"{target}.gradnorm."
+    assert norms == pytest.approx(
+        {n.removeprefix(prefix): t.item() for n, t in expected.items() if n.startswith(prefix)},
+        rel=1e-4,
+    )
+
+
 def test_mask_is_drawn_first_so_that_a_seed_decides_it(golden):
     tensors, _ = golden
     model, imgs = golden_model(golden), tensors["imgs"]
@@ -158,9 +177,19 @@ def test_names_and_shapes_of_base_are_the_originals():
     assert shapes == expected["convmae_convvit_base_patch16"]
 
 
-def test_the_originals_model_name_is_the_base_model():
-    name = "convmae_convvit_base_patch16"
+@pytest.mark.parametrize("family", ["convmae", "fastconvmae"])
+def test_the_originals_model_name_is_the_base_model(family):
+    name = f"{family}_convvit_base_patch16"
     assert MODELS[f"{name}_dec512d8b"] is MODELS[name]
+
+
+def test_fastconvmae_is_convmae_with_complementary_masks():
+    with torch.device("meta"):
+        fast, plain = (MODELS[f"{f}convmae_convvit_base_patch16"]() for f in ("fast", ""))
+    assert (fast.complementary, plain.complementary) == (True, False)
+    assert {n: t.shape for n, t in fast.state_dict().items()} == {
+        n: t.shape for n, t in plain.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -400,6 +429,59 @@ def test_masking_is_uniform():
 def test_ratio_that_keeps_nothing_or_everything_is_refused(mask_ratio, kept):
     with pytest.raises(ValueError, match=f"mask_ratio {mask_ratio} keeps {kept} of 16 patches"):
         build()(torch.zeros(1, 3, 64, 64), mask_ratio)
+
+
+# ---- Complementary masks --------------------------------------------------------------------------
+
+# In tubes 2 of 6 units are visible at 0.7 (VideoMAE's rounding), in 8 blocks a tube's share.
+TUBES = {**GEOMETRIES["video"], "mask_unit": (2, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("geometry", "mask_ratio", "masks"),
+    [
+        (dict(img_size=(96, 160)), 0.75, 4),  # 4 sets of 15 of 60 blocks
+        (dict(img_size=(96, 160)), 0.6, 2),  # 2 sets of 24, 12 left over
+        (dict(img_size=64), 0.4, 1),
+        (TUBES, 0.7, 3),
+    ],
+)
+def test_complementary_masks_are_disjoint_sets_of_one_size(geometry, mask_ratio, masks):
+    model = build(**geometry, complementary=True)
+    ids_keep, mask, _ = model.random_masking(torch.zeros(3, 1), mask_ratio)
+    visible = model.geometry.visible_patches(mask_ratio)
+    assert ids_keep.shape == (masks * 3, visible)
+    assert (1 - mask).sum(1).tolist() == [visible] * masks * 3
+    seen = (1 - mask).view(masks, 3, -1).sum(0)  # of each image, in how many masks
+    assert seen.max() == 1
+    assert seen.sum(1).tolist() == [masks * visible] * 3
+
+
+@pytest.mark.parametrize(
+    ("geometry", "mask_ratio"), [(dict(img_size=(96, 160)), 0.6), (TUBES, 0.7)], ids=["", "tubes"]
+)
+def test_each_complementary_mask_is_computed_as_convmae_alone(geometry, mask_ratio):
+    model = build(**geometry).double()
+    imgs, units = torch.randn(2, 3, *model.geometry.img_size).double(), model.geometry
+    ranks = torch.rand(2, units.num_mask_units).argsort(1).argsort(1)
+    per_unit = units.num_patches // units.num_mask_units
+    keep, masks = units.visible_patches(mask_ratio) // per_unit, units.num_masks(mask_ratio)
+    alone = [
+        model(imgs, mask_ratio, (ranks - k * keep) % units.num_mask_units) for k in range(masks)
+    ]
+    expected = gradients(model, sum(loss for loss, _, _ in alone) / masks)
+    model.complementary = True
+    loss, pred, mask = model(imgs, mask_ratio, ranks)
+    assert torch.equal(mask, torch.cat([mask for _, _, mask in alone]))
+    torch.testing.assert_close(pred, torch.cat([pred for _, pred, _ in alone]))
+    assert_gradients_close(gradients(model, loss), expected, 1e-9)
+
+
+def test_complementary_dense_form_is_the_same():
+    model, dense = (m.double() for m in build_with_dense_form(complementary=True))
+    imgs, noise = inputs(model)
+    results = [m(imgs.double(), noise=noise)[1] for m in (model, dense)]
+    torch.testing.assert_close(*results)
 
 
 # ---- Loss ----------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks.pretrain_step import main
+from benchmarks.pretrain_step import BENCHMARK, get_args_parser, main
 from benchmarks.reference import PlainMaskedAutoencoder
+from benchmarks.steps import Form, flops_of, settle_options
 
 ROOT = Path(__file__).parents[2]
 FORMS = ["visible", "dense", "mae"]
@@ -89,9 +90,20 @@ def test_the_printed_table_is_aligned_and_holds_the_medians(run):
     assert {"visible / dense", "visible / mae"} <= set(cells)
 
 
+def test_a_complementary_mask_costs_the_arithmetic_of_convmaes():
+    args = get_args_parser().parse_args(["--model", "tiny", "--input_size", "64"])
+    settle_options(args, [*BENCHMARK.bases, *BENCHMARK.more])
+    flops = [
+        flops_of(BENCHMARK, Form(base, base, False, None), args)
+        for base in ("visible", "complementary")
+    ]
+    assert flops[0] == flops[1] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        (["--forms", "complementary", "--batch_size", "6"], "must be a multiple of 4, the masks"),
         (["--input_size", "100"], "not divisible by the patch"),
         (["--mask_ratio", "0.999"], "at least one must stay"),
         (["--mask_ratio", "1"], "must lie above 0 and below 1"),

@@ -120,6 +120,10 @@ class Geometry:
             )
         return keep * math.prod(self.mask_unit)
 
+    def num_masks(self, mask_ratio: float) -> int:
+        """Visible sets of `visible_patches` that share no token: the masks of FastConvMAE."""
+        return self.num_patches // self.visible_patches(mask_ratio)
+
     @property
     def patch_pixels(self) -> int:
         """Input pixels under one stage-3 token."""

@@ -197,6 +197,14 @@ def add_autoencoder_args(
         "predict patches normalised by their own mean and variance (the paper's recipe)",
         "predict plain pixels",
     )
+    add_switch(
+        group,
+        "complementary",
+        None,
+        "mask each image as often as its blocks make disjoint visible sets, 4 times at 0.75 "
+        "(FastConvMAE; the default of its models)",
+        "one mask an image",
+    )
     return group
 
 
