@@ -45,7 +45,8 @@ def build_model(
 def check_sizes(args: argparse.Namespace, models: Mapping[str, Factory]) -> None:
     """Refuse sizes that do not fit each other, before anything is read or built.
 
-    `--complementary` becomes what the model is; None stands for no, as in older checkpoints.
+    `--complementary` becomes what the model is. None stands for no, and for all patches to
+    predict, as in older checkpoints.
     """
     with torch.device("meta"):
         model = build_model(args, models)
@@ -54,6 +55,13 @@ def check_sizes(args: argparse.Namespace, models: Mapping[str, Factory]) -> None
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--input_size, --patch_size, --mask_ratio: {error}") from error
+    if args.predict_share == 1:
+        args.predict_share = None
+    if args.predict_share is not None:
+        try:
+            model.geometry.predicted_patches(args.mask_ratio, args.predict_share)
+        except ValueError as error:
+            raise UsageError(f"--predict_share: {error}") from error
 
 
 def build_run(
@@ -89,9 +97,12 @@ def title(run: Run) -> str:
     pixels = "x".join(map(str, geometry.img_size))
     ratio = run.args.mask_ratio
     masks = f" in each of {geometry.num_masks(ratio)} masks" if run.model.complementary else ""
+    share = run.args.predict_share
+    predicted = f", {geometry.predicted_patches(ratio, share)} predicted" if share else ""
     return (
         f"{run.args.model}: {count_parameters(run.model)}, {pixels} pixels, "
-        f"{geometry.visible_patches(ratio)} of {geometry.num_patches} patches visible{masks}"
+        f"{geometry.visible_patches(ratio)} of {geometry.num_patches} patches visible{predicted}"
+        f"{masks}"
     )
 
 
@@ -105,7 +116,9 @@ def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
     run.describe(title(run))
     with closing(run.report.log) as log:
         for epoch, start in run.epochs():
-            values = train_one_epoch(run, epoch, start, run.args.mask_ratio)
+            values = train_one_epoch(
+                run, epoch, start, run.args.mask_ratio, run.args.predict_share or 1.0
+            )
             if is_main_process():
                 log.image(epoch + 1, "reconstruction", draw())
             run.end_epoch(epoch, values)
@@ -118,7 +131,9 @@ def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
         print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {folder}")
 
 
-def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) -> dict[str, float]:
+def train_one_epoch(
+    run: Run, epoch: int, start_step: int, mask_ratio: float, predict_share: float = 1.0
+) -> dict[str, float]:
     """Pretrain for one epoch (paper section 3.2).
 
     Args:
@@ -126,6 +141,7 @@ def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) ->
         epoch: number of the epoch, from 0.
         start_step: steps already done in it.
         mask_ratio: share of the blocks to remove.
+        predict_share: share of the removed blocks to predict.
 
     Returns:
         The epoch's means.
@@ -135,7 +151,7 @@ def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) ->
         for (imgs,) in step.micro_batches:
             noise = draw_noise(len(imgs), run.model.geometry.num_mask_units, imgs.device)
             with step.autocast():
-                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise)
+                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise, predict_share)
             step.backward(loss)
         step.update()
     return run.means(epoch)

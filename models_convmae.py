@@ -24,6 +24,19 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
+def running_cells(grid: Sequence[int]) -> Tensor:
+    """Cells of 2x2 patches that run on in time: the place of each patch in its cell, `[L]`.
+
+    The places are 0 to 3 in rows, and move on by one with each step in time, so that patches of
+    one place cover a clip evenly (VideoMAE V2, arXiv 2303.16727, section 3.2).
+
+    Args:
+        grid: patches of a clip in time, rows and columns.
+    """
+    time, row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    return ((2 * (row % 2) + column % 2 + time) % 4).flatten()
+
+
 class MaskedAutoencoderConvViT(ConvViTEncoder):
     """Masked autoencoder: encodes the visible blocks only and predicts the removed pixels.
 
@@ -208,31 +221,77 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             x = x + self.stage1_output_decode(stage1) + self.stage2_output_decode(stage2)
         return self.norm(x), mask, ids_restore
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict every patch: latent `[N, visible, C]` to `[N, L, patch_pixels * C]`."""
+    def choose_predicted(self, ids_restore: Tensor, visible: int, predicted: int) -> Tensor:
+        """Choose which removed patches to predict: of pictures any, of clips `running_cells`.
+
+        The choice follows from the mask's random order; nothing more is drawn. Of a clip's removed
+        patches come those of one place in the cells first, then those of the next place and so
+        on, the first place being that of its first removed patch.
+
+        Args:
+            ids_restore: `[N, L]`, see `random_masking`.
+            visible: how many patches are.
+            predicted: how many to choose.
+
+        Returns:
+            `[N, predicted]`, patches of the grid.
+        """
+        ids_removed = torch.argsort(ids_restore, dim=1)[:, visible:]
+        if self.geometry.ndim == 3:
+            places = running_cells(self.geometry.grid(3)).to(ids_restore.device)[ids_removed]
+            turn = (places - places[:, :1]) % 4
+            ids_removed = ids_removed.gather(1, torch.argsort(turn, dim=1, stable=True))
+        return ids_removed[:, :predicted]
+
+    def forward_decoder(
+        self, latent: Tensor, ids_restore: Tensor, ids_predict: Tensor | None = None
+    ) -> Tensor:
+        """Predict patches from the visible ones (paper section 3.2).
+
+        Args:
+            latent: `[N, visible, C]`.
+            ids_restore: `[N, L]`, see `random_masking`.
+            ids_predict: `[N, B]`, the only ones of the removed patches that the decoder computes.
+
+        Returns:
+            `[N, L, patch_pixels * C]`, every patch, or `[N, B, patch_pixels * C]`, `ids_predict`.
+        """
         x = self.decoder_embed(latent)
-        removed = ids_restore.shape[1] - x.shape[1]
+        length, visible = ids_restore.shape[1], x.shape[1]
+        removed = length - visible if ids_predict is None else ids_predict.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(len(x), removed, -1)
-        x = gather_tokens(torch.cat([x, mask_tokens], dim=1), ids_restore)
-        x = x + self.decoder_pos_embed
+        x = torch.cat([x, mask_tokens], dim=1)
+        if ids_predict is None:
+            x = gather_tokens(x, ids_restore) + self.decoder_pos_embed
+        else:
+            ids_keep = torch.argsort(ids_restore, dim=1)[:, :visible]
+            x = x + self.decoder_pos_embed[0, torch.cat([ids_keep, ids_predict], dim=1)]
         for block in self.decoder_blocks:
             x = block(x)
+        x = x if ids_predict is None else x[:, visible:]
         return self.decoder_pred(self.decoder_norm(x))
 
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+    def forward_loss(
+        self, imgs: Tensor, pred: Tensor, mask: Tensor, ids_predict: Tensor | None = None
+    ) -> Tensor:
         """Mean squared error over the removed patches, in float32.
 
         Args:
             imgs: `[N, C, *img_size]`.
-            pred: `[K * N, L, patch_pixels * C]`.
+            pred: `[K * N, L, patch_pixels * C]`; with `ids_predict`, of these patches alone.
             mask: `[K * N, L]`, 1 where removed.
+            ids_predict: `[K * N, B]`, see `forward_decoder`.
 
         Returns:
             A scalar.
         """
         with torch.autocast(imgs.device.type, enabled=False):
-            pred = pred.float().unflatten(0, (-1, len(imgs)))  # [K, N, L, patch_pixels * C]
-            target = self.target(imgs.float()).expand_as(pred)
+            pred = pred.float().unflatten(0, (-1, len(imgs)))  # [K, N, L or B, patch_pixels * C]
+            target = self.target(imgs.float()).expand(len(pred), -1, -1, -1)
+            if ids_predict is not None:
+                mask = mask.gather(1, ids_predict)
+                ids_predict = ids_predict.unflatten(0, (-1, len(imgs)))
+                target = target.gather(2, ids_predict.unsqueeze(-1).expand_as(pred))
             loss = F.mse_loss(pred, target, reduction="none").mean(dim=-1).flatten(0, 1)
             return (loss * mask).sum() / mask.sum()
 
@@ -250,6 +309,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         imgs: Tensor,
         mask_ratio: float = 0.75,
         noise: Tensor | None = None,
+        predict_share: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pretraining forward pass.
 
@@ -258,20 +318,26 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             mask_ratio: share of patches to remove.
             noise: `[N, U]`, what decides the mask, see `random_masking`. If not given it is drawn
                 before anything else, so that a seed gives the published code's mask.
+            predict_share: share of the removed patches to predict, see `choose_predicted`.
 
         Returns:
             loss: a scalar.
             pred: `[K * N, L, patch_pixels * C]`, a prediction for every patch; `K` is 1 unless
-                the model is `complementary`, see `random_masking`.
+                the model is `complementary`, see `random_masking`. With a `predict_share` below
+                1, of the patches that are chosen alone.
             mask: `[K * N, L]`, 1 where removed.
 
         Raises:
-            ValueError: images of another shape, or a ratio that leaves nothing.
+            ValueError: images of another shape, or a ratio or share that leaves nothing.
         """
         self.check_input(imgs)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        pred = self.forward_decoder(latent, ids_restore)
-        return self.forward_loss(imgs, pred, mask), pred, mask
+        ids_predict = None
+        if predict_share != 1:
+            predicted = self.geometry.predicted_patches(mask_ratio, predict_share)
+            ids_predict = self.choose_predicted(ids_restore, latent.shape[1], predicted)
+        pred = self.forward_decoder(latent, ids_restore, ids_predict)
+        return self.forward_loss(imgs, pred, mask, ids_predict), pred, mask
 
 
 def convmae_convvit_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:

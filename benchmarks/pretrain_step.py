@@ -7,8 +7,11 @@ one run, on random images: forward, backward and AdamW.
 - `dense`: the same model as the original computes it;
 - `mae`: a plain MAE ViT of the same width.
 
-Not compared unless named: `complementary`, FastConvMAE's several masks of each image. Its numbers
-are those of a mask, which counts as an image: a batch holds as many fewer images.
+Not compared unless named:
+
+- `complementary`: FastConvMAE's several masks of each image. Its numbers are those of a mask, which
+  counts as an image: a batch holds as many fewer images;
+- `predict_share=S`: a share S of the removed patches is predicted.
 
 With `--video` the same of clips: VideoConvMAE, its dense form, and a plain VideoMAE.
 """
@@ -63,7 +66,7 @@ def build(form: str, args: argparse.Namespace) -> nn.Module:
     model.complementary = form == "complementary"
     if form == "dense":
         model.__class__ = DenseMaskedAutoencoder  # the same module, computed the other way
-    model.geometry.visible_patches(mask_ratio_of(args))
+    model.geometry.predicted_patches(mask_ratio_of(args), predict_share_of(form))
     return model.to(args.device)
 
 
@@ -83,8 +86,20 @@ def mask_ratio_of(args: argparse.Namespace) -> float:
     return args.mask_ratio or (0.9 if args.video else 0.75)
 
 
+def predict_share_of(form: str) -> float:
+    """The share to predict in a form: 1 unless it is `predict_share=S`.
+
+    Raises:
+        ValueError: no number.
+    """
+    name, _, value = form.partition("=")
+    return float(value) if name == "predict_share" else 1.0
+
+
 def loss(form: str, model: nn.Module, args: argparse.Namespace, imgs: Tensor) -> Tensor:
     """The loss of a batch, as each form's training takes it."""
+    if (share := predict_share_of(form)) != 1:
+        return model(imgs, mask_ratio_of(args), predict_share=share)[0]
     return model(imgs, mask_ratio_of(args))[0]
 
 
@@ -95,7 +110,7 @@ def masks(model: nn.Module, args: argparse.Namespace) -> int:
 
 BENCHMARK = Benchmark(
     *("pretrain_step", build, random_images, loss, ("visible", "dense", "mae")),
-    more=("complementary",),
+    more=("complementary", "predict_share=0.5"),
     masks=masks,
 )
 

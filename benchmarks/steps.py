@@ -166,8 +166,10 @@ def settle_options(args: argparse.Namespace, bases: Sequence[str]) -> None:
     if args.json and not args.json.absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}")
     args.forms = [Form.of(name, args) for name in args.forms]
+    valued = {base.partition("=")[0] for base in bases if "=" in base}  # of any value
     for form in args.forms:
-        if form.base not in bases:
+        name, equals, _ = form.base.partition("=")
+        if form.base not in bases and not (equals and name in valued):
             raise UsageError(f"--forms: invalid choice: {form.base!r} (know {', '.join(bases)})")
 
 

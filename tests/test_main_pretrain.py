@@ -986,6 +986,16 @@ def test_complementary_masks_are_a_flag_that_a_run_keeps(images, launcher, tmp_p
     assert Image.open(tmp_path / "grid.png").width > 0
 
 
+def test_a_share_to_predict_is_a_flag_of_which_all_is_the_same_as_none(
+    whole, images, launcher, tmp_path
+):
+    result = launcher.run(*flags(images, tmp_path / "half", epochs=2, predict_share=0.5))
+    assert_ok(result)
+    assert "16 of 64 patches visible, 24 predicted" in result.out
+    assert_ok(launcher.run(*flags(images, tmp_path / "all", predict_share=1)))
+    assert_same_end(tmp_path / "all", whole)
+
+
 def test_visualize_takes_folders(whole, images, launcher, tmp_path):
     command = ["--checkpoint", whole / "checkpoint-1.pth", "--images", images, "--max_images", 2]
     result = visualize(launcher, *command, "--output", tmp_path / "grid.png", "--columns", 1)

@@ -431,9 +431,9 @@ def test_ratio_that_keeps_nothing_or_everything_is_refused(mask_ratio, kept):
         build()(torch.zeros(1, 3, 64, 64), mask_ratio)
 
 
-# ---- Complementary masks --------------------------------------------------------------------------
+# ---- Complementary masks -------------------------------------------------------------------------
 
-# In tubes 2 of 6 units are visible at 0.7 (VideoMAE's rounding), in 8 blocks a tube's share.
+# Six tubes of two blocks, of which two are visible at 0.7 (VideoMAE's rounding).
 TUBES = {**GEOMETRIES["video"], "mask_unit": (2, 1, 1)}
 
 
@@ -482,6 +482,94 @@ def test_complementary_dense_form_is_the_same():
     imgs, noise = inputs(model)
     results = [m(imgs.double(), noise=noise)[1] for m in (model, dense)]
     torch.testing.assert_close(*results)
+
+
+# ---- A share of the removed patches --------------------------------------------------------------
+
+
+def test_predicting_all_is_the_plain_computation_with_the_same_draws():
+    model, imgs = build(), torch.randn(2, 3, 64, 64)
+    results = []
+    for share in ((), (1.0,)):
+        torch.manual_seed(5)
+        loss, pred, mask = model(imgs, 0.75, None, *share)
+        results.append([loss, pred, mask, *gradients(model, loss).values(), torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_predicting_a_share_draws_nothing_more_and_masks_alike():
+    model, imgs = build(), torch.randn(2, 3, 64, 64)
+    results = []
+    for share in (1.0, 0.5):
+        torch.manual_seed(5)
+        results.append([model(imgs, 0.75, None, share)[2], torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("geometry", "share"),
+    [(dict(img_size=(96, 160)), 0.5), (TUBES, 0.3), (dict(complementary=True), 0.7)],
+    ids=["image", "clip", "complementary"],
+)
+def test_the_decoder_sees_visible_and_predicted_patches_alone(geometry, share):
+    model = build(**geometry, norm_pix_loss=True).double()
+    imgs = torch.randn(2, 3, *model.geometry.img_size).double()
+    noise = torch.rand(2, model.geometry.num_mask_units)
+    loss, pred, mask = model(imgs, 0.7, noise, share)
+
+    latent, _, ids_restore = model.forward_encoder(imgs, 0.7, noise)
+    ids = model.choose_predicted(ids_restore, latent.shape[1], pred.shape[1])
+    assert pred.shape[1] == int(mask[0].sum() * share)
+    assert mask.gather(1, ids).all()
+    # All patches go through the blocks, but none looks at those that are left out.
+    tokens = torch.cat(
+        [model.decoder_embed(latent), model.mask_token.expand(len(mask), int(mask[0].sum()), -1)],
+        dim=1,
+    )
+    x = tokens.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    x = x + model.decoder_pos_embed
+    seen = (mask == 0).scatter(1, ids, True)
+    bias = torch.zeros(len(mask), 1, 1, mask.shape[1]).double()
+    bias = bias.masked_fill(~seen.view(bias.shape), -torch.inf)
+    for block in model.decoder_blocks:
+        x = block(x, bias)
+    expected = model.decoder_pred(model.decoder_norm(x))
+    expected = expected.gather(1, ids.unsqueeze(-1).expand(-1, -1, expected.shape[-1]))
+    torch.testing.assert_close(pred, expected)
+
+    target = torch.cat([model.target(imgs)] * (len(mask) // 2))
+    target = target.gather(1, ids.unsqueeze(-1).expand_as(pred))
+    torch.testing.assert_close(loss, (expected - target).square().mean().float().to(loss))
+
+
+def test_predicted_patches_of_a_picture_are_any_of_the_removed():
+    model, draws = build(), 4000
+    ids_keep, _, ids_restore = model.random_masking(torch.zeros(draws, 1), 0.75)
+    ids = model.choose_predicted(ids_restore, ids_keep.shape[1], 6)
+    shares = torch.bincount(ids.flatten(), minlength=16) / draws
+    deviation = (0.375 * 0.625 / draws) ** 0.5
+    torch.testing.assert_close(shares, torch.full((16,), 0.375), rtol=0, atol=4 * deviation)
+
+
+def test_predicted_patches_of_a_clip_run_through_cells_of_space_and_time():
+    clips = dict(img_size=(8, 64, 64), patch_size=GEOMETRIES["video"]["patch_size"])
+    model = build(**clips, embed_dim=(8, 8, 12), decoder_embed_dim=12, mask_unit=(4, 1, 1))
+    noise = torch.rand(3, 16) + 1
+    noise[:, [0, 1, 4, 5]] -= 1  # the cell of the upper left corner is visible
+    ids_keep, _, ids_restore = model.random_masking(torch.zeros(3, 1), 0.75, noise)
+    ids = model.choose_predicted(ids_restore, ids_keep.shape[1], 24)
+    chosen = torch.zeros(3, 64).scatter(1, ids, 1).view(3, 4, 2, 2, 2, 2)  # [N, T, H, 2, W, 2]
+    in_cells = chosen.sum((3, 5))  # [N, T, 2, 2]
+    assert in_cells[:, :, 0, 0].eq(0).all()
+    assert in_cells.flatten(2)[:, :, 1:].eq(2).all()
+    steps = chosen[:, :, 1, :, 1].flatten(2)  # the places of one cell, [N, T, 4]
+    assert torch.equal(steps[:, 1:], steps[:, :-1].roll(-1, dims=2))
+
+
+@pytest.mark.parametrize("predict_share", [0, 0.05, 1.1, -0.5])
+def test_share_that_predicts_nothing_or_too_much_is_refused(predict_share):
+    with pytest.raises(ValueError, match=rf"predict_share {predict_share} predicts .* of 12"):
+        build()(torch.zeros(1, 3, 64, 64), 0.75, None, predict_share)
 
 
 # ---- Loss ----------------------------------------------------------------------------------------
@@ -660,6 +748,15 @@ def assert_compiled_equals_eager(compiled_model, model):
 def test_the_whole_model_is_one_graph(compiled, name):
     model = build(**GEOMETRIES[name])
     assert_compiled_equals_eager(compiled(model, backend="aot_eager"), model)
+
+
+def test_complementary_masks_and_a_share_to_predict_are_one_graph(compiled):
+    model = build(**TUBES, complementary=True)
+    imgs, args = torch.randn(2, 3, *model.geometry.img_size), (0.7, torch.rand(2, 6), 0.5)
+    loss, pred, _ = model(imgs, *args)
+    other_loss, other_pred, _ = compiled(model, backend="aot_eager")(imgs, *args)
+    torch.testing.assert_close(other_pred, pred, rtol=0, atol=1e-5)
+    assert_gradients_close(gradients(model, other_loss), gradients(model, loss), 1e-4)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler and Python's headers")

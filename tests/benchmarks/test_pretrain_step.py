@@ -100,6 +100,15 @@ def test_a_complementary_mask_costs_the_arithmetic_of_convmaes():
     assert flops[0] == flops[1] > 0
 
 
+@pytest.mark.parametrize("options", [["--input_size", "64"], ["--video", "--input_size", "32"]])
+def test_predicting_a_share_takes_less_arithmetic(options):
+    args = get_args_parser().parse_args(["--model", "tiny", *options])
+    settle_options(args, [*BENCHMARK.bases, *BENCHMARK.more])
+    shares = ("predict_share=0.25", "predict_share=0.5", "visible")
+    flops = [flops_of(BENCHMARK, Form(base, base, False, None), args) for base in shares]
+    assert 0 < flops[0] < flops[1] < flops[2]
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -109,6 +118,8 @@ def test_a_complementary_mask_costs_the_arithmetic_of_convmaes():
         (["--mask_ratio", "1"], "must lie above 0 and below 1"),
         (["--rounds", "0"], "must be at least 1"),
         (["--forms", "sparse"], "invalid choice: 'sparse'"),
+        (["--forms", "predict_share=0"], "predicts 0 of 147 removed patches"),
+        (["--forms", "visible=1"], "invalid choice: 'visible=1'"),
         (["--forms", "dense:fp17"], "'fp17' must be eager, auto, none, bf16, fp16"),
         (["--json", "no/such/folder/results.json"], "there is no folder"),
         pytest.param(

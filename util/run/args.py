@@ -197,6 +197,13 @@ def add_autoencoder_args(
         "predict patches normalised by their own mean and variance (the paper's recipe)",
         "predict plain pixels",
     )
+    group.add_argument(
+        "--predict_share",
+        type=share,
+        metavar="SHARE",
+        help="share of the removed patches to predict, others are left out of the decoder "
+        "(default: all)",
+    )
     add_switch(
         group,
         "complementary",

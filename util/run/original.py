@@ -80,6 +80,7 @@ def comparable_args(saved: Mapping[str, object], now: Mapping[str, object]) -> d
     both = {n: saved[n] for n in now.keys() & saved.keys() - _FREE - unnamed}
     if "complementary" in now:  # the original says it in the model's name
         both["complementary"] = str(saved.get("model")).startswith("fastconvmae") or None
+        both["predict_share"] = None
     if _model_name(both) == _model_name(now):
         both |= {"model": now["model"]} if "model" in both else {}
     if isinstance(size := both.get("input_size"), int):
