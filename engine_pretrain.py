@@ -10,7 +10,9 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from models_convmae import MaskedAutoencoderConvViT
+from models_teacher import Teacher, load_teacher
 from util.data.loader import Loader
+from util.data.transforms import channel_stats
 from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.run.distributed import is_main_process, rank, world_size
@@ -33,7 +35,8 @@ def build_model(
         UsageError: a geometry that the model cannot have.
     """
     kwargs = {"norm_pix_loss": args.norm_pix_loss}
-    flags = {name: vars(args).get(name) for name in ("masking", "complementary")}
+    names = ("masking", "complementary", "mimic_dim", "mimic_weight")
+    flags = {name: vars(args).get(name) for name in names}
     kwargs |= {name: value for name, value in flags.items() if value is not None}
     try:
         architecture = Architecture.named(args.model).with_flags(vars(args))
@@ -91,6 +94,24 @@ def build_run(
     return Run.prepare(args, device, loader, model, optimizer, content, program=program)
 
 
+def build_teacher(args: argparse.Namespace, device: torch.device) -> Teacher | None:
+    """The teacher that the arguments name; they get its width and the digest of its weights.
+
+    Raises:
+        UsageError: no such teacher, or flags of one without it.
+    """
+    args.teacher_digest = args.mimic_dim = None
+    if args.teacher is None:
+        given = [n for n in ("teacher_checkpoint", "mimic_weight") if getattr(args, n) is not None]
+        if given:
+            raise UsageError(f"--{given[0]} needs --teacher NAME")
+        return None
+    teacher = load_teacher(args.teacher, args.teacher_checkpoint)
+    args.teacher_digest, args.mimic_dim = teacher.digest(), teacher.width
+    args.mimic_weight = 1.0 if args.mimic_weight is None else args.mimic_weight
+    return teacher.to(device)
+
+
 def title(run: Run) -> str:
     """One line on the model: name, parameters, input, visible patches."""
     geometry = run.model.geometry
@@ -106,18 +127,23 @@ def title(run: Run) -> str:
     )
 
 
-def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
+def pretrain(run: Run, draw: Callable[[], Tensor] | None, teacher: Teacher | None = None) -> None:
     """Run the epochs, with a picture after each and at the end.
 
     Args:
         run: set to where it begins.
         draw: gives a reconstruction, `[3, height, width]` in [0, 1]; in the main process.
+        teacher: whose tokens the model mimics.
     """
-    run.describe(title(run))
+    run.describe(title(run) + (f"\nteacher {teacher.describe()}" if teacher else ""))
+    if teacher:
+        teacher.see_through(*channel_stats(run.model.in_chans), run.model.geometry.grid(3))
+        if run.args.compile:
+            teacher.compile()
     with closing(run.report.log) as log:
         for epoch, start in run.epochs():
             values = train_one_epoch(
-                run, epoch, start, run.args.mask_ratio, run.args.predict_share or 1.0
+                run, epoch, start, run.args.mask_ratio, run.args.predict_share or 1.0, teacher
             )
             if is_main_process():
                 log.image(epoch + 1, "reconstruction", draw())
@@ -132,7 +158,12 @@ def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
 
 
 def train_one_epoch(
-    run: Run, epoch: int, start_step: int, mask_ratio: float, predict_share: float = 1.0
+    run: Run,
+    epoch: int,
+    start_step: int,
+    mask_ratio: float,
+    predict_share: float = 1.0,
+    teacher: Teacher | None = None,
 ) -> dict[str, float]:
     """Pretrain for one epoch (paper section 3.2).
 
@@ -142,6 +173,7 @@ def train_one_epoch(
         start_step: steps already done in it.
         mask_ratio: share of the blocks to remove.
         predict_share: share of the removed blocks to predict.
+        teacher: whose tokens the visible ones mimic, none by default.
 
     Returns:
         The epoch's means.
@@ -151,7 +183,8 @@ def train_one_epoch(
         for (imgs,) in step.micro_batches:
             noise = draw_noise(len(imgs), run.model.geometry.num_mask_units, imgs.device)
             with step.autocast():
-                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise, predict_share)
+                features = teacher(imgs) if teacher else None
+                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise, predict_share, features)
             step.backward(loss)
         step.update()
     return run.means(epoch)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from engine_pretrain import build_run, check_sizes, pretrain
+from engine_pretrain import build_run, build_teacher, check_sizes, pretrain
 from models_convmae import MODELS
 from util.data.datasets import ImageFiles
 from util.data.folders import find_train_folder
@@ -49,6 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     arguments.add_augmentation_args(parser, crop_scale=(0.2, 1.0))
     arguments.add_autoencoder_args(parser, MODELS, model="convmae_convvit_base_patch16", ratio=0.75)
+    arguments.add_teacher_args(parser)
     recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, **recipe)
     arguments.add_run_args(parser)
@@ -84,6 +85,7 @@ def main(args: argparse.Namespace) -> None:
     device = init_processes(args.device)
     complete_run(args, device)
     check_sizes(args, MODELS)
+    teacher = build_teacher(args, device)
     run = build_run(args, device, build_data(args), MODELS, PROGRAM)
     draw = None
     if is_main_process():
@@ -91,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
             args.data_path, args.input_size, args.in_chans, max_pixels=args.max_pixels
         ).to(device)
         draw = partial(reconstruction_grid, run.model, samples, args.mask_ratio)
-    pretrain(run, draw)
+    pretrain(run, draw, teacher)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         norm_pix_loss: compare with patches normalised by their own mean and variance.
         complementary: mask each image as often as there are disjoint visible sets of its blocks,
             see `random_masking` (FastConvMAE).
+        mimic_dim: width of a teacher's tokens that visible tokens resemble, after a linear map
+            (MR-MCMAE, arXiv 2303.05475); 0 for none.
+        mimic_weight: of that part of the loss.
 
     Raises:
         ValueError: a size, stride or width that does not divide.
@@ -74,6 +77,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         decoder_num_heads: int = 16,
         norm_pix_loss: bool = False,
         complementary: bool = False,
+        mimic_dim: int = 0,
+        mimic_weight: float = 1.0,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
     ) -> None:
         super().__init__(
@@ -92,6 +97,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         self.multi_scale = multi_scale
         self.norm_pix_loss = norm_pix_loss
         self.complementary = complementary
+        self.mimic_weight = mimic_weight
 
         if multi_scale:
             strides = [
@@ -117,6 +123,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, geometry.patch_pixels * in_chans)
+        if mimic_dim:
+            self.mimic = nn.Linear(embed_dim[2], mimic_dim)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -295,6 +303,23 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             loss = F.mse_loss(pred, target, reduction="none").mean(dim=-1).flatten(0, 1)
             return (loss * mask).sum() / mask.sum()
 
+    def mimic_loss(self, latent: Tensor, ids_restore: Tensor, features: Tensor) -> Tensor:
+        """Mean squared error to a teacher's tokens at the visible places, in float32.
+
+        Args:
+            latent: `[K * N, visible, embed_dim[2]]`.
+            ids_restore: `[K * N, L]`, see `random_masking`.
+            features: `[N, L, mimic_dim]`, of the teacher for the whole images.
+
+        Returns:
+            A scalar.
+        """
+        tokens = self.mimic(latent)
+        with torch.autocast(latent.device.type, enabled=False):
+            ids_keep = torch.argsort(ids_restore, dim=1)[:, : latent.shape[1]]
+            features = torch.cat([features] * (len(latent) // len(features)))
+            return F.mse_loss(tokens.float(), gather_tokens(features, ids_keep).float())
+
     def target(self, imgs: Tensor) -> Tensor:
         """The values to predict: `[N, C, *img_size]` to `[N, L, patch_pixels * C]`."""
         patches = self.patchify(imgs)
@@ -310,6 +335,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         mask_ratio: float = 0.75,
         noise: Tensor | None = None,
         predict_share: float = 1.0,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pretraining forward pass.
 
@@ -319,6 +345,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             noise: `[N, U]`, what decides the mask, see `random_masking`. If not given it is drawn
                 before anything else, so that a seed gives the published code's mask.
             predict_share: share of the removed patches to predict, see `choose_predicted`.
+            features: `[N, L, mimic_dim]`, a teacher's tokens of the whole images; with them the
+                loss is that of the pixels and `mimic_weight` times `mimic_loss`.
 
         Returns:
             loss: a scalar.
@@ -337,7 +365,10 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             predicted = self.geometry.predicted_patches(mask_ratio, predict_share)
             ids_predict = self.choose_predicted(ids_restore, latent.shape[1], predicted)
         pred = self.forward_decoder(latent, ids_restore, ids_predict)
-        return self.forward_loss(imgs, pred, mask, ids_predict), pred, mask
+        loss = self.forward_loss(imgs, pred, mask, ids_predict)
+        if features is not None:
+            loss = loss + self.mimic_weight * self.mimic_loss(latent, ids_restore, features)
+        return loss, pred, mask
 
 
 def convmae_convvit_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:
@@ -412,7 +443,7 @@ def convmae_from_checkpoint(
             f"checkpoint {path}: it is no pretraining checkpoint: its model is {name!r}, not one "
             f"of {', '.join(models)}"
         )
-    settings = ("norm_pix_loss", "masking", "complementary")
+    settings = ("norm_pix_loss", "masking", "complementary", "mimic_dim")
     known = {name: args[name] for name in settings if args.get(name) is not None}
     try:
         model = models[name](**weights.architecture.encoder_kwargs(), **known)

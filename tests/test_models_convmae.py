@@ -572,6 +572,40 @@ def test_share_that_predicts_nothing_or_too_much_is_refused(predict_share):
         build()(torch.zeros(1, 3, 64, 64), 0.75, None, predict_share)
 
 
+# ---- A teacher's tokens --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+def test_mimicking_adds_the_error_of_visible_tokens_to_the_loss(complementary):
+    model = build(complementary=complementary, mimic_dim=6, mimic_weight=0.3)
+    imgs, noise = inputs(model)
+    features = torch.randn(2, 16, 6)
+    plain, pred, mask = model(imgs, noise=noise)
+    loss, mimic_pred, _ = model(imgs, noise=noise, features=features)
+    assert torch.equal(mimic_pred, pred)
+
+    latent, _, ids_restore = model.forward_encoder(imgs, 0.75, noise)
+    errors = []
+    for row, tokens in enumerate(model.mimic(latent)):
+        for block in mask[row].eq(0).nonzero().flatten():
+            place = ids_restore[row, block]
+            errors.append((tokens[place] - features[row % 2, block]).square().mean())
+    assert len(errors) == 4 * len(mask)
+    torch.testing.assert_close(loss, plain + 0.3 * sum(errors) / len(errors))
+
+
+def test_only_visible_tokens_are_pulled_and_see_visible_pixels_alone():
+    model = build(mimic_dim=6)
+    imgs, noise = inputs(model)
+    features = torch.randn(2, 16, 6, requires_grad=True)
+    latent, mask, ids_restore = model.forward_encoder(imgs.requires_grad_(), 0.75, noise)
+    loss = model.mimic_loss(latent, ids_restore, features)
+    by_features, by_pixels = torch.autograd.grad(loss, [features, imgs])
+    assert torch.equal(by_features.abs().sum(-1) > 0, mask == 0)
+    removed = pixel_mask(model, mask).expand_as(imgs)
+    assert by_pixels[removed].eq(0).all() and by_pixels[~removed].ne(0).all()
+
+
 # ---- Loss ----------------------------------------------------------------------------------------
 
 

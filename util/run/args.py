@@ -215,6 +215,30 @@ def add_autoencoder_args(
     return group
 
 
+def add_teacher_args(parser: Parser) -> None:
+    """Add the arguments of a pretraining that mimics a teacher (MR-MCMAE)."""
+    group = parser.add_argument_group("teacher")
+    group.add_argument(
+        "--teacher",
+        metavar="NAME",
+        help="a frozen model that the visible tokens mimic: a timm model that gives patch tokens, "
+        "such as vit_base_patch16_224.dino, or a checkpoint of this program (default: none)",
+    )
+    group.add_argument(
+        "--teacher_checkpoint",
+        action=PathOrDefault,
+        metavar="FILE",
+        help="weights of timm's model (default: fetched from the network)",
+    )
+    group.add_argument(
+        "--mimic_weight",
+        type=positive_float,
+        metavar="W",
+        help="loss = that of the pixels + W x mean squared error to the teacher's tokens "
+        "(default: 1)",
+    )
+
+
 def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._ArgumentGroup:
     """Add the arguments of a classifier; returns the group, for more arguments of the model."""
     group = parser.add_argument_group("model")
