@@ -35,7 +35,7 @@ def build_model(
         UsageError: a geometry that the model cannot have.
     """
     kwargs = {"norm_pix_loss": args.norm_pix_loss}
-    names = ("masking", "complementary", "mimic_dim", "mimic_weight")
+    names = ("masking", "complementary", "class_token", "mimic_dim", "mimic_weight")
     flags = {name: vars(args).get(name) for name in names}
     kwargs |= {name: value for name, value in flags.items() if value is not None}
     try:
@@ -48,12 +48,13 @@ def build_model(
 def check_sizes(args: argparse.Namespace, models: Mapping[str, Factory]) -> None:
     """Refuse sizes that do not fit each other, before anything is read or built.
 
-    `--complementary` becomes what the model is. None stands for no, and for all patches to
-    predict, as in older checkpoints.
+    `--complementary` becomes what the model is. None stands for no and for all patches to predict,
+    as in older checkpoints.
     """
     with torch.device("meta"):
         model = build_model(args, models)
     args.complementary = model.complementary or None
+    args.class_token = args.class_token or None
     try:
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:

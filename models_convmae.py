@@ -51,6 +51,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         norm_pix_loss: compare with patches normalised by their own mean and variance.
         complementary: mask each image as often as there are disjoint visible sets of its blocks,
             see `random_masking` (FastConvMAE).
+        class_token: a learnable token before those of the grid, in stage 3 and the decoder; the v2
+            checkpoints have it.
         mimic_dim: width of a teacher's tokens that visible tokens resemble, after a linear map
             (MR-MCMAE, arXiv 2303.05475); 0 for none.
         mimic_weight: of that part of the loss.
@@ -77,6 +79,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         decoder_num_heads: int = 16,
         norm_pix_loss: bool = False,
         complementary: bool = False,
+        class_token: bool = False,
         mimic_dim: int = 0,
         mimic_weight: float = 1.0,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
@@ -98,6 +101,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         self.norm_pix_loss = norm_pix_loss
         self.complementary = complementary
         self.mimic_weight = mimic_weight
+        if class_token:
+            self.add_class_token()
 
         if multi_scale:
             strides = [
@@ -115,7 +120,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         self.decoder_embed = nn.Linear(embed_dim[2], decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(
-            torch.zeros(1, geometry.num_patches, decoder_embed_dim), requires_grad=False
+            torch.zeros(1, int(class_token) + geometry.num_patches, decoder_embed_dim),
+            requires_grad=False,
         )
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio[0], norm_layer=norm_layer)
@@ -128,15 +134,17 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """As the published code: fixed sin-cos tables, xavier linear maps, MAE's mask token."""
+        """As the published code: fixed sin-cos tables, xavier linear maps, MAE's tokens."""
         grid = self.geometry.grid(3)
         self.pos_embed.requires_grad_(False)
         for table in (self.pos_embed, self.decoder_pos_embed):
             values = get_sincos_pos_embed(table.shape[-1], grid)
-            table.data.copy_(torch.from_numpy(values).unsqueeze(0))
+            table.data[0, self.num_prefix_tokens :] = torch.from_numpy(values)
         kernel = self.patch_embed3.proj.weight.data
         nn.init.xavier_uniform_(kernel.view(len(kernel), -1))
         nn.init.normal_(self.mask_token, std=0.02)
+        if self.num_prefix_tokens:
+            nn.init.normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -219,14 +227,16 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             noise: `[N, U]`, the mask units with the smallest values stay; drawn if not given.
 
         Returns:
-            latent: `[K * N, visible, embed_dim[2]]`.
+            latent: `[K * N, prefix + visible, embed_dim[2]]`.
             mask: `[N, L]`, float, 0 keep, 1 removed.
             ids_restore: `[N, L]`, the place of each block in the shuffled order.
         """
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
         stage1, stage2, x = self.forward_visible(imgs, ids_keep)
         if self.multi_scale:
+            prefix, x = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
             x = x + self.stage1_output_decode(stage1) + self.stage2_output_decode(stage2)
+            x = torch.cat([prefix, x], dim=1) if self.num_prefix_tokens else x
         return self.norm(x), mask, ids_restore
 
     def choose_predicted(self, ids_restore: Tensor, visible: int, predicted: int) -> Tensor:
@@ -257,27 +267,31 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         """Predict patches from the visible ones (paper section 3.2).
 
         Args:
-            latent: `[N, visible, C]`.
+            latent: `[N, prefix + visible, C]`.
             ids_restore: `[N, L]`, see `random_masking`.
             ids_predict: `[N, B]`, the only ones of the removed patches that the decoder computes.
 
         Returns:
             `[N, L, patch_pixels * C]`, every patch, or `[N, B, patch_pixels * C]`, `ids_predict`.
         """
+        skip, pos_embed = self.num_prefix_tokens, self.decoder_pos_embed
         x = self.decoder_embed(latent)
+        prefix, x = x[:, :skip] + pos_embed[:, :skip], x[:, skip:]
+        pos_embed = pos_embed[:, skip:]
         length, visible = ids_restore.shape[1], x.shape[1]
         removed = length - visible if ids_predict is None else ids_predict.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(len(x), removed, -1)
         x = torch.cat([x, mask_tokens], dim=1)
         if ids_predict is None:
-            x = gather_tokens(x, ids_restore) + self.decoder_pos_embed
+            x = gather_tokens(x, ids_restore) + pos_embed
         else:
             ids_keep = torch.argsort(ids_restore, dim=1)[:, :visible]
-            x = x + self.decoder_pos_embed[0, torch.cat([ids_keep, ids_predict], dim=1)]
+            x = x + pos_embed[0, torch.cat([ids_keep, ids_predict], dim=1)]
+            skip += visible
+        x = torch.cat([prefix, x], dim=1) if self.num_prefix_tokens else x
         for block in self.decoder_blocks:
             x = block(x)
-        x = x if ids_predict is None else x[:, visible:]
-        return self.decoder_pred(self.decoder_norm(x))
+        return self.decoder_pred(self.decoder_norm(x[:, skip:]))
 
     def forward_loss(
         self, imgs: Tensor, pred: Tensor, mask: Tensor, ids_predict: Tensor | None = None
@@ -307,16 +321,16 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         """Mean squared error to a teacher's tokens at the visible places, in float32.
 
         Args:
-            latent: `[K * N, visible, embed_dim[2]]`.
+            latent: `[K * N, prefix + visible, embed_dim[2]]`; no class token has a place.
             ids_restore: `[K * N, L]`, see `random_masking`.
             features: `[N, L, mimic_dim]`, of the teacher for the whole images.
 
         Returns:
             A scalar.
         """
-        tokens = self.mimic(latent)
+        tokens = self.mimic(latent[:, self.num_prefix_tokens :])
         with torch.autocast(latent.device.type, enabled=False):
-            ids_keep = torch.argsort(ids_restore, dim=1)[:, : latent.shape[1]]
+            ids_keep = torch.argsort(ids_restore, dim=1)[:, : tokens.shape[1]]
             features = torch.cat([features] * (len(latent) // len(features)))
             return F.mse_loss(tokens.float(), gather_tokens(features, ids_keep).float())
 
@@ -363,7 +377,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         ids_predict = None
         if predict_share != 1:
             predicted = self.geometry.predicted_patches(mask_ratio, predict_share)
-            ids_predict = self.choose_predicted(ids_restore, latent.shape[1], predicted)
+            visible = latent.shape[1] - self.num_prefix_tokens
+            ids_predict = self.choose_predicted(ids_restore, visible, predicted)
         pred = self.forward_decoder(latent, ids_restore, ids_predict)
         loss = self.forward_loss(imgs, pred, mask, ids_predict)
         if features is not None:
@@ -446,7 +461,7 @@ def convmae_from_checkpoint(
     settings = ("norm_pix_loss", "masking", "complementary", "mimic_dim")
     known = {name: args[name] for name in settings if args.get(name) is not None}
     try:
-        model = models[name](**weights.architecture.encoder_kwargs(), **known)
+        model = models[name](**weights.architecture.kwargs(), **known)
     except ValueError as error:
         raise UsageError(f"checkpoint {path}: {error}") from error
     more = load_weights(model, weights).unexpected

@@ -11,7 +11,8 @@ Not compared unless named:
 
 - `complementary`: FastConvMAE's several masks of each image. Its numbers are those of a mask, which
   counts as an image: a batch holds as many fewer images;
-- `predict_share=S`: a share S of the removed patches is predicted.
+- `predict_share=S`: a share S of the removed patches is predicted;
+- `teacher=NAME`: visible tokens mimic those of timm's model NAME, with random weights.
 
 With `--video` the same of clips: VideoConvMAE, its dense form, and a plain VideoMAE.
 """
@@ -21,12 +22,16 @@ import math
 import sys
 from collections.abc import Sequence
 
+import timm
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from benchmarks.reference import DenseMaskedAutoencoder, PlainMaskedAutoencoder
 from benchmarks.steps import Benchmark, add_step_args, run
 from models_convmae import MODELS
+from models_teacher import Teacher
+from util.data.transforms import channel_stats
 from util.run.parser import Parser, mask_ratio
 from VideoConvMAE.models import DECODER, VIDEO
 from VideoConvMAE.models import MODELS as VIDEO_MODELS
@@ -45,6 +50,37 @@ MAE_SIZES = {
 VIDEO_DECODERS = {"tiny": TINY_DECODER} | dict.fromkeys(("small", "base"), DECODER)
 
 
+class Mimic(nn.Module):
+    """A student, and its teacher that sees the images first."""
+
+    complementary = False
+
+    def __init__(self, student: nn.Module, teacher: Teacher) -> None:
+        super().__init__()
+        self.student, self.teacher, self.geometry = student, teacher, student.geometry
+
+    def forward(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+        """As the student's, with the teacher's tokens in its loss."""
+        return self.student(imgs, mask_ratio, features=self.teacher(imgs))
+
+
+def build_mimic(name: str, args: argparse.Namespace) -> Mimic:
+    """The image model of `args`, and timm's model `name` as its teacher.
+
+    Raises:
+        ValueError: no such model, or one without patch tokens; clips.
+    """
+    if args.video or not timm.is_model(name):
+        raise ValueError(f"--forms teacher={name}: must be a timm model, for images")
+    model = timm.create_model(name, num_classes=0)
+    config = resolve_model_data_config(model)
+    teacher = Teacher(name, model, config["input_size"][1:], config["mean"], config["std"])
+    student = MODELS[f"convmae_convvit_{args.model}_patch16"](
+        img_size=args.input_size, mimic_dim=teacher.width
+    )
+    return Mimic(student, teacher.see_through(*channel_stats(3), student.geometry.grid(3)))
+
+
 def build(form: str, args: argparse.Namespace) -> nn.Module:
     """The model of one form, on its device.
 
@@ -59,6 +95,8 @@ def build(form: str, args: argparse.Namespace) -> nn.Module:
         model = PlainMaskedAutoencoder(size, **MAE_SIZES[args.model] | clips | decoder)
     elif form == "mae":
         model = PlainMaskedAutoencoder(size, **MAE_SIZES[args.model])
+    elif form.startswith("teacher="):
+        model = build_mimic(form.removeprefix("teacher="), args)
     elif args.video:
         model = VIDEO_MODELS[f"videoconvmae_{args.model}_patch16"](img_size=size)
     else:
@@ -110,7 +148,7 @@ def masks(model: nn.Module, args: argparse.Namespace) -> int:
 
 BENCHMARK = Benchmark(
     *("pretrain_step", build, random_images, loss, ("visible", "dense", "mae")),
-    more=("complementary", "predict_share=0.5"),
+    more=("complementary", "predict_share=0.5", "teacher=vit_base_patch16_224.dino"),
     masks=masks,
 )
 

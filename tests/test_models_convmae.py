@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from benchmarks.reference import DenseMaskedAutoencoder
 from models_convmae import MODELS, MaskedAutoencoderConvViT, convmae_from_checkpoint
+from models_convvit import ConvViT
 from util.errors import UsageError
 from util.layers.pos_embed import get_sincos_pos_embed
 
@@ -248,6 +249,52 @@ def test_a_factory_takes_any_argument_of_the_model():
     assert model.geometry.img_size == (32, 64)
     assert (len(model.blocks2), len(model.blocks3), len(model.decoder_blocks)) == (0, 2, 1)
     assert (model.in_chans, model.norm_pix_loss) == (1, True)
+
+
+# ---- A class token -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("geometry", [dict(img_size=(96, 160)), dict(multi_scale=False)])
+def test_a_class_token_is_computed_as_in_the_dense_form(geometry):
+    model, dense = (m.double() for m in build_with_dense_form(class_token=True, **geometry))
+    imgs, noise = inputs(model)
+    loss, pred, _ = model(imgs.double(), noise=noise)
+    dense_loss, dense_pred, _ = dense(imgs.double(), noise=noise)
+    torch.testing.assert_close(pred, dense_pred)
+    assert_gradients_close(gradients(model, loss), gradients(dense, dense_loss), 1e-6)
+
+
+def test_the_encoder_of_a_class_token_is_the_classifiers():
+    model = build(class_token=True)
+    encoder = {k: TINY[k] for k in ("img_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    classifier = ConvViT(**encoder, class_token=True, num_classes=0)
+    classifier.load_state_dict(
+        {n: t for n, t in model.state_dict().items() if n in classifier.state_dict()}, strict=False
+    )
+    imgs = torch.randn(2, 3, 64, 64)
+    tokens = model.forward_visible(imgs, torch.arange(16).expand(2, -1))[-1]
+    torch.testing.assert_close(classifier.forward_stages(imgs)[-1], tokens, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("predict_share", [1.0, 0.5])
+def test_a_class_token_is_seen_by_every_prediction_and_predicts_nothing(predict_share):
+    model = build(class_token=True, mimic_dim=6, complementary=True)
+    imgs, noise = inputs(model)
+    _, pred, _ = model(imgs, 0.75, noise, predict_share, torch.zeros(2, 16, 6))
+    assert pred.shape[:2] == (8, 16 if predict_share == 1 else 6)
+    (by_token,) = torch.autograd.grad(pred.square().sum(), model.cls_token)
+    assert by_token.ne(0).all()
+    model.cls_token.data += 1
+    assert not torch.isclose(model(imgs, 0.75, noise, predict_share)[1], pred).all(-1).any()
+
+
+def test_rows_of_a_class_token_in_the_tables_are_zero():
+    model = MaskedAutoencoderConvViT(**TINY, class_token=True)
+    plain = MaskedAutoencoderConvViT(**TINY)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        table = getattr(model, name)
+        assert table[:, 0].eq(0).all() and not table.requires_grad
+        assert torch.equal(table[:, 1:], getattr(plain, name))
 
 
 # ---- Visible-only equals dense -------------------------------------------------------------------

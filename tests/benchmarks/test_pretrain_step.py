@@ -109,6 +109,17 @@ def test_predicting_a_share_takes_less_arithmetic(options):
     assert 0 < flops[0] < flops[1] < flops[2]
 
 
+def test_a_teachers_forward_pass_is_counted():
+    args = get_args_parser().parse_args(["--model", "tiny", "--input_size", "64"])
+    settle_options(args, [*BENCHMARK.bases, *BENCHMARK.more])
+    plain, taught = (
+        flops_of(BENCHMARK, Form(base, base, False, None), args)
+        for base in ("visible", "teacher=test_vit")
+    )
+    # 100 patches: 12 * 64**2 multiply-adds each in the 6 blocks at the least.
+    assert taught - plain > 2 * 100 * 6 * 12 * 64**2
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -119,6 +130,7 @@ def test_predicting_a_share_takes_less_arithmetic(options):
         (["--rounds", "0"], "must be at least 1"),
         (["--forms", "sparse"], "invalid choice: 'sparse'"),
         (["--forms", "predict_share=0"], "predicts 0 of 147 removed patches"),
+        (["--forms", "teacher=none"], "must be a timm model, for images"),
         (["--forms", "visible=1"], "invalid choice: 'visible=1'"),
         (["--forms", "dense:fp17"], "'fp17' must be eager, auto, none, bf16, fp16"),
         (["--json", "no/such/folder/results.json"], "there is no folder"),

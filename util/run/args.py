@@ -197,6 +197,13 @@ def add_autoencoder_args(
         "predict patches normalised by their own mean and variance (the paper's recipe)",
         "predict plain pixels",
     )
+    add_switch(
+        group,
+        "class_token",
+        None,
+        "a learnable token before those of the patches, as the v2 checkpoints have it",
+        "tokens of the patches alone (the default)",
+    )
     group.add_argument(
         "--predict_share",
         type=share,
