@@ -236,6 +236,7 @@ _ARGS = {
     **dict.fromkeys(("in_chans", "num_frames", "tubelet", "temporal_kernel"), _is_size),
     **dict.fromkeys(("model", "teacher", "teacher_digest"), _is_text),
     "mimic_dim": _is_size,
+    "complementary": lambda v: isinstance(v, bool),
 }
 
 
