@@ -228,8 +228,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
 
         Returns:
             latent: `[K * N, prefix + visible, embed_dim[2]]`.
-            mask: `[N, L]`, float, 0 keep, 1 removed.
-            ids_restore: `[N, L]`, the place of each block in the shuffled order.
+            mask: `[K * N, L]`, float, 0 keep, 1 removed.
+            ids_restore: `[K * N, L]`, the place of each block in the shuffled order.
         """
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
         stage1, stage2, x = self.forward_visible(imgs, ids_keep)
