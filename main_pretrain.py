@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from engine_knn import knn_accuracy, pooled_latent
-from engine_pretrain import build_run, check_sizes, pretrain
+from engine_pretrain import build_run, build_teacher, check_sizes, pretrain
 from models_convmae import MODELS
 from util.data.datasets import ImageFiles
 from util.data.folders import find_train_folder
@@ -51,6 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     arguments.add_augmentation_args(parser, crop_scale=(0.2, 1.0))
     arguments.add_autoencoder_args(parser, MODELS, model="convmae_convvit_base_patch16", ratio=0.75)
+    arguments.add_teacher_args(parser)
     recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, **recipe)
     arguments.add_knn_args(parser)
@@ -91,6 +92,7 @@ def main(args: argparse.Namespace) -> None:
     if args.knn_freq:
         flag = "--knn_path" if args.knn_path else "--knn_freq without --knn_path: --data_path"
         splits = labeled_splits(args, args.knn_path or args.data_path, flag)
+    teacher = build_teacher(args, device)
     run = build_run(args, device, loader, MODELS, PROGRAM)
     draw = measure = None
     if splits:
@@ -101,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
             args.data_path, args.input_size, args.in_chans, max_pixels=args.max_pixels
         ).to(device)
         draw = partial(reconstruction_grid, run.model, samples, args.mask_ratio)
-    pretrain(run, draw, measure)
+    pretrain(run, draw, teacher, measure)
 
 
 if __name__ == "__main__":

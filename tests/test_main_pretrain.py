@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import ExifTags, Image
 
+from models_convvit import convvit_from_checkpoint
 from tests.checks import (
     assert_close_end,
     assert_finite,
@@ -970,6 +972,83 @@ def test_visualize_draws_images_of_several_formats(whole, launcher, tmp_path):
     # Three rows of two triples; each picture is 96 pixels wide.
     grid = Image.open(output)
     assert 600 < grid.width < 700 and 300 < grid.height < 400
+
+
+def test_complementary_masks_are_a_flag_that_a_run_keeps(images, launcher, tmp_path):
+    command = flags(images, tmp_path, "--complementary", epochs=2)
+    result = launcher.run(*command)
+    assert_ok(result)
+    assert "16 of 64 patches visible in each of 4 masks" in result.out
+    assert load(tmp_path / "checkpoint.pth")["args"]["complementary"] is True
+    other = launcher.run(*flags(images, tmp_path, epochs=2))
+    assert_one_line(other, 2, "(--complementary True there, None here)")
+    command = ["--checkpoint", tmp_path / "checkpoint.pth", "--images", images, "--max_images", 1]
+    assert_ok(visualize(launcher, *command, "--output", tmp_path / "grid.png"))
+    assert Image.open(tmp_path / "grid.png").width > 0
+
+
+def test_a_share_to_predict_is_a_flag_of_which_all_is_the_same_as_none(
+    whole, images, launcher, tmp_path
+):
+    result = launcher.run(*flags(images, tmp_path / "half", epochs=2, predict_share=0.5))
+    assert_ok(result)
+    assert "16 of 64 patches visible, 24 predicted" in result.out
+    assert_ok(launcher.run(*flags(images, tmp_path / "all", predict_share=1)))
+    assert_same_end(tmp_path / "all", whole)
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory) -> list[Path]:
+    """The weights of two small teachers."""
+    folder, paths = tmp_path_factory.mktemp("teachers"), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        paths.append(folder / f"{seed}.pth")
+        torch.save(timm.create_model("test_vit").state_dict(), paths[-1])
+    return paths
+
+
+def test_a_run_with_a_teacher_goes_on_bit_for_bit_and_with_no_other(
+    images, teachers, launcher, tmp_path
+):
+    values = dict(teacher="test_vit", epochs=2, save_freq=1)
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    result = launcher.run(*flags(images, whole, teacher_checkpoint=teachers[0], **values))
+    assert_ok(result)
+    assert "teacher test_vit: 0." in result.out and "GFLOP an image" in result.out
+    content = load(whole / "checkpoint.pth")
+    assert content["args"]["mimic_weight"] == 1.0
+    more = {name for name in content["model"] if name.startswith("mimic")}
+    assert more == {"mimic.weight", "mimic.bias"}
+    assert not any("teacher" in name for name in content["model"])
+
+    values["resume"] = whole / "checkpoint-0.pth"
+    other = launcher.run(*flags(images, half, teacher_checkpoint=teachers[1], **values))
+    assert_one_line(other, 2, "weights of the teacher")
+    assert_ok(launcher.run(*flags(images, half, teacher_checkpoint=teachers[0], **values)))
+    resumed = load(half / "checkpoint.pth")
+    assert all(same(resumed[part], content[part]) for part in content.keys() - {"args"})
+
+    inspected = launcher.run("inspect", whole / "checkpoint.pth", program="tools.checkpoint")
+    assert "teacher test_vit (weights " in inspected.out
+    command = ["--checkpoint", whole / "checkpoint.pth", "--images", images, "--max_images", 1]
+    assert_ok(visualize(launcher, *command, "--output", tmp_path / "grid.png"))
+
+
+def test_a_model_with_a_class_token_can_be_looked_at_and_fine_tuned(images, launcher, tmp_path):
+    assert_ok(launcher.run(*flags(images, tmp_path, "--class_token", epochs=1, warmup_epochs=0)))
+    checkpoint = tmp_path / "checkpoint.pth"
+    assert load(checkpoint)["model"]["pos_embed"].shape == (1, 65, 128)
+    command = ["--checkpoint", checkpoint, "--images", images, "--max_images", 1]
+    assert_ok(visualize(launcher, *command, "--output", tmp_path / "grid.png"))
+    model = convvit_from_checkpoint(checkpoint, num_classes=3)
+    assert torch.equal(model.cls_token, load(checkpoint)["model"]["cls_token"])
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_flags_of_a_teacher_without_one_are_refused(images, launcher, tmp_path):
+    result = launcher.run(*flags(images, tmp_path, mimic_weight=2))
+    assert_one_line(result, 2, "--mimic_weight needs --teacher NAME")
 
 
 def test_visualize_takes_folders(whole, images, launcher, tmp_path):

@@ -197,7 +197,53 @@ def add_autoencoder_args(
         "predict patches normalised by their own mean and variance (the paper's recipe)",
         "predict plain pixels",
     )
+    add_switch(
+        group,
+        "class_token",
+        None,
+        "a learnable token before those of the patches, as the v2 checkpoints have it",
+        "tokens of the patches alone (the default)",
+    )
+    group.add_argument(
+        "--predict_share",
+        type=share,
+        metavar="SHARE",
+        help="share of the removed patches to predict, others are left out of the decoder "
+        "(default: all)",
+    )
+    add_switch(
+        group,
+        "complementary",
+        None,
+        "mask each image as often as its blocks make disjoint visible sets, 4 times at 0.75 "
+        "(FastConvMAE; the default of its models)",
+        "one mask an image",
+    )
     return group
+
+
+def add_teacher_args(parser: Parser) -> None:
+    """Add the arguments of a pretraining that mimics a teacher (MR-MCMAE)."""
+    group = parser.add_argument_group("teacher")
+    group.add_argument(
+        "--teacher",
+        metavar="NAME",
+        help="a frozen model that the visible tokens mimic: a timm model that gives patch tokens, "
+        "such as vit_base_patch16_224.dino, or a checkpoint of this program (default: none)",
+    )
+    group.add_argument(
+        "--teacher_checkpoint",
+        action=PathOrDefault,
+        metavar="FILE",
+        help="weights of timm's model (default: fetched from the network)",
+    )
+    group.add_argument(
+        "--mimic_weight",
+        type=positive_float,
+        metavar="W",
+        help="loss = that of the pixels + W x mean squared error to the teacher's tokens "
+        "(default: 1)",
+    )
 
 
 def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._ArgumentGroup:

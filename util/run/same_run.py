@@ -33,10 +33,14 @@ MAY_CHANGE = frozenset(
         "num_workers",
     }
     | {"output_dir", "pin_mem", "predictions", "print_freq", "resume", "save_freq", "save_steps"}
-    | {"test_clips", "test_crops", "val_path", "video_root"}
+    | {"teacher_checkpoint", "test_clips", "test_crops", "val_path", "video_root"}
 )
 # What `derive_args` takes from other flags.
-_DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}
+_DERIVED = {
+    "effective_batch_size": "batch_size x accum_iter x processes",
+    "teacher_digest": "weights of the teacher",
+    "mimic_dim": "width of the teacher",
+}
 
 
 def plain(args: argparse.Namespace) -> dict[str, object]:
