@@ -90,19 +90,24 @@ def retried(read: Callable[[], T], path: str | os.PathLike) -> T:
         try:
             return read()
         except OSError as error:
-            if error.errno not in _STORAGE_ERRORS:
+            if not is_of_storage(error):
                 raise
         time.sleep(delay)
     try:
         return read()
     except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
+        if not is_of_storage(error):
             raise
         raise TrainingError(
             f"{path} cannot be read, tried {len(RETRY_DELAYS) + 1} times in "
             f"{sum(RETRY_DELAYS):g} s: {error.strerror} ({errno.errorcode[error.errno]}); "
             f"{_remedy(error.errno)}"
         ) from error
+
+
+def is_of_storage(error: OSError) -> bool:
+    """True for an error that the storage or the machine is to blame for, and not the file."""
+    return error.errno in _STORAGE_ERRORS
 
 
 def _remedy(number: int) -> str:
