@@ -17,13 +17,14 @@ from models_convvit import convvit_from_weights
 from util.data.classes import NO_LABEL, check_classes
 from util.data.datasets import BadFile, LabeledImages
 from util.data.loader import BadImages, Loader
-from util.errors import UsageError
+from util.errors import TrainingError, UsageError
 from util.run.args import derive_args
 from util.run.distributed import gather_objects, is_main_process, print_once, world_size
 from util.run.geometry_args import described_architecture, fill_geometry_flags
 from util.run.labeled_data import check_nb_classes, val_images
 from util.run.optim_step import amp_dtype
 from util.run.resume import BEST, LAST
+from util.run.setup import check_predictions
 from util.weights.read import KINDS, Weights, read_weights
 
 # From a model and a batch to logits.
@@ -83,17 +84,27 @@ class Evaluation:
         )
 
     def write(self, path: Path, dataset: LabeledImages) -> None:
-        """Write path, label, prediction and its probability of each image as CSV."""
+        """Write path, label, prediction and its probability of each image as CSV.
+
+        Raises:
+            TrainingError: the file cannot be written.
+        """
         if not is_main_process():
             return
         columns = (self.indices, self.predictions, self.probabilities)
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = csv.writer(file)
-            table.writerow(["path", "label", "prediction", "probability"])
-            for index, prediction, probability in zip(*(c.tolist() for c in columns), strict=True):
-                label = dataset.classes[dataset.labels[index]] if self.labeled else ""
-                row = [dataset.path(index), label, dataset.classes[prediction]]
-                table.writerow([*row, f"{probability:.6f}"])
+        try:
+            with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                table = csv.writer(file)
+                table.writerow(["path", "label", "prediction", "probability"])
+                for index, prediction, p in zip(*(c.tolist() for c in columns), strict=True):
+                    label = dataset.classes[dataset.labels[index]] if self.labeled else ""
+                    row = [dataset.path(index), label, dataset.classes[prediction]]
+                    table.writerow([*row, f"{p:.6f}"])
+        except OSError as error:
+            raise TrainingError(
+                f"the predictions cannot be written to {path}: {error.strerror}; --eval with "
+                f"--predictions gives them again"
+            ) from error
         print(f"predictions of {len(self.indices)} {self.what} in {path}")
 
 
@@ -204,6 +215,7 @@ def evaluate_checkpoint(
     Raises:
         UsageError: a checkpoint that is no trained classifier, or classes that are not its own.
     """
+    check_predictions(args)
     weights = read_weights(_evaluated(args))
     if weights.kind not in ("classifier", "probe"):
         raise UsageError(

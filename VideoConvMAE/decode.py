@@ -295,7 +295,7 @@ class FrameFolder:
         self, path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None
     ) -> None:
         self.path, self.in_chans, self.short_side = Path(path), in_chans, short_side
-        self.names = frame_names(os.listdir(path))
+        self.names = frame_names(retried(partial(os.listdir, path), path))
         if not self.names:
             raise OSError(f"{path} cannot be decoded: it is a folder without pictures")
 

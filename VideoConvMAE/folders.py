@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from util.data.classes import some
 from util.data.folders import walk
 from util.data.images import IMAGE_EXTENSIONS
 from util.errors import UsageError
@@ -88,7 +89,12 @@ def list_folder(folder: Path) -> VideoList:
     why = ""
     if 0 < len(stray) < len(paths):
         why = f"{len(stray)} videos lie outside of its class folders (first: {stray[0]})"
-    return VideoList(folder, paths, labels, (note,) * bool(left_out), why)
+    notes = [note] * bool(left_out)
+    if labels:
+        places = (os.path.relpath(place, folder).split(os.sep)[0] for place in endings)
+        if empty := sorted({*places} - {*labels, "."}):
+            notes.append(f"no video in {some(empty)} of {folder}: no class is made of that")
+    return VideoList(folder, paths, labels, tuple(notes), why)
 
 
 def _are_frames(names: Sequence[str], videos: set[str]) -> bool:

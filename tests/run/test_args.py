@@ -10,7 +10,7 @@ import main_finetune
 import main_pretrain
 from util.errors import UsageError
 from util.run import args as arguments
-from util.run.args import check_writable, derive_args
+from util.run.args import check_file_writable, check_writable, derive_args
 from util.run.parser import ChoiceOf, Parser
 from util.run.same_run import MAY_CHANGE, check_same_run, plain
 from util.run.setup import complete_run
@@ -231,6 +231,25 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"--output_dir {folder} cannot be written"):
             check_writable(folder, "--output_dir")
+
+
+# ---- A file that is to come ----------------------------------------------------------------------
+
+
+def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
+    (tmp_path / "there.csv").write_text("older")
+    os.mkfifo(tmp_path / "fifo")  # which would wait for a reader
+    for name in ("there.csv", "new.csv", "fifo"):
+        check_file_writable(tmp_path / name, "--predictions")
+    assert (tmp_path / "there.csv").read_text() == "older"
+    assert not (tmp_path / "new.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["", "no/folder.csv", "dangling/x.csv", "a" * 300])
+def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path, name):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="--predictions"):
+        check_file_writable(tmp_path / name, "--predictions")
 
 
 # ---- Flags of the original's command lines -------------------------------------------------------

@@ -369,7 +369,7 @@ def test_too_many_open_files_are_no_damaged_video(movie, monkeypatch):
     try:
         with contextlib.suppress(OSError):
             while True:
-                taken.append(open(os.devnull))
+                taken.append(open(os.devnull))  # noqa: SIM115
         with pytest.raises(TrainingError, match=r"a\.mp4 cannot be read.*raise the limit of open"):
             open_video(path)
         taken.pop().close()

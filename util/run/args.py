@@ -517,3 +517,21 @@ def check_writable(folder: Path, flag: str) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}") from error
+
+
+def check_file_writable(path: Path, flag: str) -> None:
+    """Try to write a file that is to come, and leave what is there as it is.
+
+    Raises:
+        UsageError: it is a folder, or cannot be made or written.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the folder of {flag} {path} does not exist")
+    try:
+        there = path.exists()
+        if not there or path.is_file() or path.is_dir():  # a pipe would wait for its reader
+            open(path, "ab").close()
+        if not there:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written: {error.strerror}") from error

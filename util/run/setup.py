@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from util.data.datasets import FileDataset
+from util.data.classes import some, unseen
+from util.data.datasets import FileDataset, LabeledImages
 from util.data.loader import Loader
 from util.data.samplers import EvalSampler, StepSampler
 from util.data.shards import is_shards
 from util.errors import UsageError
-from util.run.args import check_writable, derive_args
+from util.run.args import check_file_writable, check_writable, derive_args
 from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.lock import hold
 from util.run.optim_step import amp_dtype
@@ -40,6 +41,7 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     amp_dtype(args.amp, device)
     check_outside_data(args)
     hold_output(args.output_dir)
+    check_predictions(args)
     check_writable(args.log_dir, "--log_dir")
 
 
@@ -53,6 +55,16 @@ def hold_output(folder: Path) -> None:
         check_writable(folder, "--output_dir")
         hold(folder)
         _held.add(folder)
+
+
+def check_predictions(args: argparse.Namespace) -> None:
+    """Refuse a `--predictions` that cannot be written, before the hours that give them.
+
+    Raises:
+        UsageError: see `check_file_writable`.
+    """
+    if getattr(args, "predictions", None) is not None:
+        check_file_writable(args.predictions, "--predictions")
 
 
 def check_outside_data(args: argparse.Namespace) -> None:
@@ -97,8 +109,15 @@ def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
     return _loader(args, dataset, sampler)
 
 
-def eval_loader(args: argparse.Namespace, dataset: FileDataset, batch_size: int) -> Loader:
-    """Every sample of a data set once, each in one process."""
+def eval_loader(args: argparse.Namespace, dataset: LabeledImages, batch_size: int) -> Loader:
+    """Every sample of a data set once, each in one process; tells which classes none is of."""
+    missing = unseen(dataset.labels, dataset.classes)
+    if 0 < len(missing) < len(dataset.classes):
+        print_once(
+            f"note: {len(missing)} of {len(dataset.classes)} classes have none of the "
+            f"{dataset.what} of {dataset.root} ({some(missing)}): nothing tells how they do",
+            error=True,
+        )
     if args.dist_eval:
         sampler = EvalSampler(len(dataset), batch_size, rank(), world_size())
     else:
