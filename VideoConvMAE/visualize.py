@@ -3,6 +3,11 @@
 `python -m VideoConvMAE.visualize --checkpoint FILE --videos FILE… --output clips.png`
 """
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import contextlib
 import sys
