@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from util.data.files import is_of_storage, open_regular, reason_of, retried
-from util.data.images import IMAGE_EXTENSIONS, load_image
+from util.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, load_image
 
 VIDEO_EXTENSIONS = (
     *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg"),
@@ -56,7 +56,12 @@ class Video(Protocol):
         """Close it."""
 
 
-def open_video(path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None) -> Video:
+def open_video(
+    path: str | os.PathLike,
+    in_chans: int = 3,
+    short_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Video:
     """Open a video file, or a folder of pictures.
 
     Args:
@@ -64,13 +69,14 @@ def open_video(path: str | os.PathLike, in_chans: int = 3, short_side: int | Non
         in_chans: 1 for grayscale, 3 for RGB.
         short_side: frames whose shorter side has more pixels are scaled down to it as they are
             decoded, so that a clip of 1080p costs no more than one of that size; None: never.
+        max_pixels: a video of larger frames is not decoded.
 
     Raises:
         OSError: nothing there, or nothing that can be decoded.
         TrainingError: the storage fails, see `util.data.files.retried`; later, too.
     """
     kind = FrameFolder if os.path.isdir(path) else VideoFile
-    return kind(path, in_chans, short_side)
+    return kind(path, in_chans, short_side, max_pixels)
 
 
 def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
@@ -125,16 +131,21 @@ class VideoFile:
     Args:
         path: the file.
         in_chans: 1 or 3.
-        short_side: see `open_video`.
+        short_side, max_pixels: see `open_video`.
 
     Raises:
         OSError: it cannot be read, is of no format in `DEMUXERS`, or holds no video.
     """
 
     def __init__(
-        self, path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None
+        self,
+        path: str | os.PathLike,
+        in_chans: int = 3,
+        short_side: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.path, self.format, self.short_side = path, _FORMATS[in_chans], short_side
+        self.max_pixels = max_pixels
         self.file = self.container = None
         self.key_times: list[int] = []
         self.seek_times: list[tuple[int, int]] = []
@@ -178,7 +189,14 @@ class VideoFile:
         if not self.container.streams.video:
             raise OSError("it has no video stream")
         self.stream = self.container.streams.video[0]
-        self.stream.thread_type, self.stream.codec_context.thread_count = "SLICE", 1
+        codec = self.stream.codec_context
+        if codec.width * codec.height > self.max_pixels:
+            raise OSError(
+                f"its {codec.width} x {codec.height} pixels are more than --max_pixels "
+                f"{self.max_pixels}"
+            )
+        codec.options = {"max_pixels": str(self.max_pixels)}  # of frames that grow on the way
+        self.stream.thread_type, codec.thread_count = "SLICE", 1
 
     def _read_times(self) -> None:
         """The frames' times in order of display, and where decoding can begin."""
@@ -285,16 +303,21 @@ class FrameFolder:
     Args:
         path: the folder.
         in_chans: 1 or 3.
-        short_side: see `open_video`.
+        short_side, max_pixels: see `open_video`.
 
     Raises:
         OSError: no picture in it.
     """
 
     def __init__(
-        self, path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None
+        self,
+        path: str | os.PathLike,
+        in_chans: int = 3,
+        short_side: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.path, self.in_chans, self.short_side = Path(path), in_chans, short_side
+        self.max_pixels = max_pixels
         self.names = frame_names(retried(partial(os.listdir, path), path))
         if not self.names:
             raise OSError(f"{path} cannot be decoded: it is a folder without pictures")
@@ -316,7 +339,7 @@ class FrameFolder:
         return np.stack([pictures[i].reshape(*pictures[i].shape[:2], -1) for i in indices])
 
     def _load(self, name: str) -> np.ndarray:
-        picture = load_image(self.path / name, self.in_chans)
+        picture = load_image(self.path / name, self.in_chans, self.max_pixels)
         height, width = scaled_size(picture.height, picture.width, self.short_side)
         return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 

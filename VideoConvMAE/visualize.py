@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
+from util.data.images import MAX_PIXELS
 from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run.parser import Parser, mask_ratio, positive_int, seed
@@ -103,7 +104,8 @@ def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
     Raises:
         OSError: it cannot be decoded.
     """
-    with open_video(path, args.in_chans, args.short_side or None) as video:
+    max_pixels = getattr(args, "max_pixels", MAX_PIXELS)
+    with open_video(path, args.in_chans, args.short_side or None, max_pixels) as video:
         (chosen,) = eval_clips(args.sampling, len(video), args.num_frames, args.stride, 1)
         return views_transform(tuple(args.input_size))(video.frames(chosen))[0]
 

@@ -262,6 +262,19 @@ def test_clips_of_1080p_cost_no_more_than_their_scaled_frames(tmp_path):
     assert peak < 3 * frames.nbytes < 16 * 1080 * 1920 * 3 / 3
 
 
+def test_frames_of_more_pixels_than_allowed_are_refused_before_they_are_decoded(movie, tmp_path):
+    path = movie("a.mp4", dict(g="12", bf="3"))
+    with open_video(path) as video:
+        height, width = video.frames([0]).shape[1:3]
+    open_video(path, max_pixels=height * width).__exit__()
+    refused = rf"a\.mp4 cannot be decoded: its {width} x {height} pixels are more than --max_pixels"
+    with pytest.raises(OSError, match=refused):
+        open_video(path, max_pixels=height * width - 1)
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
+    with pytest.raises(OSError, match="pixels are more than"):
+        open_video(tmp_path, max_pixels=1000).frames([0])
+
+
 def test_upright_frames_keep_their_shorter_side(tmp_path):
     write_mp4(tmp_path / "a.mp4", np.zeros((2, 64, 32, 3), np.uint8), 8)
     with open_video(tmp_path / "a.mp4", short_side=16) as video:
