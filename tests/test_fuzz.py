@@ -44,7 +44,8 @@ def is_one_line(error: Exception) -> bool:
 
 IMAGES = {
     "png": {}, "jpg": {"quality": 90}, "webp": {"quality": 80}, "bmp": {}, "ppm": {},
-    "tif": {"compression": "tiff_lzw"}, "progressive.jpg": {"progressive": True},
+    "tif": {"compression": "tiff_lzw"}, "deflated.tiff": {"compression": "tiff_adobe_deflate"},
+    "jpeg.tiff": {"compression": "jpeg"}, "progressive.jpg": {"progressive": True},
 }  # fmt: skip
 
 

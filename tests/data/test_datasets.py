@@ -173,6 +173,13 @@ def test_other_numbers_of_channels_are_refused(tmp_path):
         load_image(tmp_path / "a.png", 2)
 
 
+def test_a_large_profile_or_note_within_a_file_spoils_no_picture(tmp_path):
+    note = PngImagePlugin.PngInfo()
+    note.add_text("history", "x" * 3_000_000, zip=True)
+    picture().save(tmp_path / "a.png", pnginfo=note, icc_profile=bytes(3_000_000))
+    assert np.array_equal(load_image(tmp_path / "a.png"), picture())
+
+
 @pytest.mark.parametrize("ending", ["jpg", *LOSSLESS])
 def test_a_truncated_file_is_an_error(tmp_path, ending):
     path = tmp_path / f"a.{ending}"
