@@ -172,7 +172,7 @@ class VideoFile:
             system = isinstance(cause, OSError) and not isinstance(cause, av.FFmpegError)
             if system and is_of_storage(cause):
                 raise cause from None
-            reason = reason_of(cause, str(self.path)) if system else error
+            reason = reason_of(cause, str(self.path)) if isinstance(cause, OSError) else cause
             raise OSError(f"{self.path} cannot be decoded: {reason}") from error
 
     def _check_storage(self) -> None:
@@ -185,7 +185,10 @@ class VideoFile:
         self._check_storage()
         self.__exit__()
         self.file = _File(self.path)
-        self.container = av.open(self.file, options=_OPTIONS, buffer_size=_BUFFER)
+        try:
+            self.container = av.open(self.file, options=_OPTIONS, buffer_size=_BUFFER)
+        except av.error.ArgumentError:
+            raise OSError(f"it is of no format of {', '.join(DEMUXERS)}") from None
         if not self.container.streams.video:
             raise OSError("it has no video stream")
         self.stream = self.container.streams.video[0]
@@ -203,12 +206,14 @@ class VideoFile:
         packets = [p for p in self.container.demux(self.stream) if p.size and not p.is_discard]
         if not packets:
             raise OSError("it has no frames")
-        self.timed = all(p.pts is not None for p in packets)
+        times = [p.pts for p in packets]
+        # Files joined end to end have the same times again.
+        self.timed = None not in times and len(set(times)) == len(times)
         if not self.timed:  # count what comes out, and always begin at the start
             self._open()
             self.times = list(range(sum(1 for _ in self.container.decode(self.stream))))
             return
-        self.times = sorted({p.pts for p in packets})
+        self.times = sorted(times)
         keys = sorted((p.pts, p.dts or p.pts) for p in packets if p.is_keyframe)
         self.key_times, self.seek_times = [pts for pts, _ in keys], keys
 

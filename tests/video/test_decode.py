@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.pictures import picture
 from tests.video.movies import numbered_frames, numbers, write_movie
 from util.data import files
 from util.errors import TrainingError
@@ -97,6 +98,20 @@ def test_any_length_is_decoded_whatever_its_last_group(tmp_path, name, options, 
             for indices in ([count - 1], range(count), [0, count // 2], [count - 1, 0]):
                 frames = video.frames(list(indices))
                 assert np.array_equal(frames, everything[list(indices)]), (count, indices)
+
+
+def test_files_joined_end_to_end_are_read_to_their_end(movie, tmp_path):
+    path = movie("a.ts", dict(g="12", bf="0"))
+    (tmp_path / "twice.ts").write_bytes(path.read_bytes() * 2)
+    with open_video(tmp_path / "twice.ts") as video:
+        assert len(video) == 80
+        assert numbers(video.frames([3, 39, 40, 79])) == [3, 39, 0, 39]
+
+
+def test_a_format_that_is_not_read_is_told(tmp_path):
+    picture(0).save(tmp_path / "a.mp4", "PNG")
+    with pytest.raises(OSError, match=r"a\.mp4 cannot be decoded: it is of no format of mov, "):
+        open_video(tmp_path / "a.mp4")
 
 
 def test_only_the_frames_needed_are_decoded(movie, monkeypatch):
