@@ -169,10 +169,14 @@ class VideoFile:
         except Exception as error:  # A damaged file can make a decoder raise nearly anything.
             cause = (self.file and self.file.error) or error
             self.__exit__()
-            system = isinstance(cause, OSError) and not isinstance(cause, av.FFmpegError)
-            if system and is_of_storage(cause):
-                raise cause from None
-            reason = reason_of(cause, str(self.path)) if isinstance(cause, OSError) else cause
+            if isinstance(cause, av.FFmpegError):
+                reason = cause.strerror
+            elif isinstance(cause, OSError):
+                if is_of_storage(cause):
+                    raise cause from None
+                reason = reason_of(cause, str(self.path))
+            else:
+                reason = cause
             raise OSError(f"{self.path} cannot be decoded: {reason}") from error
 
     def _check_storage(self) -> None:

@@ -75,7 +75,7 @@ def _read_text(source: Path) -> str:
         text = data.decode("utf-8-sig", "surrogateescape")
     if "\0" in text:
         raise UsageError(f"{source} is no list of videos: it is no text")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def find_split(data_path: Path, names: Sequence[str], root: Path | None) -> VideoList:

@@ -245,6 +245,15 @@ def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
     assert not (tmp_path / "new.csv").exists()
 
 
+@pytest.mark.parametrize("flag", ["--data_path", "--output_dir", "--resume", "--log_dir"])
+def test_a_path_with_a_name_that_no_file_has_is_one_line(flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        main_pretrain.parse_args(["--data_path", "x", flag, "ok/" + "é" * 128])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"argument {flag}: no file has a name as long" in line
+
+
 @pytest.mark.parametrize("name", ["", "no/folder.csv", "dangling/x.csv", "a" * 300])
 def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path, name):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")

@@ -1,11 +1,15 @@
 """How a program ends: exit codes, one line, signals before training."""
 
+import errno
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from tests.checks import assert_one_line, command_line
 from tests.runs import MAIN, code_of, free_port, write_images
+from util.run.program import run_main
 from util.signals import STOPPED_EXIT_CODE
 
 RUN = {
@@ -92,6 +96,18 @@ def test_sigterm_while_libraries_are_imported_ends_a_run_as_a_stopped_one(progra
 def test_sigterm_while_libraries_are_imported_ends_a_tool_in_silence(launcher):
     result = at_the_imports(launcher, "tools.shards", signal.SIGTERM)
     assert (result.code, result.out, result.err) == (-signal.SIGTERM, "", "")
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, capfd):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert run_main(lambda args: loop.read_text(), None) == 1
+    assert capfd.readouterr().err == f"failed: {loop}: {os.strerror(errno.ELOOP)}\n"
+
+
+def test_an_error_of_the_program_s_own_keeps_its_traceback():
+    with pytest.raises(FileNotFoundError):
+        run_main(lambda args: Path("/no/such/file").read_text(), None)
 
 
 def torchrun(launcher, *line):

@@ -118,7 +118,7 @@ def written(folder, content, encoding="utf-8"):
     """The videos of a list; `{0}` and `{1}` in it are their names."""
     names = ("a.mp4", "my, film 7.mp4")
     paths = touch(folder, *names)
-    (folder / "list.csv").write_text(content.format(*names), encoding=encoding)
+    (folder / "list.csv").write_text(content.format(*names), encoding=encoding, newline="")
     videos = find_videos(folder / "list.csv")
     assert videos.paths == paths
     return videos
@@ -138,6 +138,7 @@ def test_a_csv_is_read_as_csv_writes_it(tmp_path, head):
         '"{0}";"0"\r\n"{1}";"1"\r\n',  # a spreadsheet where the comma is decimal
         "Label;Path\n0;{0}\n1;{1}\n",
         '"{0}" 0\n"{1}" 1\n',
+        '"{0}",0\r"{1}",1\r',
         'clip,verb\n{0},0\n"{1}",1\n',
         'id,video_path,duration,class\n7,{0},1.5,0\n8,"{1}",2,1\n',
     ],

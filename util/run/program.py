@@ -19,6 +19,10 @@ from util.signals import (
     stopped_exit_code,
 )
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What the system refuses for the sake of a path or of who asks; no fault of the program's.
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+
 
 class Stopped(Exception):
     """The run was asked to stop and has saved its state: exit 0."""
@@ -64,9 +68,12 @@ def run_main(
         complain(f"failed: {error}")
         code = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
+            complain(f"failed: the disk or the quota is full: {error}")
+        elif error.errno in _FORBIDDEN and error.filename is not None:
+            complain(f"failed: {error.filename}: {error.strerror}")
+        else:
             raise
-        complain(f"failed: the disk or the quota is full: {error}")
         code = 1
     except KeyboardInterrupt:
         complain("interrupted: the last checkpoint counts")

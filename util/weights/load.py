@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.errors import UsageError
+from util.errors import UsageError, printable
 from util.layers.architecture import Architecture
 from util.layers.geometry import show_size
 from util.layers.pos_embed import resize_pos_embed
@@ -57,7 +57,9 @@ class Report:
 def _modules(names: Sequence[str]) -> str:
     """Names, summed up by the module they belong to."""
     counts = Counter(name.split(".")[0] for name in names)
-    return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
+    return ", ".join(
+        f"{printable(name)} ({n})" if n > 1 else printable(name) for name, n in counts.items()
+    )
 
 
 def load_weights(
