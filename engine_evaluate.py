@@ -24,7 +24,7 @@ from util.run.geometry_args import described_architecture, fill_geometry_flags
 from util.run.labeled_data import check_nb_classes, val_images
 from util.run.optim_step import amp_dtype
 from util.run.resume import BEST, LAST
-from util.run.setup import check_predictions
+from util.run.setup import PREDICTION_COLUMNS, check_predictions
 from util.weights.read import KINDS, Weights, read_weights
 
 # From a model and a batch to logits.
@@ -95,7 +95,7 @@ class Evaluation:
         try:
             with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 table = csv.writer(file)
-                table.writerow(["path", "label", "prediction", "probability"])
+                table.writerow(PREDICTION_COLUMNS)
                 for index, prediction, p in zip(*(c.tolist() for c in columns), strict=True):
                     label = dataset.classes[dataset.labels[index]] if self.labeled else ""
                     row = [dataset.path(index), label, dataset.classes[prediction]]

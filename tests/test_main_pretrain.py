@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+import tools.visualize
 from tests.checks import (
     assert_close_end,
     assert_finite,
@@ -47,6 +48,7 @@ from tests.runs import (
     picture,
     write_images,
 )
+from util.errors import UsageError
 
 # A tiny model on 24 images, so that a run of 4 epochs of 6 steps takes a second or two.
 DEFAULTS = {
@@ -1029,6 +1031,14 @@ def test_visualize_refuses_images_that_are_none_in_one_line(whole, launcher, tmp
     command = ["--checkpoint", whole / "checkpoint.pth", "--images", path]
     result = visualize(launcher, *command, "--output", tmp_path / "grid.png")
     assert_one_line(result, 2, str(path))
+
+
+def test_visualize_does_not_write_over_an_image(images):
+    image = next(images.rglob("*.png"))
+    other_name = image.parent / ".." / image.parent.name / image.name
+    command = ["--checkpoint", "x.pth", "--images", str(images), "--output", str(other_name)]
+    with pytest.raises(UsageError, match="is one of the images"):
+        tools.visualize.main(tools.visualize.parse_args(command))
 
 
 def test_visualize_refuses_a_mask_ratio_that_leaves_nothing(whole, images, launcher, tmp_path):

@@ -237,11 +237,11 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
 
 
 def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
-    (tmp_path / "there.csv").write_text("older")
+    (tmp_path / "there.csv").write_text("path,older")
     os.mkfifo(tmp_path / "fifo")  # which would wait for a reader
     for name in ("there.csv", "new.csv", "fifo"):
-        check_file_writable(tmp_path / name, "--predictions")
-    assert (tmp_path / "there.csv").read_text() == "older"
+        check_file_writable(tmp_path / name, "--predictions", "path,")
+    assert (tmp_path / "there.csv").read_text() == "path,older"
     assert not (tmp_path / "new.csv").exists()
 
 
@@ -258,7 +258,13 @@ def test_a_path_with_a_name_that_no_file_has_is_one_line(flag, capsys):
 def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path, name):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="--predictions"):
-        check_file_writable(tmp_path / name, "--predictions")
+        check_file_writable(tmp_path / name, "--predictions", "path,")
+
+
+def test_a_file_of_something_else_is_not_written_over(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UsageError, match="holds something else"):
+        check_file_writable(tmp_path / "a.png", "--predictions", "path,")
 
 
 # ---- Flags of the original's command lines -------------------------------------------------------

@@ -519,11 +519,16 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}") from error
 
 
-def check_file_writable(path: Path, flag: str) -> None:
+def check_file_writable(path: Path, flag: str, head: str) -> None:
     """Try to write a file that is to come, and leave what is there as it is.
 
+    Args:
+        path: the file.
+        flag: the option that names it.
+        head: how such a file begins; one that begins otherwise is not written over.
+
     Raises:
-        UsageError: it is a folder, or cannot be made or written.
+        UsageError: it is a folder or holds something else, or cannot be made or written.
     """
     if not path.absolute().parent.is_dir():
         raise UsageError(f"the folder of {flag} {path} does not exist")
@@ -531,6 +536,11 @@ def check_file_writable(path: Path, flag: str) -> None:
         there = path.exists()
         if not there or path.is_file() or path.is_dir():  # a pipe would wait for its reader
             open(path, "ab").close()
+        if path.is_file():
+            with open(path, "rb") as file:
+                begin = file.read(len(head))
+            if begin and begin != head.encode():
+                raise UsageError(f"{flag} {path} holds something else: give another name")
         if not there:
             path.unlink(missing_ok=True)
     except OSError as error:

@@ -18,6 +18,8 @@ from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.lock import hold
 from util.run.optim_step import amp_dtype
 
+# Columns of the file that `--predictions` writes.
+PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
 _held: set[Path] = set()
 
 
@@ -64,7 +66,7 @@ def check_predictions(args: argparse.Namespace) -> None:
         UsageError: see `check_file_writable`.
     """
     if getattr(args, "predictions", None) is not None:
-        check_file_writable(args.predictions, "--predictions")
+        check_file_writable(args.predictions, "--predictions", ",".join(PREDICTION_COLUMNS))
 
 
 def check_outside_data(args: argparse.Namespace) -> None:
