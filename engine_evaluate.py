@@ -78,6 +78,12 @@ class Evaluation:
         if not self.labeled:
             print_once(f"no labels, so no accuracy on the {len(self.indices)} {self.what}")
             return
+        if broken := int((~self.losses.isfinite()).sum()):
+            print_once(
+                f"warning: the model's outputs for {broken} of {len(self.indices)} {self.what} are "
+                f"not finite: they count as wrong",
+                error=True,
+            )
         print_once(f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}")
         print_once(
             f"Accuracy of the network on the {len(self.indices)} test {self.what}: {self.acc1:.1f}%"
@@ -173,10 +179,13 @@ def mean_over_views(model: nn.Module, views: Tensor) -> Tensor:
 
 
 def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Loss, top 1, top 5, prediction and probability of each row of logits `[n, classes]`."""
+    """Loss, top 1, top 5, prediction and probability of each row of logits `[n, classes]`.
+
+    A row that is not finite says nothing, so it is wrong; its loss is not finite either.
+    """
     losses = F.cross_entropy(logits, labels, reduction="none")
     best = logits.topk(min(5, logits.shape[1])).indices  # [n, 5]
-    hits = best == labels.unsqueeze(1)
+    hits = (best == labels.unsqueeze(1)) & logits.isfinite().all(dim=1, keepdim=True)
     probabilities = logits.softmax(dim=1).gather(1, best[:, :1]).squeeze(1)
     return losses, hits[:, 0], hits.any(dim=1), best[:, 0], probabilities
 

@@ -602,3 +602,11 @@ def test_names_that_cannot_be_printed_are_told_in_one_line(tmp_path):
     with pytest.raises(UsageError, match=r"it has a\?b\?") as refusal:
         _ = read_weights(tmp_path / "x.pth").architecture
     assert str(refusal.value).isprintable()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = ConvViT(**TINY, num_classes=2)
+    model.blocks3[0].mlp.fc1.bias.data[1] = float("nan")
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"not finite, in blocks3: .*take an earlier one"):
+        convvit_from_checkpoint(tmp_path / "x.pth")

@@ -80,7 +80,7 @@ def load_weights(
         prefix: load only what the file has below this name, see `Weights.encoder`.
 
     Raises:
-        UsageError: weights that do not fit, with the reason.
+        UsageError: weights that do not fit or are not finite, with the reason.
     """
     own = {name: t for name, t in model.state_dict().items() if not name.endswith(_COMPUTED)}
     there = {
@@ -104,6 +104,14 @@ def load_weights(
     if misfits or absent:
         _ = weights.architecture  # refuses what is no ConvViT's
         raise UsageError(_why_not(weights, own, there, sorted(misfits), absent))
+    broken = sorted(
+        n for n, t in chosen.items() if t.is_floating_point() and not t.isfinite().all()
+    )
+    if broken:
+        raise UsageError(
+            f"checkpoint {weights.path} holds numbers that are not finite, in {_modules(broken)}: "
+            f"the run that wrote it diverged; take an earlier one"
+        )
     model.load_state_dict(chosen, strict=False)
     return Report(
         weights.path,
@@ -113,6 +121,11 @@ def load_weights(
         sorted(there.keys() - chosen.keys()),
         "ema" in weights.entry,
     )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """True for numbers that are; those on the meta device are none."""
+    return tensor.is_meta or not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _fit(
