@@ -131,7 +131,8 @@ class VideoFile:
     Args:
         path: the file.
         in_chans: 1 or 3.
-        short_side, max_pixels: see `open_video`.
+        short_side: pixels that a larger frame's shorter side is scaled down to.
+        max_pixels: a video of larger frames is not decoded.
 
     Raises:
         OSError: it cannot be read, is of no format in `DEMUXERS`, or holds no video.
@@ -312,7 +313,8 @@ class FrameFolder:
     Args:
         path: the folder.
         in_chans: 1 or 3.
-        short_side, max_pixels: see `open_video`.
+        short_side: pixels that a larger frame's shorter side is scaled down to.
+        max_pixels: a video of larger frames is not decoded.
 
     Raises:
         OSError: no picture in it.

@@ -104,10 +104,7 @@ def load_weights(
     if misfits or absent:
         _ = weights.architecture  # refuses what is no ConvViT's
         raise UsageError(_why_not(weights, own, there, sorted(misfits), absent))
-    broken = sorted(
-        n for n, t in chosen.items() if t.is_floating_point() and not t.isfinite().all()
-    )
-    if broken:
+    if broken := sorted(name for name, tensor in chosen.items() if not _is_finite(tensor)):
         raise UsageError(
             f"checkpoint {weights.path} holds numbers that are not finite, in {_modules(broken)}: "
             f"the run that wrote it diverged; take an earlier one"
