@@ -16,8 +16,8 @@ from models_convvit import convvit_from_weights
 from util.data.classes import NO_LABEL, check_classes
 from util.data.datasets import LabeledImages
 from util.data.loader import Loader
-from util.errors import UsageError
-from util.run.args import check_tables, derive_args
+from util.errors import TrainingError, UsageError
+from util.run.args import PREDICTION_COLUMNS, check_tables, derive_args
 from util.run.confusion import confusion_matrix, write_confusion
 from util.run.distributed import gather_objects, is_main_process, print_once, world_size
 from util.run.geometry_args import described_architecture, fill_geometry_flags
@@ -74,6 +74,12 @@ class Evaluation:
         if not self.labeled:
             print_once(f"no labels, so no accuracy on the {len(self.indices)} {self.what}")
             return
+        if broken := int((~self.losses.isfinite()).sum()):
+            print_once(
+                f"warning: the model's outputs for {broken} of {len(self.indices)} {self.what} are "
+                f"not finite: they count as wrong",
+                error=True,
+            )
         print_once(f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}")
         print_once(
             f"Accuracy of the network on the {len(self.indices)} test {self.what}: {self.acc1:.1f}%"
@@ -87,17 +93,27 @@ class Evaluation:
             self.write_confusion(args.confusion, dataset)
 
     def write(self, path: Path, dataset: LabeledImages) -> None:
-        """Write path, label, prediction and its probability of each image as CSV."""
+        """Write path, label, prediction and its probability of each image as CSV.
+
+        Raises:
+            TrainingError: the file cannot be written.
+        """
         if not is_main_process():
             return
         columns = (self.indices, self.predictions, self.probabilities)
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = csv.writer(file)
-            table.writerow(["path", "label", "prediction", "probability"])
-            for index, prediction, probability in zip(*(c.tolist() for c in columns), strict=True):
-                label = dataset.classes[dataset.labels[index]] if self.labeled else ""
-                row = [dataset.path(index), label, dataset.classes[prediction]]
-                table.writerow([*row, f"{probability:.6f}"])
+        try:
+            with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                table = csv.writer(file)
+                table.writerow(PREDICTION_COLUMNS)
+                for index, prediction, p in zip(*(c.tolist() for c in columns), strict=True):
+                    label = dataset.classes[dataset.labels[index]] if self.labeled else ""
+                    row = [dataset.path(index), label, dataset.classes[prediction]]
+                    table.writerow([*row, f"{p:.6f}"])
+        except OSError as error:
+            raise TrainingError(
+                f"the predictions cannot be written to {path}: {error.strerror}; --eval with "
+                f"--predictions gives them again"
+            ) from error
         print(f"predictions of {len(self.indices)} {self.what} in {path}")
 
     def write_confusion(self, path: Path, dataset: LabeledImages) -> None:
@@ -171,10 +187,13 @@ def mean_over_views(model: nn.Module, views: Tensor) -> Tensor:
 
 
 def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Loss, top 1, top 5, prediction and probability of each row of logits `[n, classes]`."""
+    """Loss, top 1, top 5, prediction and probability of each row of logits `[n, classes]`.
+
+    A row that is not finite says nothing, so it is wrong; its loss is not finite either.
+    """
     losses = F.cross_entropy(logits, labels, reduction="none")
     best = logits.topk(min(5, logits.shape[1])).indices  # [n, 5]
-    hits = best == labels.unsqueeze(1)
+    hits = (best == labels.unsqueeze(1)) & logits.isfinite().all(dim=1, keepdim=True)
     probabilities = logits.softmax(dim=1).gather(1, best[:, :1]).squeeze(1)
     return losses, hits[:, 0], hits.any(dim=1), best[:, 0], probabilities
 
@@ -209,6 +228,7 @@ def evaluate_checkpoint(
     Raises:
         UsageError: a checkpoint that is no trained classifier, or classes that are not its own.
     """
+    check_tables(args)
     weights = read_weights(_evaluated(args))
     if weights.kind not in ("classifier", "probe"):
         raise UsageError(
@@ -217,7 +237,6 @@ def evaluate_checkpoint(
         )
     fill_geometry_flags(args, weights.architecture, str(weights.path))
     derive_args(args, device.type, world_size())
-    check_tables(args)
     dtype = amp_dtype(args.amp, device)
     architecture = described_architecture(args, weights.architecture)
     if architecture.ndim != weights.architecture.ndim:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from util.data.images import MAX_PIXELS
 from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.run.parser import Parser, non_negative_int, positive_int
@@ -104,7 +105,8 @@ def complete_protocol(
         known: the arguments of the run that a checkpoint comes from, to test as that run did.
 
     Returns:
-        What a data set of clips takes: `length`, `sampling`, `stride`, `in_chans`, `short_side`.
+        What a data set of clips takes: `length`, `sampling`, `stride`, `in_chans`, `short_side`,
+        `max_pixels`.
 
     Raises:
         UsageError: an alpha channel is asked for.
@@ -121,4 +123,5 @@ def complete_protocol(
         stride=args.stride,
         in_chans=args.in_chans,
         short_side=args.short_side or None,
+        max_pixels=getattr(args, "max_pixels", MAX_PIXELS),
     )

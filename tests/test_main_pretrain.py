@@ -22,6 +22,7 @@ import timm
 import torch
 from PIL import ExifTags, Image
 
+import tools.visualize
 from models_convvit import convvit_from_checkpoint
 from tests.checks import (
     assert_close_end,
@@ -51,6 +52,7 @@ from tests.runs import (
     write_images,
 )
 from tools import knn
+from util.errors import UsageError
 
 # A tiny model on 24 images, so that a run of 4 epochs of 6 steps takes a second or two.
 DEFAULTS = {
@@ -1107,6 +1109,14 @@ def test_visualize_refuses_images_that_are_none_in_one_line(whole, launcher, tmp
     command = ["--checkpoint", whole / "checkpoint.pth", "--images", path]
     result = visualize(launcher, *command, "--output", tmp_path / "grid.png")
     assert_one_line(result, 2, str(path))
+
+
+def test_visualize_does_not_write_over_an_image(images):
+    image = next(images.rglob("*.png"))
+    other_name = image.parent / ".." / image.parent.name / image.name
+    command = ["--checkpoint", "x.pth", "--images", str(images), "--output", str(other_name)]
+    with pytest.raises(UsageError, match="is one of the images"):
+        tools.visualize.main(tools.visualize.parse_args(command))
 
 
 def test_visualize_refuses_a_mask_ratio_that_leaves_nothing(whole, images, launcher, tmp_path):

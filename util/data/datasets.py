@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.data.classes import NO_LABEL, some
+from util.data.classes import NO_LABEL, some, unseen
 from util.data.files import reason_of, retried
 from util.data.folders import ImageFolder, describe
 from util.data.lists import ImageList, is_list
@@ -225,7 +225,5 @@ class LabeledImages(ImageFiles):
         Raises:
             UsageError: naming the first such folders.
         """
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
-        if empty:
+        if empty := unseen(self.labels, self.classes):
             raise UsageError(f"{self.root}: no image in {some(empty)}: fill or remove the folder")

@@ -24,6 +24,9 @@ from util.run.parser import (
     share,
 )
 
+# How the tables of an evaluation begin.
+PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
+CONFUSION_COLUMNS = ("label", "samples", "accuracy")
 # Of a model that no checkpoint describes.
 _DEFAULT = Architecture()
 _INPUT_SIZE, _PATCH_SIZE = _DEFAULT.img_size[0], _DEFAULT.flags()["patch_size"]
@@ -595,14 +598,17 @@ def check_tables(args: argparse.Namespace) -> None:
     """Refuse tables of an evaluation that could not be written at its end.
 
     Raises:
-        UsageError: a folder that is not there, or a matrix that is to be no CSV.
+        UsageError: a file that cannot be written or holds something else, or a matrix that is to
+            be no CSV.
     """
-    for name in ("predictions", "confusion"):
-        path = getattr(args, name, None)
-        if path and not path.absolute().parent.is_dir():
-            raise UsageError(f"the folder of --{name} {path} does not exist")
-    if getattr(args, "confusion", None) and args.confusion.suffix != ".csv":
-        raise UsageError(f"--confusion {args.confusion} must end in .csv; the picture ends in .png")
+    if getattr(args, "predictions", None):
+        check_file_writable(args.predictions, "--predictions", ",".join(PREDICTION_COLUMNS))
+    if getattr(args, "confusion", None):
+        if args.confusion.suffix != ".csv":
+            raise UsageError(
+                f"--confusion {args.confusion} must end in .csv; the picture ends in .png"
+            )
+        check_file_writable(args.confusion, "--confusion", ",".join(CONFUSION_COLUMNS))
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -618,3 +624,31 @@ def check_writable(folder: Path, flag: str) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}") from error
+
+
+def check_file_writable(path: Path, flag: str, head: str) -> None:
+    """Try to write a file that is to come, and leave what is there as it is.
+
+    Args:
+        path: the file.
+        flag: the option that names it.
+        head: how such a file begins; one that begins otherwise is not written over.
+
+    Raises:
+        UsageError: it is a folder or holds something else, or cannot be made or written.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the folder of {flag} {path} does not exist")
+    try:
+        there = path.exists()
+        if not there or path.is_file() or path.is_dir():  # a pipe would wait for its reader
+            open(path, "ab").close()
+        if path.is_file():
+            with open(path, "rb") as file:
+                begin = file.read(len(head))
+            if begin and begin != head.encode():
+                raise UsageError(f"{flag} {path} holds something else: give another name")
+        if not there:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written: {error.strerror}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from util.atomic import write_atomically
+from util.run.args import CONFUSION_COLUMNS
 
 MOST_NAMES = 50  # classes whose names a picture has room for
 
@@ -41,7 +42,7 @@ def write_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str]) -> N
     """
     text = io.StringIO(newline="")
     table = csv.writer(text)
-    table.writerow(["label", "samples", "accuracy", *classes])
+    table.writerow([*CONFUSION_COLUMNS, *classes])
     for name, row, accuracy in zip(classes, matrix.tolist(), class_accuracies(matrix), strict=True):
         table.writerow([name, sum(row), "" if np.isnan(accuracy) else f"{accuracy:.2f}", *row])
     content = text.getvalue().encode(errors="surrogateescape")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from util.errors import UsageError
+from util.errors import TrainingError, UsageError, printable
 
 
 def rank() -> int:
@@ -34,9 +34,17 @@ def is_main_process() -> bool:
 def cores_per_process() -> int:
     """CPU cores for each process of this node, as its launcher says."""
     if "SLURM_CPUS_PER_TASK" in os.environ:
-        return int(os.environ["SLURM_CPUS_PER_TASK"])
+        return _whole_number("SLURM_CPUS_PER_TASK")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return cores // max(1, _whole_number("LOCAL_WORLD_SIZE"))
+
+
+def _whole_number(variable: str) -> int:
+    """The number that a launcher's environment variable holds, 1 if it is not set."""
+    text = os.environ.get(variable, "1")
+    if not text.isdecimal():
+        raise UsageError(f"the environment variable {variable} is {text!r}, not a whole number")
+    return int(text)
 
 
 def _environment() -> dict[str, str]:
@@ -78,9 +86,19 @@ def init_processes(device: str = "auto") -> torch.device:
         device: auto (CUDA where there is one, then MPS, then CPU), cuda, cuda:N, mps or cpu.
 
     Raises:
-        UsageError: the device does not exist here, or there are more processes than GPUs.
+        UsageError: the device does not exist here, there are more processes than GPUs, or the
+            launcher's environment is not whole.
+        TrainingError: the processes do not reach each other.
     """
-    env = _environment()
+    try:
+        env = _environment()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            int(env.get(name, 0))
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"the environment is not whole that torchrun or srun sets for its processes ({error}): "
+            f"start them by one of these, or unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS"
+        ) from error
     local_rank = int(env.get("LOCAL_RANK", 0))
     asked, (device, _, gpu) = device, device.partition(":")
     if gpu and int(env.get("WORLD_SIZE", 1)) > 1:
@@ -120,7 +138,15 @@ def init_processes(device: str = "auto") -> torch.device:
         raise UsageError("--device mps: not available here; use --device cpu or auto")
     if int(env.get("WORLD_SIZE", 1)) > 1:
         os.environ.update(env)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        except ValueError as error:  # a part of the environment is missing or wrong
+            raise UsageError(f"the processes cannot meet: {printable(error, 300)}") from error
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise TrainingError(
+                f"the processes cannot meet at {env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}: "
+                f"{printable(error, 200)}"
+            ) from error
     return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
 
 

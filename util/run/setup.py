@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from util.data.classes import some, unseen
 from util.data.datasets import FileDataset
 from util.data.loader import Loader
 from util.data.samplers import EvalSampler, StepSampler
@@ -103,7 +104,15 @@ def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
 
 
 def eval_loader(args: argparse.Namespace, dataset: FileDataset, batch_size: int) -> Loader:
-    """Every sample of a data set once, each in one process."""
+    """Every sample of a data set once, each in one process; tells which classes none is of."""
+    labels = getattr(dataset, "labels", ())  # of unlabelled files there are none
+    missing = unseen(labels, dataset.classes) if len(labels) else []
+    if 0 < len(missing) < len(dataset.classes):
+        print_once(
+            f"note: {len(missing)} of {len(dataset.classes)} classes have none of the "
+            f"{dataset.what} of {dataset.root} ({some(missing)}): nothing tells how they do",
+            error=True,
+        )
     if getattr(args, "dist_eval", True):  # a flag of the classifiers' mains
         sampler = EvalSampler(len(dataset), batch_size, rank(), world_size())
     else:

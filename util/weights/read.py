@@ -124,7 +124,7 @@ class Weights:
             _check_shapes(shapes)
             return Architecture.from_shapes(shapes, self.args)
         except ValueError as error:
-            some = ", ".join(sorted(self.state)[:3])
+            some = ", ".join(map(printable, sorted(self.state)[:3]))
             raise UsageError(f"checkpoint {self.path}: {error} (it has {some}, …)") from error
 
     def without_heads(self) -> "Weights":
