@@ -3,6 +3,11 @@
 `python -m tools.embed --checkpoint FILE --data_path DIR --output features.npz`
 """
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import csv
 import io
