@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import asdict, fields
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -13,7 +14,9 @@ from models_convmae import MaskedAutoencoderConvViT
 from util.data.loader import Loader
 from util.errors import UsageError
 from util.layers.architecture import Architecture
+from util.layers.decoder import Decoder
 from util.run.distributed import is_main_process, rank, world_size
+from util.run.geometry_args import described_architecture
 from util.run.logger import count_parameters
 from util.run.pictures import save_loss_curve
 from util.run.resume import find_resumable
@@ -32,22 +35,33 @@ def build_model(
     Raises:
         UsageError: a geometry that the model cannot have.
     """
-    kwargs = {"norm_pix_loss": args.norm_pix_loss}
+    flags, names = vars(args), [field.name for field in fields(Decoder)]
+    kwargs = {name: flags[name] for name in names if flags.get(name) is not None}
+    kwargs["norm_pix_loss"] = args.norm_pix_loss
     if "masking" in args:
         kwargs["masking"] = args.masking
+    architecture = described_architecture(args, Architecture.named(args.model))
     try:
-        architecture = Architecture.named(args.model).with_flags(vars(args))
         return models[args.model](**architecture.encoder_kwargs(), **kwargs)
     except ValueError as error:
-        raise UsageError(f"--model {args.model}, --input_size, --patch_size: {error}") from error
+        raise UsageError(f"--model {args.model} with the sizes given: {error}") from error
 
 
 def check_sizes(args: argparse.Namespace, models: Mapping[str, Factory]) -> None:
-    """Refuse sizes that do not fit each other, before anything is read or built."""
+    """Refuse sizes that do not fit each other, before anything is read or built.
+
+    The flags of the geometry that were not given become the model's.
+    """
     with torch.device("meta"):
-        geometry = build_model(args, models).geometry
+        model = build_model(args, models)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    decoder = Decoder.from_shapes(shapes, {"decoder_num_heads": model.decoder_num_heads})
+    architecture = described_architecture(args, Architecture.named(args.model))
+    for name, value in {**architecture.flags(), **asdict(decoder)}.items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
     try:
-        geometry.visible_patches(args.mask_ratio)
+        model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--input_size, --patch_size, --mask_ratio: {error}") from error
 

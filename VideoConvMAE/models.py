@@ -7,10 +7,11 @@ VideoMAE's (arXiv 2203.12602): half as wide as the encoder, 4 blocks, 64 channel
 from collections.abc import Sequence
 from pathlib import Path
 
-from models_convmae import MaskedAutoencoderConvViT, convmae_from_checkpoint
+from models_convmae import MaskedAutoencoderConvViT, convmae_from_weights
 from models_convvit import ConvViT
 from util.layers.architecture import SIZES, Architecture
 from util.layers.geometry import Geometry
+from util.weights.read import Weights, read_weights
 
 _GEOMETRY = Architecture().with_time().geometry  # 16 frames of 224 x 224 pixels
 VIDEO = dict(img_size=_GEOMETRY.img_size, patch_size=_GEOMETRY.patch_size)
@@ -64,17 +65,17 @@ def videoconvmae_base_patch16(**kwargs) -> MaskedAutoencoderConvViT:
 
 def videoconvmae_tiny_patch16_msd(**kwargs) -> MaskedAutoencoderConvViT:
     """The tiny model with the multi-scale decoder."""
-    return videoconvmae_tiny_patch16(multi_scale=True, **kwargs)
+    return videoconvmae_tiny_patch16(**{"multi_scale": True, **kwargs})
 
 
 def videoconvmae_small_patch16_msd(**kwargs) -> MaskedAutoencoderConvViT:
     """VideoConvMAE-S with the multi-scale decoder: stages 1 and 2 fused into stage 3."""
-    return videoconvmae_small_patch16(multi_scale=True, **kwargs)
+    return videoconvmae_small_patch16(**{"multi_scale": True, **kwargs})
 
 
 def videoconvmae_base_patch16_msd(**kwargs) -> MaskedAutoencoderConvViT:
     """VideoConvMAE-B with the multi-scale decoder: stages 1 and 2 fused into stage 3."""
-    return videoconvmae_base_patch16(multi_scale=True, **kwargs)
+    return videoconvmae_base_patch16(**{"multi_scale": True, **kwargs})
 
 
 def videoconvvit_tiny_patch16(**kwargs) -> ConvViT:
@@ -108,6 +109,11 @@ CLASSIFIERS = {
 }
 
 
+def videoconvmae_from_weights(weights: Weights) -> MaskedAutoencoderConvViT:
+    """The masked autoencoder of a pretraining on videos, see `convmae_from_weights`."""
+    return convmae_from_weights(weights, MODELS, ndim=3)
+
+
 def videoconvmae_from_checkpoint(path: str | Path) -> MaskedAutoencoderConvViT:
-    """The masked autoencoder of a pretraining on videos, see `convmae_from_checkpoint`."""
-    return convmae_from_checkpoint(path, MODELS)
+    """The masked autoencoder of a pretraining on videos, with its weights."""
+    return videoconvmae_from_weights(read_weights(path))

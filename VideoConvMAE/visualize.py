@@ -18,11 +18,13 @@ from util.errors import UsageError
 from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import reconstruct
 from util.run.program import run_main
+from util.weights.describe import guesses
+from util.weights.read import read_weights
 from VideoConvMAE.args import add_sampling_args, complete_protocol
 from VideoConvMAE.datasets import evenly_chosen
 from VideoConvMAE.decode import open_video, write_mp4
 from VideoConvMAE.lists import VideoList, find_videos
-from VideoConvMAE.models import videoconvmae_from_checkpoint
+from VideoConvMAE.models import videoconvmae_from_weights
 from VideoConvMAE.sampling import eval_clips
 from VideoConvMAE.transforms import views_transform
 
@@ -143,7 +145,10 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--output {args.output} must end in .png")
     if not args.output.absolute().parent.is_dir():
         raise UsageError(f"the folder of --output {args.output} does not exist")
-    model = videoconvmae_from_checkpoint(args.checkpoint)
+    weights = read_weights(args.checkpoint)
+    model = videoconvmae_from_weights(weights)
+    if taken := guesses(weights):
+        print(f"note: {args.checkpoint}: taken are {taken}")
     try:
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:

@@ -197,11 +197,28 @@ def test_a_checkpoint_gives_the_model_that_was_saved_whatever_its_size(tmp_path)
     assert torch.equal(model(imgs, noise=noise)[1], source(imgs, noise=noise)[1])
 
 
+def test_bare_weights_give_the_model_whatever_its_decoder(tmp_path):
+    decoder = dict(decoder_embed_dim=96, decoder_depth=3, decoder_num_heads=3, multi_scale=False)
+    source = MODELS["convmae_convvit_tiny_patch16"](img_size=32, mlp_ratio=(1.3, 2, 3), **decoder)
+    torch.save(source.state_dict(), tmp_path / "x.pth")
+    model, imgs = convmae_from_checkpoint(tmp_path / "x.pth"), torch.randn(1, 3, 32, 32)
+    noise = torch.rand(1, source.geometry.num_patches)
+    assert torch.equal(model(imgs, noise=noise)[1], source(imgs, noise=noise)[1])
+
+
+def test_a_checkpoint_of_videos_is_no_model_of_pictures(tmp_path):
+    source = MODELS["convmae_convvit_tiny_patch16"]
+    cubes = [(2, 4, 4), (1, 2, 2), (1, 2, 2)]
+    torch.save(source(img_size=(4, 32, 32), patch_size=cubes).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"x\.pth is a model of videos, not of pictures"):
+        convmae_from_checkpoint(tmp_path / "x.pth")
+
+
 def test_a_checkpoint_with_more_than_its_model_has_is_refused(tmp_path):
     name = "convmae_convvit_tiny_patch16"
-    source = MODELS[name](img_size=32, decoder_depth=3)
-    torch.save({"model": source.state_dict(), "args": {"model": name}}, tmp_path / "x.pth")
-    with pytest.raises(UsageError, match=rf"12 weights that a {name} does not have: decoder_bl"):
+    state = MODELS[name](img_size=32).state_dict() | {"decoder_more.bias": torch.zeros(3)}
+    torch.save({"model": state, "args": {"model": name}}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=rf"1 weights that a {name} does not have: decoder_more"):
         convmae_from_checkpoint(tmp_path / "x.pth")
 
 
@@ -519,7 +536,7 @@ def test_position_tables_are_sine_cosine_and_fixed(img_size):
         (dict(patch_size=(4, 4)), r"patch_size \(4, 4\) .* three entries"),
         (dict(embed_dim=(8, 16)), r"embed_dim \(8, 16\) must have three entries"),
         (dict(num_heads=3), "width 16 is not divisible by 3 heads"),
-        (dict(decoder_num_heads=5), "width 16 is not divisible by 5 heads"),
+        (dict(decoder_num_heads=5), "embed_dim 16 is not divisible by decoder_num_heads 5"),
         (dict(embed_dim=(8, 8, 18)), "multiple of 4, not 18"),
         (dict(decoder_embed_dim=22), "multiple of 4, not 22"),
     ],

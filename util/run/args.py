@@ -8,6 +8,7 @@ from util.data.images import MAX_PIXELS
 from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.run.distributed import cores_per_process
+from util.run.geometry_args import add_decoder_args, add_encoder_args
 from util.run.parser import (
     ChoiceOf,
     Ignored,
@@ -183,6 +184,8 @@ def add_autoencoder_args(
         help=f"one of {', '.join(models)}",
     )
     add_patch_size_arg(group, _PATCH_SIZE)
+    add_encoder_args(group)
+    add_decoder_args(group)
     group.add_argument(
         "--mask_ratio",
         type=mask_ratio,
@@ -216,6 +219,7 @@ def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._Argu
         help=f"start from random weights: one of {', '.join(models)}",
     )
     add_patch_size_arg(group, None)
+    add_encoder_args(group)
     pooling = {"dest": "global_pool", "default": True}
     group.add_argument(
         "--global_pool",

@@ -2,11 +2,14 @@
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from util.errors import UsageError
+from util.layers.architecture import BLOCK_FLAGS
 from util.run.original import comparable_args
 from util.run.parser import show_value
+from util.weights.read import weights_of
 
 # Flags that a resumed run may change; any other difference is another run. The batch is compared
 # as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
@@ -87,7 +90,7 @@ def check_state(content: Mapping, args: argparse.Namespace, num_images: int) -> 
     Raises:
         UsageError: saying what differs.
     """
-    saved = content["args"]
+    saved = _with_blocks(content["args"], content)
     if content.get("original"):
         saved = comparable_args(saved, plain(args))
     check_same_run(args, saved)
@@ -97,3 +100,14 @@ def check_state(content: Mapping, args: argparse.Namespace, num_images: int) -> 
             f"images: there are {num_images} now; give the same images, or resume from the end "
             f"of an epoch"
         )
+
+
+def _with_blocks(saved: Mapping[str, object], content: Mapping) -> dict[str, object]:
+    """A run's arguments; the flags of its blocks that they do not name are read off the shapes."""
+    if saved.keys() >= {*BLOCK_FLAGS}:
+        return dict(saved)
+    weights = weights_of(content, "to resume from")
+    flags = weights.architecture.flags()
+    blocks = {name: flags[name] for name in BLOCK_FLAGS}
+    decoder = asdict(weights.decoder) if weights.kind == "autoencoder" else {}
+    return {**blocks, **decoder, **saved}

@@ -40,7 +40,10 @@ def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Wei
                 f"--finetune {args.finetune} is {KINDS[weights.kind]}: give the checkpoint of a "
                 f"pretraining, or of a classifier"
             )
-    fill_geometry_flags(args, weights and weights.architecture, weights and str(weights.path))
+    if weights:
+        fill_geometry_flags(args, weights.architecture, str(weights.path), [*weights.guessed])
+    else:
+        fill_geometry_flags(args, None)
     return content, weights
 
 
