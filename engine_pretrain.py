@@ -15,14 +15,15 @@ from util.data.loader import Loader
 from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.layers.decoder import Decoder
-from util.run.distributed import is_main_process, rank, world_size
+from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.geometry_args import described_architecture
 from util.run.logger import count_parameters
 from util.run.pictures import save_loss_curve
-from util.run.resume import find_resumable
 from util.run.run import Run
-from util.run.same_run import check_program, check_state
+from util.run.same_run import check_state
 from util.run.setup import seed_everything
+from util.weights.read import Weights
+from util.weights.start import start_from
 
 Factory = Callable[..., MaskedAutoencoderConvViT]
 
@@ -72,6 +73,7 @@ def build_run(
     loader: Loader,
     models: Mapping[str, Factory],
     program: str,
+    start: tuple[Mapping | None, Weights | None] = (None, None),
 ) -> Run:
     """Model, optimizer and logs, set to the state to go on from.
 
@@ -81,13 +83,19 @@ def build_run(
         loader: the training data.
         models: what `--model` names.
         program: what kind of run this is.
+        start: the checkpoint to resume, or weights to start from, see `find_pretraining_start`.
+
+    Raises:
+        UsageError: a checkpoint of another run, or weights that do not fit.
     """
-    content = find_resumable(args.resume, args.output_dir)
+    content, weights = start
     if content:
-        check_program(content, program)
         check_state(content, args, len(loader.dataset))
     seed_everything(args.seed)
-    model = build_model(args, models).to(device)
+    model = build_model(args, models)
+    if weights and not content:
+        print_once(start_from(model, weights, getattr(args, "inflate", None)))
+    model.to(device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     return Run.prepare(args, device, loader, model, optimizer, content, program=program)

@@ -416,7 +416,7 @@ def test_another_run_in_the_same_folder_is_refused_with_what_differs(
     whole, images, launcher, changed
 ):
     result = launcher.run(*flags(images, whole, **changed))
-    assert_one_line(result, 2, "another run", "--output_dir")
+    assert_one_line(result, 2, "another run", "--output_dir", "--finetune")
     for name in DEFAULTS | {"mask_ratio": 0, "seed": 0, "norm_pix_loss": 0}:
         assert (f"--{name} " in result.err) == (name in changed), name
 
@@ -804,7 +804,7 @@ def test_help_is_grouped_and_shows_defaults():
     text = " ".join(result.out.split())
     assert "images per GPU and micro-batch" in text
     assert "(default: 0.75)" in text
-    assert "(default: convmae_convvit_base_patch16)" in text
+    assert "(default: what --finetune holds, else convmae_convvit_base_patch16)" in text
 
 
 def test_help_of_a_flag_names_one_default_at_most(launcher):
@@ -1025,6 +1025,60 @@ def test_visualize_draws_bare_weights_and_says_what_they_do_not_tell(
     told = visualize(launcher, "--checkpoint", whole / "checkpoint.pth", *line, tmp_path / "a.png")
     assert "note" not in told.out
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "bare.png").read_bytes()
+
+
+# --- from weights --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def continued(whole, images, launcher, tmp_path_factory) -> tuple[Result, Path]:
+    """A run of other sizes that starts from weights and barely changes them."""
+    output = tmp_path_factory.mktemp("continued")
+    return launcher.run(*from_weights(whole, images, output)), output
+
+
+def from_weights(whole: Path, images: Path, output: Path) -> list[object]:
+    start = {"finetune": whole / "checkpoint.pth", "model": None, "patch_size": None}
+    return flags(images, output, **start, input_size=48, epochs=1, warmup_epochs=0, lr=1e-12)
+
+
+def test_a_run_at_another_size_starts_from_the_weights_of_another(whole, continued):
+    result, output = continued
+    assert_ok(result)
+    assert "fixed, computed anew: decoder_pos_embed (8x8 to 12x12), pos_embed" in result.out
+    assert "convmae_convvit_tiny_patch16" in result.out and "36 of 144 patches" in result.out
+    ours, theirs = weights(output), weights(whole)
+    for name in theirs.keys() - {"pos_embed", "decoder_pos_embed"}:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+
+
+def test_a_run_from_weights_goes_on_by_the_same_command_without_their_file(
+    continued, whole, images, launcher, tmp_path
+):
+    shutil.copytree(continued[1], tmp_path / "run")
+    line = from_weights(whole, images, tmp_path / "run")
+    moved = [Path("/gone") if x == whole / "checkpoint.pth" else x for x in line]
+    result = launcher.run(*line)
+    assert_ok(result)
+    assert "nothing to train" in result.out and "computed anew" not in result.out
+    assert_one_line(launcher.run(*moved), 2, "--finetune", "there, /gone here")
+
+
+BAD_STARTS = {
+    "another model": ({"model": "convmae_convvit_small_patch16"}, ["is not what", "tiny"]),
+    "other patches": ({"patch_size": (4, 2, 1)}, ["--patch_size 4 2 1", "2 2 1"]),
+    "other channels": ({"in_chans": 1}, ["--in_chans 1", "holds: 3"]),
+    "no file": ({"finetune": "/gone.pth"}, ["/gone.pth does not exist"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_STARTS)
+def test_weights_that_do_not_fit_the_flags_are_refused(kind, whole, images, launcher, tmp_path):
+    values, phrases = BAD_STARTS[kind]
+    start = {"finetune": whole / "checkpoint.pth", "model": None, "patch_size": None}
+    result = launcher.run(*flags(images, tmp_path / "run", **start | values))
+    assert_one_line(result, 2, *phrases)
+    assert result.out == "" and not list(tmp_path.glob("run/*"))
 
 
 # --- another geometry ----------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def fill_geometry_flags(
     source: str = "",
     guessed: Sequence[str] = (),
 ) -> None:
-    """Fill in the flags of a classifier's geometry; those of a video's clips if there are such.
+    """Fill in the flags of a model's geometry; those of a video's clips if there are such.
 
     Args:
         args: those that were given stay.
@@ -67,7 +67,8 @@ def fill_geometry_flags(
             "random weights"
         )
     if found and found.ndim == 3 and "num_frames" not in args:
-        raise UsageError(f"{source} holds a video model: use python -m VideoConvMAE.main_finetune")
+        main = "main_pretrain" if "mask_ratio" in args else "main_finetune"
+        raise UsageError(f"{source} holds a video model: use python -m VideoConvMAE.{main}")
     blocks = {name: getattr(args, name, None) for name in BLOCK_FLAGS}
     named = Architecture.named(args.model).with_blocks(blocks) if args.model else None
     there = found.flags() if found else {}

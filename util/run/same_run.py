@@ -2,11 +2,12 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from util.errors import UsageError
 from util.layers.architecture import BLOCK_FLAGS
+from util.layers.decoder import Decoder
 from util.run.original import comparable_args
 from util.run.parser import show_value
 from util.weights.read import weights_of
@@ -16,9 +17,11 @@ from util.weights.read import weights_of
 MAY_CHANGE = frozenset(
     {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
     | {"dist_eval", "log_dir", "max_bad_images", "max_pixels", "nb_classes", "num_workers"}
-    | {"output_dir", "pin_mem", "predictions", "print_freq", "resume", "save_freq", "save_steps"}
-    | {"test_clips", "test_crops", "val_path", "video_root"}
+    | {"inflate", "output_dir", "pin_mem", "predictions", "print_freq", "resume", "save_freq"}
+    | {"save_steps", "test_clips", "test_crops", "val_path", "video_root"}
 )
+# The flags of a model's size, which `--model` stands for.
+GEOMETRY = (*BLOCK_FLAGS, *(field.name for field in fields(Decoder)))
 # What `derive_args` takes from other flags.
 _DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}
 
@@ -46,6 +49,8 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
     """
     now = plain(args)
     names = [n for n, v in now.items() if n not in MAY_CHANGE and saved.get(n) != v]
+    if "model" in names:  # what follows from it
+        names = [name for name in names if name not in GEOMETRY]
     for name in ("lr", "min_lr"):
         if name in names and {name.replace("lr", "blr"), "effective_batch_size"} & set(names):
             names.remove(name)  # follows from them
@@ -57,7 +62,8 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
     if differing:
         raise UsageError(
             f"the checkpoint to resume from belongs to another run ({'; '.join(differing)}): give "
-            f"the same flags, or another --output_dir to start a new run"
+            f"the same flags, or another --output_dir to start a new run (with the checkpoint as "
+            f"--finetune from its weights: so 400 epochs go on to 800)"
         )
 
 

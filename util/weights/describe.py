@@ -68,8 +68,8 @@ def _some(names: Sequence[str], most: int = 8) -> str:
 
 _USES = {
     "autoencoder": "main_finetune.py or main_linprobe.py --finetune {file}; python -m "
-    "tools.visualize --checkpoint {file}",
-    "encoder": "main_finetune.py or main_linprobe.py --finetune {file}",
+    "tools.visualize --checkpoint {file}; main_pretrain.py --finetune {file} to begin with",
+    "encoder": "main_finetune.py, main_linprobe.py or main_pretrain.py --finetune {file}",
     "classifier": "main_finetune.py --eval --resume {file}; or --finetune {file} for new classes",
     "probe": "main_linprobe.py --eval --resume {file}",
     "segmentor": "python -m SEG.test CONFIG {file}",
