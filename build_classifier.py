@@ -57,6 +57,7 @@ def build_finetuning(
     model, report = build_model(args, weights, classes, models, drop_path_rate=args.drop_path)
     if report and "head.weight" in report.missing:
         trunc_normal_(model.head.weight, std=2e-5)
+    model.set_grad_checkpointing(args.grad_checkpointing)
     model.to(device)
     criterion, mixup = build_criterion(args, len(classes))
     ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=True) if args.model_ema else None

@@ -206,7 +206,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         x = gather_tokens(torch.cat([x, mask_tokens], dim=1), ids_restore)
         x = x + self.decoder_pos_embed
         for block in self.decoder_blocks:
-            x = block(x)
+            x = self._call(block, x)
         return self.decoder_pred(self.decoder_norm(x))
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:

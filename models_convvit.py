@@ -233,6 +233,7 @@ class ConvViTEncoder(nn.Module):
                 f"temporal_kernel {temporal_kernel} is longer than a clip of "
                 f"{geometry.img_size[0]} frames in {geometry.grid(1)[0]} cubes"
             )
+        self.grad_checkpointing = False
         self.in_chans = in_chans
         self.embed_dim = tuple(embed_dim)
         self.kernel = kernel = (temporal_kernel, kernel_size, kernel_size)[-geometry.ndim :]
@@ -263,6 +264,17 @@ class ConvViTEncoder(nn.Module):
             self.register_buffer(
                 f"grid_index{stage}", nested.reshape(geometry.num_patches, -1), persistent=False
             )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory: recompute each block's activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def _call(self, block: nn.Module, *args: object) -> Tensor:
+        """A block's output; its activations are kept, or computed again in the backward pass."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args)
+        return block(*args)
 
     def check_input(self, x: Tensor) -> None:
         """Raise a ValueError unless `x` is `[N, in_chans, *img_size]`."""
@@ -312,19 +324,19 @@ class ConvViTEncoder(nn.Module):
         x = self.patch_embed1(self.under_patches(self.visible_blocks(imgs, ids_keep), 1))
         visible = self.visible_grid(ids_keep, 1)
         for block in self.blocks1:
-            x = block(x, visible)
+            x = self._call(block, x, visible)
         stage1 = x
 
         x = self.patch_embed2(self.under_patches(x, 2))
         visible = self.visible_grid(ids_keep, 2)
         for block in self.blocks2:
-            x = block(x, visible)
+            x = self._call(block, x, visible)
         stage2 = x
 
         x = self.patch_embed4(self.patch_embed3(self.under_patches(x, 3))).flatten(1, 2)
         x = x + self.pos_embed[0, -self.geometry.num_patches :][ids_keep]
         for block in self.blocks3:
-            x = block(x)
+            x = self._call(block, x)
         return stage1, stage2, x
 
 
@@ -359,7 +371,6 @@ class ConvViT(ConvViTEncoder):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim[2]
         self.num_prefix_tokens = int(class_token)
-        self.grad_checkpointing = False
         self.num_stages = 3
         self._norm_layer = norm_layer
         self.feature_info = [
@@ -409,11 +420,6 @@ class ConvViT(ConvViTEncoder):
         }
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory: recompute each block's activations in the backward pass."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
@@ -429,11 +435,6 @@ class ConvViT(ConvViTEncoder):
     def add_probe_norm(self, norm: type[nn.BatchNorm1d] = nn.BatchNorm1d) -> None:
         """Put a batch norm without affine before the head: a linear probe's (MAE, appendix A)."""
         self.head = nn.Sequential(norm(self.num_features, affine=False, eps=1e-6), self.head)
-
-    def _call(self, block: nn.Module, *args: object) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args)
-        return block(*args)
 
     def position_embedding(self, grid: Sequence[int]) -> Tensor:
         """The table `[1, tokens, C]`, resized if the grid is not the one it was made for."""

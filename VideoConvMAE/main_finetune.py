@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group = arguments.add_classifier_args(parser, CLASSIFIERS)
     arguments.add_inflate_arg(group)
-    arguments.add_drop_path_arg(group)
+    arguments.add_finetuning_args(group)
     recipe = dict(batch_size=8, epochs=100, warmup_epochs=5, blr=1e-3, weight_decay=0.05)
     group = arguments.add_optim_args(parser, min_blr=1e-6, **recipe)
     arguments.add_layer_args(group, layer_decay=0.75)

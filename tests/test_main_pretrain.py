@@ -1081,6 +1081,11 @@ def test_weights_that_do_not_fit_the_flags_are_refused(kind, whole, images, laun
     assert result.out == "" and not list(tmp_path.glob("run/*"))
 
 
+def test_recomputed_activations_change_no_weight(whole, images, launcher, tmp_path):
+    assert_ok(launcher.run(*flags(images, tmp_path, "--grad_checkpointing")))
+    assert same(weights(tmp_path), weights(whole))
+
+
 # --- another geometry ----------------------------------------------------------------------------
 
 SIZES = {

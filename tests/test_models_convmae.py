@@ -569,6 +569,27 @@ def test_every_trainable_parameter_gets_a_gradient(geometry, norm_pix_loss):
     assert (without, zero) == ([], [])
 
 
+@pytest.mark.parametrize("name", ["three conv blocks", "video"])
+def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(name):
+    model = build(**GEOMETRIES[name] | {"depth": (2, 2, 6), "decoder_depth": 6})
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    imgs, noise = inputs(model)
+    results, kept = [], []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        kept.append(0)
+
+        def count(tensor):
+            kept[-1] += tensor.nbytes * (tensor.untyped_storage().data_ptr() not in own)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(imgs, noise=noise)[0]
+        results.append(gradients(model, loss))
+    assert all(map(torch.equal, *(result.values() for result in results)))
+    assert kept[1] < 0.7 * kept[0]
+
+
 def has_compiler():
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").exists()
@@ -594,6 +615,12 @@ def assert_compiled_equals_eager(compiled_model, model):
 @pytest.mark.parametrize("name", ["rectangular patches", "three conv blocks", "video"])
 def test_the_whole_model_is_one_graph(compiled, name):
     model = build(**GEOMETRIES[name])
+    assert_compiled_equals_eager(compiled(model, backend="aot_eager"), model)
+
+
+def test_a_model_that_recomputes_activations_is_one_graph(compiled):
+    model = build()
+    model.set_grad_checkpointing()
     assert_compiled_equals_eager(compiled(model, backend="aot_eager"), model)
 
 

@@ -194,6 +194,7 @@ def add_autoencoder_args(
     add_start_args(group)
     add_encoder_args(group)
     add_decoder_args(group)
+    add_checkpointing_arg(group)
     group.add_argument(
         "--mask_ratio",
         type=mask_ratio,
@@ -225,6 +226,16 @@ def settle_model(parser: Parser, args: argparse.Namespace, model: str) -> None:
             fill_geometry_flags(args, None)
         except UsageError as error:
             parser.error(str(error))
+
+
+def add_checkpointing_arg(group: argparse._ArgumentGroup) -> None:
+    """Memory for time."""
+    group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="compute the activations within the blocks again in the backward pass: less memory, "
+        "more time, the same gradients",
+    )
 
 
 def add_inflate_arg(group: argparse._ArgumentGroup) -> None:
@@ -386,8 +397,9 @@ def add_optim_args(
     return group
 
 
-def add_drop_path_arg(group: argparse._ArgumentGroup) -> None:
-    """Stochastic depth of a classifier that is fine-tuned."""
+def add_finetuning_args(group: argparse._ArgumentGroup) -> None:
+    """The arguments of a classifier that learns as a whole."""
+    add_checkpointing_arg(group)
     group.add_argument(
         "--drop_path",
         type=share,

@@ -17,8 +17,8 @@ from util.weights.read import weights_of
 MAY_CHANGE = frozenset(
     {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
     | {"dist_eval", "log_dir", "max_bad_images", "max_pixels", "nb_classes", "num_workers"}
-    | {"inflate", "output_dir", "pin_mem", "predictions", "print_freq", "resume", "save_freq"}
-    | {"save_steps", "test_clips", "test_crops", "val_path", "video_root"}
+    | {"grad_checkpointing", "inflate", "output_dir", "pin_mem", "predictions", "print_freq"}
+    | {"resume", "save_freq", "save_steps", "test_clips", "test_crops", "val_path", "video_root"}
 )
 # The flags of a model's size, which `--model` stands for.
 GEOMETRY = (*BLOCK_FLAGS, *(field.name for field in fields(Decoder)))
