@@ -14,7 +14,7 @@ A tensor of this file has one of two layouts:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
 )
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor
 
 from util.errors import UsageError
@@ -623,8 +623,8 @@ def convvit_from_checkpoint(path: str | Path, **kwargs) -> ConvViT:
     return convvit_from_weights(read_weights(path), **kwargs)[0]
 
 
-def _cfg(**kwargs) -> dict:
-    """A model's pretrained configuration in timm's format."""
+def pretrained_cfg(**kwargs) -> dict:
+    """A classifier's pretrained configuration in timm's format."""
     return {
         "url": "",
         "num_classes": 1000,
@@ -641,45 +641,74 @@ def _cfg(**kwargs) -> dict:
 
 
 default_cfgs = generate_default_cfgs(
-    {f"convvit_{size}_patch16": _cfg() for size in ("tiny", "small", "base", "large", "huge")}
+    {f"convvit_{size}_patch16": pretrained_cfg() for size in SIZES}
 )
 
 
-def _create(variant: str, pretrained: bool, sizes: dict, kwargs: dict) -> ConvViT:
-    features = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
-    return build_model_with_cfg(
-        ConvViT, variant, pretrained, feature_cfg=features, **{**sizes, **kwargs}
-    )
+class FeatureMaps(FeatureGetterNet):
+    """The maps of the stages, which `timm.create_model(…, features_only=True)` gives.
+
+    It takes the weights of a file as they are: what it has no use for is left aside.
+    """
+
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """Load weights by the names of the encoder, or by the module's own.
+
+        Raises:
+            RuntimeError: some of the encoder's are missing or have another shape.
+        """
+        own = self.state_dict()
+        if not own.keys() & state_dict.keys():
+            there = {f"model.{name}": tensor for name, tensor in state_dict.items()}
+            state_dict = {name: tensor for name, tensor in there.items() if name in own}
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def create_classifier(variant: str, pretrained: bool, sizes: dict, kwargs: dict) -> ConvViT:
+    """A model as timm creates it; with `features_only` it gives the maps of the three stages.
+
+    Args:
+        variant: its name, one of the registered ones.
+        pretrained: see `timm.create_model`.
+        sizes: arguments of `ConvViT` that the name stands for.
+        kwargs: override them.
+    """
+    kwargs, model = {**sizes, **kwargs}, ConvViT
+    size = kwargs.get("img_size")
+    if isinstance(size, Sequence) and len(size) == 3:  # timm's notes on a model know no frames
+        model = partial(ConvViT, img_size=kwargs.pop("img_size"))
+    features = {"out_indices": (0, 1, 2), "feature_cls": FeatureMaps}
+    return build_model_with_cfg(model, variant, pretrained, feature_cfg=features, **kwargs)
 
 
 @register_model
 def convvit_tiny_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """Ours, for the demo and the tests. `kwargs` override any argument of `ConvViT`."""
-    return _create("convvit_tiny_patch16", pretrained, SIZES["tiny"], kwargs)
+    return create_classifier("convvit_tiny_patch16", pretrained, SIZES["tiny"], kwargs)
 
 
 @register_model
 def convvit_small_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """ConvViT-S. `kwargs` override any argument of `ConvViT`."""
-    return _create("convvit_small_patch16", pretrained, SIZES["small"], kwargs)
+    return create_classifier("convvit_small_patch16", pretrained, SIZES["small"], kwargs)
 
 
 @register_model
 def convvit_base_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """ConvViT-B, the paper's main model. `kwargs` override any argument of `ConvViT`."""
-    return _create("convvit_base_patch16", pretrained, SIZES["base"], kwargs)
+    return create_classifier("convvit_base_patch16", pretrained, SIZES["base"], kwargs)
 
 
 @register_model
 def convvit_large_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """ConvViT-L. `kwargs` override any argument of `ConvViT`."""
-    return _create("convvit_large_patch16", pretrained, SIZES["large"], kwargs)
+    return create_classifier("convvit_large_patch16", pretrained, SIZES["large"], kwargs)
 
 
 @register_model
 def convvit_huge_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """ConvViT-H. `kwargs` override any argument of `ConvViT`."""
-    return _create("convvit_huge_patch16", pretrained, SIZES["huge"], kwargs)
+    return create_classifier("convvit_huge_patch16", pretrained, SIZES["huge"], kwargs)
 
 
 # Model name to factory, for command lines.
