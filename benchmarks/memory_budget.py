@@ -11,8 +11,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as compiler
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
 
 from benchmarks.measuring import (
     environment,
@@ -36,6 +40,14 @@ def kept_bytes(loss: Tensor, model: MaskedAutoencoderConvViT) -> int:
     return sum(kept.values())
 
 
+# The compiler's choice of what to keep, without code generated for it.
+partition = aot_autograd(
+    fw_compiler=boxed_nop,
+    partition_fn=min_cut_rematerialization_partition,
+    decompositions=select_decomp_table(),
+)
+
+
 def ready_step(
     args: argparse.Namespace, budget: float, checkpointing: bool
 ) -> tuple[Callable[[], None], int]:
@@ -49,7 +61,7 @@ def ready_step(
     def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
         # One of its own for each form: models of one class share what one backend compiled.
         with compiler.patch(activation_memory_budget=budget):
-            return compile_fx(graph, inputs)
+            return (partition if args.bytes_only else compile_fx)(graph, inputs)
 
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
     loss = compiled(imgs)[0]
@@ -73,17 +85,20 @@ def main(argv: Sequence[str]) -> None:
     add("--batch_size", type=positive_int, default=16, metavar="N", help="images in a step")
     add("--budgets", type=share, nargs="+", default=[1, 0.7, 0.5, 0.3], metavar="SHARE")
     add("--rounds", type=positive_int, default=5, metavar="N", help="timed steps of each")
+    add("--bytes_only", action="store_true", help="no times: seconds in the place of minutes")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print_environment(environment("memory_budget", argv, device))
     forms = {f"budget {budget:g}": (budget, False) for budget in args.budgets}
     forms["--grad_checkpointing"] = (1, True)
     ready = {name: ready_step(args, *form) for name, form in forms.items()}
-    steps = {name: step for name, (step, _) in ready.items()}
-    seconds = time_rounds(steps, args.rounds, wall_clock(device))
-    rows = [["form", "MiB kept", "s/step (min–max)"]]
-    for name, (_, kept) in ready.items():
-        rows.append([name, f"{kept / 2**20:.1f}", median_and_range(seconds[name])])
+    rows = [["form", "MiB kept"], *([n, f"{kept / 2**20:.1f}"] for n, (_, kept) in ready.items())]
+    if not args.bytes_only:
+        steps = {name: step for name, (step, _) in ready.items()}
+        seconds = time_rounds(steps, args.rounds, wall_clock(device))
+        rows[0].append("s/step (min–max)")
+        for row in rows[1:]:
+            row.append(median_and_range(seconds[row[0]]))
     print(f"\n{markdown_table(rows)}")
 
 
