@@ -122,6 +122,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def odd_int(text: str) -> int:
+    """1, 3, 5, …"""
+    value = positive_int(text)
+    if value % 2 == 0:
+        raise argparse.ArgumentTypeError(f"{text} must be odd, such as {value + 1}")
+    return value
+
+
 def non_negative_int(text: str) -> int:
     """0, 1, 2, …"""
     value = _number(int, text, "a whole number")
