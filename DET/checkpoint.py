@@ -44,6 +44,9 @@ class Checkpointer(DetectionCheckpointer):
         run: plain values that make the run what it is; one that differs is not gone on from.
         classes: their names, for whoever uses the model.
         **parts: further things to save and restore.
+
+    Attributes:
+        iteration: the last that is saved; None before.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Checkpointer(DetectionCheckpointer):
     ) -> None:
         super().__init__(model, folder, **parts)
         self.run, self.classes = dict(run), classes
+        self.iteration: int | None = None
 
     def save(self, name: str, **extra: object) -> None:
         """Write `name`.pth and make it the one to go on from.
@@ -66,6 +70,7 @@ class Checkpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         save_atomically({**state, "args": self.run, "classes": self.classes}, path)
         self.tag_last_checkpoint(path.name)
+        self.iteration = extra.get("iteration")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Note which file is the last."""

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -24,10 +24,10 @@ from DET.config import build, load_config
 from DET.data import prepare_data
 from DET.rcnn import norms_in_float32
 from DET.schedule import Schedule
-from DET.trainer import SaveOnSignal, ShuffledStream, Trainer
+from DET.trainer import Evaluation, SaveOnSignal, ShuffledStream, Trainer
 from util.errors import UsageError
 from util.run.args import check_writable
-from util.run.distributed import is_main_process, rank, world_size
+from util.run.distributed import StopSignal, is_main_process, rank, world_size
 from util.run.optim_step import OptimStep, amp_dtype
 from util.run.setup import seed_everything
 from util.weights.load import load_weights
@@ -79,9 +79,18 @@ def evaluate_checkpoint(cfg: DictConfig, device: torch.device) -> dict:
     return evaluate(cfg, model)
 
 
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
-    """COCO's numbers on `data.val`, of boxes and, if there are any, of masks."""
-    results = inference_on_dataset(model, *build_evaluation(cfg))
+def evaluate(
+    cfg: DictConfig, model: nn.Module, watch: Callable[[Iterable], Iterable] = lambda loader: loader
+) -> dict:
+    """COCO's numbers on `data.val`, of boxes and, if there are any, of masks.
+
+    Args:
+        cfg: the configuration.
+        model: the detector.
+        watch: what the loader is put in, to look at its batches.
+    """
+    loader, evaluator = build_evaluation(cfg)
+    results = inference_on_dataset(model, watch(loader), evaluator)
     if is_main_process():
         print_csv_format(results)
     return results
@@ -221,7 +230,10 @@ def register_hooks(
         checkpointer, save_period, max_to_keep=options.checkpoints_kept
     )
     eval_period = schedule.iterations_of(options.eval_epochs)
-    evaluating = hooks.EvalHook(eval_period, lambda: evaluate(cfg, model))
+    stop, device = StopSignal(), trainer.step.device
+    evaluating = Evaluation(
+        eval_period, lambda watch: evaluate(cfg, model, watch), checkpointer, stop, device
+    )
     writing = hooks.PeriodicWriter(
         default_writers(options.output_dir, schedule.iterations), options.log_period
     )
@@ -235,6 +247,6 @@ def register_hooks(
             saving if main else None,
             evaluating if cfg.data.val.json else None,
             writing if main else None,
-            SaveOnSignal(checkpointer, trainer.step.device, options.log_period),
+            SaveOnSignal(checkpointer, stop, device, options.log_period),
         ]
     )

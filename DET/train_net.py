@@ -110,7 +110,7 @@ def work(args: argparse.Namespace) -> None:
     """Entry point of each process of a run; exits with its code."""
     from DET.engine import run
 
-    code = run_main(run, args)
+    code = run_main(run, args, is_run=True)
     if code:
         raise SystemExit(code)
 
@@ -133,4 +133,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -15,10 +16,12 @@ from PIL import Image
 from torch import nn
 
 from DET import engine
+from DET.evaluation import Evaluator
 from DET.trainer import ShuffledStream, Trainer
 from tests.det import small
 from util.errors import TrainingError, UsageError
 from util.run.optim_step import OptimStep
+from util.run.program import Stopped
 from util.weights.read import read_weights
 
 
@@ -122,6 +125,37 @@ def test_a_run_that_goes_on_reaches_the_weights_of_one_that_was_never_stopped(
     assert [row["iteration"] for row in lines(tmp_path)] == [1, 2]
     for name, tensor in weights(trained).items():
         torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def signal_in_evaluation(monkeypatch, number):
+    """SIGTERM comes as a scene is evaluated, the `number`th of all; how many were, as a list."""
+    seen, process = [], Evaluator.process
+
+    def judge(*arguments):
+        process(*arguments)
+        seen.append(1)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Evaluator, "process", judge)
+    return seen
+
+
+def test_a_signal_in_an_evaluation_leaves_at_once_and_loses_nothing(scenes, tmp_path, monkeypatch):
+    """Stopped in the second scene of the first evaluation and of the last one."""
+    often = ("train.eval_epochs=0.3",)
+    run(scenes, tmp_path / "whole", *often)
+    for number, done in ((2, 1), (8, 3)):
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
+            seen = signal_in_evaluation(patch, number)
+            run(scenes, tmp_path / "parts", *often, resume=True)
+        assert f"in the evaluation after {done} of 3 iterations" in str(stop.value)
+        assert len(seen) == number, "no further scene is evaluated"
+    run(scenes, tmp_path / "parts", *often, resume=True)
+    assert [row["iteration"] for row in lines(tmp_path / "parts")] == [0, 1, 2]
+    assert log(tmp_path / "parts").count("results for segm") == 3, "each evaluation is made up for"
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "parts")[name], tensor), name
 
 
 def test_resuming_a_finished_run_only_evaluates(scenes, trained, tmp_path):

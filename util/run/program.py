@@ -17,8 +17,12 @@ from util.run.distributed import complain, print_once
 STOPPED_EXIT_CODE = "STOPPED_EXIT_CODE"
 
 
-class Stopped(Exception):
-    """The run was asked to stop and has saved its state: exit 0."""
+class Stopped(BaseException):
+    """The run was asked to stop and has saved its state: exit 0.
+
+    Like KeyboardInterrupt no Exception: what is raised wherever the signal finds the program must
+    not be taken for an error there.
+    """
 
 
 class StoppedEarly(Stopped):
