@@ -105,4 +105,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

@@ -119,4 +119,4 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

@@ -149,4 +149,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

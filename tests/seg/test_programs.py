@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.pictures import picture
+from tests.runs import code_of
 from tests.seg.small import CONFIG, CROP, OPTIONS
 
 
@@ -70,6 +71,51 @@ def test_a_resumed_run_goes_on_where_it_was_stopped(trained, programs, data, tmp
     first, second = (c["optimizer"]["param_groups"] for c in (straight, resumed))
     assert [group["lr"] for group in first] == [group["lr"] for group in second]
     assert {state["step"].item() for state in resumed["optimizer"]["state"].values()} == {6}
+
+
+def signal_at(path: str, number: int) -> None:
+    """SIGTERM comes at a method's call of that number."""
+    import os
+    import pkgutil
+    import signal
+
+    owner, name = path.rsplit(".", 1)
+    owner = pkgutil.resolve_name(owner)
+    method, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return method(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def test_a_signal_in_a_validation_leaves_at_once_and_the_validation_is_made_up_for(
+    programs, data, tmp_path
+):
+    command = ["train", "--data-path", data, "--work-dir", tmp_path, "--pretrained", "none"]
+    options = ("train_cfg.val_interval=3", "default_hooks.checkpoint.interval=100")
+    second = code_of(signal_at, path="mmseg.evaluation.IoUMetric.process", number=2)
+    stopped = programs.run(*command, options=options, before=second)
+    assert (stopped.code, stopped.err) == (0, ""), stopped.err
+    assert "stopped by a signal in the validation after iteration 3 of 6" in stopped.out
+    assert "mIoU: " not in stopped.out
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_3.pth"]
+    resumed = programs.run(*command, "--resume", options=options)
+    assert resumed.code == 0, resumed.err
+    first, rest = resumed.out.split("Iter(train) [4/6]")
+    assert "mIoU: " in first and "[6/6]" in rest and "mIoU: " in rest
+
+
+def test_a_signal_in_training_saves_at_the_end_of_a_step(programs, data, tmp_path):
+    command = ["train", "--data-path", data, "--work-dir", tmp_path, "--pretrained", "none"]
+    third = code_of(signal_at, path="mmseg.models.EncoderDecoder.loss", number=3)
+    stopped = programs.run(*command, "--accum-iter", 2, before=third)
+    assert stopped.code == 0, stopped.err
+    assert "stopped by a signal after iteration 4 of 12" in stopped.out
+    assert torch.load(tmp_path / "iter_4.pth", weights_only=True)["meta"]["iter"] == 4
 
 
 def test_a_run_is_not_resumed_with_another_accumulation(trained, programs, data, tmp_path):
