@@ -2,13 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.runner import Runner
 
 from SEG import options
+from SEG.resume import check_resumable
 from util.errors import UsageError
 from util.run.args import check_writable
 from util.run.distributed import print_once, world_size
@@ -93,19 +94,12 @@ def begin_from(config: Config, pretrained: str | None, resume: bool) -> None:
     """Set the weights that a run begins with.
 
     Raises:
-        UsageError: a checkpoint that is not there, or of a run that counts micro-batches otherwise.
+        UsageError: a checkpoint that is not there, or of another run.
     """
     last = options.last_checkpoint(config.work_dir) if resume else None
     backbone = config.model.backbone
     if last:
-        meta = load_file(last).get("meta")
-        before = meta.get("accum_iter", 1) if isinstance(meta, Mapping) else 1
-        now = config.optim_wrapper.get("accumulative_counts", 1)
-        if before != now:
-            raise UsageError(
-                f"{last} is of a run with --accum-iter {before}, which counts its iterations, not "
-                f"{now}: give the same, or another --work-dir and the checkpoint as --pretrained"
-            )
+        check_resumable(last, load_file(last), config)
         config.load_from, config.resume, backbone.pretrained = str(last), True, None
         print_once(f"going on from {last}")
         return
@@ -144,7 +138,11 @@ def main(args: argparse.Namespace) -> None:
     begin_from(config, args.pretrained, args.resume)
     check_batch(config)
     with options.clear_errors():
-        Runner.from_cfg(config).train()
+        runner = Runner.from_cfg(config)
+    first = int(Path(config.load_from).stem.rpartition("_")[2]) if config.resume else 0
+    # runner.iter would build the loop, which may be what fails.
+    with options.clear_errors(begun=lambda: getattr(runner._train_loop, "iter", 0) > first):
+        runner.train()
     print_once(f"done: checkpoints and logs in {config.work_dir}")
 
 

@@ -11,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from SEG import options, train
+from SEG.resume import check_resumable
 from tests.pictures import picture
 from tests.runs import code_of
 from tests.seg.small import CONFIG, CROP, OPTIONS
+from util.errors import UsageError
 
 
 class Hostile:
@@ -123,6 +126,47 @@ def test_a_run_is_not_resumed_with_another_accumulation(trained, programs, data,
     command = ["--data-path", data, "--work-dir", tmp_path, "--resume", "--accum-iter", 2]
     error = refused(programs.run("train", *command))
     assert "is of a run with --accum-iter 1" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["meta"]["dataset_meta"]["classes"].reverse(), "11 classes (background, 9, 8"),
+        (
+            lambda c: c["meta"]["dataset_meta"].update(reduce_zero_label=False),
+            "takes 0 for a class",
+        ),
+        (lambda c: c.pop("optimizer"), "its optimizer is missing"),
+        (lambda c: c.update(meta=3), "its meta is damaged"),
+        (lambda c: c["meta"].update(iter="4"), "does not say how far the run was"),
+    ],
+)
+def test_a_checkpoint_that_is_not_of_this_run_is_not_gone_on_from(trained, data, change, words):
+    content = torch.load(trained[0] / "iter_4.pth", weights_only=True)
+    config = options.read_config(train.parse_args([CONFIG]))
+    check_resumable(Path("iter_4.pth"), content, config)
+    change(content)
+    with pytest.raises(UsageError) as error:
+        check_resumable(Path("iter_4.pth"), content, config)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["state_dict"].popitem(), "its model lacks auxiliary_head"),
+        (lambda c: c["optimizer"]["state"].popitem(), "its optimizer lacks exp_avg"),
+    ],
+)
+def test_a_state_of_another_form_is_not_gone_on_from(
+    trained, programs, data, tmp_path, change, words
+):
+    content = torch.load(trained[0] / "iter_4.pth", weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "iter_4.pth")
+    result = programs.run("train", "--data-path", data, "--work-dir", tmp_path, "--resume")
+    assert result.code == 2 and "Traceback" not in result.err, result.err
+    assert words in result.err.splitlines()[-1]
 
 
 def test_resume_without_a_checkpoint_begins(programs, data, pretrained, tmp_path):
@@ -264,6 +308,24 @@ def test_a_missing_or_broken_config_is_one_line(programs, tmp_path):
     for path, words in ((tmp_path / "no.py", "does not exist"), (broken, "cannot be read")):
         line = refused(programs.launcher.run(path, program="SEG.train"))
         assert words in line and str(path) in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model.decode_head.type=UperHead", "no model UperHead: did you mean UPerHead?"),
+        ("train_dataloader.batch_size=abc", "batch_size"),
+        ("train_dataloader.dataset.pipeline.2.type=Resice", "no transform Resice: did you mean R"),
+        ("train_dataloader.dataset.pipeline.3.cat_max_ratio=abc", "(TypeError; "),
+    ],
+)
+def test_what_mmengine_has_to_say_on_a_setting_is_one_line(
+    programs, data, tmp_path, setting, words
+):
+    common = ("--data-path", data, "--work-dir", tmp_path, "--pretrained", "none")
+    result = programs.run("train", *common, options=(setting,))
+    assert result.code == 2 and "Traceback" not in result.err, result.err
+    assert words in result.err.splitlines()[-1]
 
 
 def test_mixed_precision_on_a_cpu_is_refused(programs, data, tmp_path):

@@ -21,6 +21,7 @@ custom_hooks = [
     dict(type="PlainCheckpointHook"),
     dict(type="FiniteLossHook"),
     dict(type="StopHook"),
+    dict(type="ResumeHook"),
 ]
 env_cfg = dict(
     cudnn_benchmark=True,
