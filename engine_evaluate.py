@@ -199,7 +199,7 @@ def evaluate_checkpoint(
         args: of the command line.
         device: where to run.
         load: from completed arguments and what the checkpoint holds to the data.
-        predict: see `evaluate`.
+        predict: from the model and a batch to logits `[N, classes]`.
 
     Raises:
         UsageError: a checkpoint that is no trained classifier, or classes that are not its own.

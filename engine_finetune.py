@@ -90,9 +90,9 @@ def fit(
     Args:
         run: set to where it begins.
         trainee: what it trains; its averaged weights, if any, decide which checkpoint is best.
-        val_loader: see `evaluate`.
+        val_loader: labeled data in the data set's order, each item once over all processes.
         best: the best accuracy, as restored.
-        predict: see `evaluate`.
+        predict: from the model and a batch to logits `[N, classes]`.
         predictions: where to write those of the last evaluation.
 
     Raises:
@@ -121,9 +121,9 @@ def evaluate_epoch(
     Args:
         run: of the model.
         epoch: number of the epoch, for messages.
-        val_loader: see `evaluate`.
+        val_loader: labeled data in the data set's order, each item once over all processes.
         ema: averaged weights.
-        predict: see `evaluate`.
+        predict: from the model and a batch to logits `[N, classes]`.
 
     Returns:
         The numbers of both for the logs, and the evaluation that counts.
@@ -182,7 +182,7 @@ def train_classifier(
         val_loader: of data with the same classes.
         build: from the names of the classes to what is trained.
         program: what kind of run this is.
-        predict: see `evaluate`.
+        predict: from the model and a batch to logits `[N, classes]`.
         predictions: where to write those of the last evaluation.
     """
     classes = loader.dataset.classes

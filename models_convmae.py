@@ -179,11 +179,12 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         Args:
             imgs: `[N, C, *img_size]`.
             mask_ratio: share of blocks to remove.
-            noise: see `random_masking`.
+            noise: `[N, U]`, the mask units with the smallest values stay; drawn if not given.
 
         Returns:
             latent: `[N, visible, embed_dim[2]]`.
-            mask, ids_restore: see `random_masking`.
+            mask: `[N, L]`, float, 0 keep, 1 removed.
+            ids_restore: `[N, L]`, the place of each block in the shuffled order.
         """
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
         stage1, stage2, x = self.forward_visible(imgs, ids_keep)

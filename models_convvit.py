@@ -338,7 +338,7 @@ class ConvViT(ConvViTEncoder):
             the published code has it, mean these two.
         class_token: a learnable token before those of the grid, as the v2 checkpoints have it.
         drop_rate: dropout before the head.
-        norm_layer: see `ConvViTEncoder`.
+        norm_layer: LayerNorm of stage 3 and after; the stages before always use eps 1e-5.
         **encoder: the rest of the encoder's arguments.
 
     Raises:

@@ -10,7 +10,8 @@ from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
 from SEG.data import class_names
-from util.data.classes import some
+from SEG.options import trained_classes
+from util.data.classes import check_classes
 from util.errors import UsageError
 from util.run.states import compare_moments, compare_state
 
@@ -46,25 +47,19 @@ def check_resumable(path: Path, content: Mapping, config: Config) -> None:
             f"{path} is of a run with --accum-iter {before}, which counts its iterations, not "
             f"{now}: give the same, or another --work-dir and the checkpoint as --pretrained"
         )
-    _check_classes(path, meta.get("dataset_meta"), config.train_dataloader.dataset)
+    _check_classes(path, meta, config.train_dataloader.dataset)
 
 
-def _check_classes(path: Path, meta: object, dataset: Mapping) -> None:
-    if not isinstance(meta, Mapping) or "classes" not in dataset:
+def _check_classes(path: Path, meta: Mapping, dataset: Mapping) -> None:
+    """Refuse to go on with other classes, or with masks that mean something else."""
+    trained = trained_classes(meta)
+    if trained is None or dataset.get("classes") is None:
         return
-    end = "give the same, or another --work-dir and the checkpoint as --pretrained"
-    there, here = meta.get("classes"), class_names(dataset["classes"])
-    if isinstance(there, list | tuple) and [*there] != here:
-        raise UsageError(
-            f"{path} is of a run with {len(there)} classes ({some([*map(str, there)])}), not these "
-            f"{len(here)} ({some(here)}): {end}"
-        )
-    zero, now = meta.get("reduce_zero_label"), dataset.get("reduce_zero_label", False)
-    if isinstance(zero, bool) and zero != now:
-        raise UsageError(
-            f"{path} is of a run that {'ignores 0' if zero else 'takes 0 for a class'} in the "
-            f"masks, this one {'ignores it' if now else 'does not'}: {end} (see --ignore-zero)"
-        )
+    names, zero_ignored = trained
+    check_classes(names, class_names(dataset["classes"]), str(path), "--classes")
+    if zero_ignored is not None and zero_ignored != dataset.get("reduce_zero_label", False):
+        flag = "with" if zero_ignored else "without"
+        raise UsageError(f"{path} is of a run {flag} --ignore-zero: its masks are read so")
 
 
 @HOOKS.register_module()

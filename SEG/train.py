@@ -10,11 +10,12 @@ from mmengine.runner import Runner
 
 from SEG import options
 from SEG.resume import check_resumable
+from SEG.survey import check_data
 from util.errors import UsageError
-from util.run.args import check_writable
 from util.run.distributed import print_once, world_size
 from util.run.parser import Parser, positive_int
 from util.run.program import run_main
+from util.run.setup import hold_output
 from util.weights.checkpoint import load_file
 
 
@@ -134,10 +135,11 @@ def main(args: argparse.Namespace) -> None:
         config.work_dir = str(args.work_dir)
     accumulate(config, args.accum_iter)
     options.start(config, args.amp)
-    check_writable(Path(config.work_dir), "--work-dir")
+    hold_output(Path(config.work_dir), "--work-dir")
     begin_from(config, args.pretrained, args.resume)
     check_batch(config)
     with options.clear_errors():
+        check_data({"training": config.train_dataloader, "validation": config.val_dataloader})
         runner = Runner.from_cfg(config)
     first = int(Path(config.load_from).stem.rpartition("_")[2]) if config.resume else 0
     # runner.iter would build the loop, which may be what fails.

@@ -22,7 +22,7 @@ class Clips(FileDataset):
         videos: the files.
         transform: frames `[T, H, W, C]`, uint8, to a clip `[C, T, H, W]`.
         length: frames of a clip.
-        sampling: see `sampling.training_clip`.
+        sampling: "dense", "uniform" or "still", as `sampling.training_clip` draws.
         stride: frames from one to the next in dense sampling.
         in_chans: 1 or 3.
         short_side: to which larger frames are scaled down, see `decode.open_video`.
@@ -79,9 +79,9 @@ class LabeledClips(Clips):
     Args:
         videos: the files with the names of their classes.
         classes: the names in the order of the labels.
-        transform: see `Clips`.
+        transform: frames `[T, H, W, C]`, uint8, to a clip `[C, T, H, W]`.
         repeats: how often a clip is transformed.
-        **sampling: see `Clips`.
+        **sampling: length, sampling, stride, in_chans and short_side of `Clips`.
 
     Attributes:
         classes: as given.
@@ -123,7 +123,7 @@ class Views(LabeledClips):
     Views are `[clips * crops, C, T, H, W]`: clips spread over the video, crops over the frame.
 
     Args:
-        videos, classes, **sampling: see `LabeledClips`.
+        videos, classes, **sampling: as `LabeledClips` takes them.
         transform: frames `[T, H, W, C]`, uint8, to crops `[crops, C, T, H, W]`.
         clips: how many.
         unlabeled: videos without labels are taken too, to predict theirs.

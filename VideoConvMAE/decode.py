@@ -85,7 +85,7 @@ class VideoFile:
     Args:
         path: the file.
         in_chans: 1 or 3.
-        short_side: see `open_video`.
+        short_side: pixels that a larger frame's shorter side is scaled down to.
 
     Raises:
         OSError: it cannot be read, is of no format in `DEMUXERS`, or holds no video.
@@ -222,7 +222,7 @@ class FrameFolder:
     Args:
         path: the folder.
         in_chans: 1 or 3.
-        short_side: see `open_video`.
+        short_side: pixels that a larger frame's shorter side is scaled down to.
 
     Raises:
         OSError: no picture in it.

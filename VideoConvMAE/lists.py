@@ -61,7 +61,7 @@ def find_split(data_path: Path, names: Sequence[str], root: Path | None) -> Vide
     Args:
         data_path: the folder that holds it.
         names: of the split, the first that is there counts, such as "val", "validation".
-        root: see `find_videos`.
+        root: what a list's paths are relative to; the list's own folder if None.
 
     Raises:
         UsageError: there is none.

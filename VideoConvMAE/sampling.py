@@ -42,7 +42,7 @@ def training_clip(sampling: str, num_frames: int, length: int, stride: int) -> l
             the middle frame alone.
         num_frames: of the video.
         length: of the clip.
-        stride: see `dense`.
+        stride: frames from one to the next in dense sampling.
     """
     if sampling == "dense":
         return dense(num_frames, length, stride, random.random())
@@ -60,10 +60,10 @@ def eval_clips(
         sampling: "dense": stretches at equal distances, a single one in the middle; "uniform":
             of each segment the middle frame, or for several clips those at equal distances from
             its start on, of two the start and the middle (VideoMAE's test on
-            Something-Something); "still": see `training_clip`.
+            Something-Something); "still": the middle frame alone.
         num_frames: of the video.
         length: of a clip.
-        stride: see `dense`.
+        stride: frames from one to the next in dense sampling.
         clips: how many.
     """
     if sampling == "dense":

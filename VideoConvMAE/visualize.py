@@ -51,10 +51,10 @@ def clip_grid(
     """Frames as columns, original, masked and filled in as rows, one clip below the other.
 
     Args:
-        model: see `triples`.
-        clips: see `triples`.
-        mask_ratio: see `triples`.
-        seed: see `triples`.
+        model: a `MaskedAutoencoderConvViT` of clips.
+        clips: `[N, C, T, H, W]`, normalised.
+        mask_ratio: share of the patches to remove.
+        seed: of the masks.
         columns: frames to show of each clip, at equal distances.
 
     Returns:
@@ -74,11 +74,11 @@ def clip_movie(
     """Original, masked and filled in side by side as an mp4, one clip below the other.
 
     Args:
-        model: see `triples`.
-        clips: see `triples`.
-        mask_ratio: see `triples`.
+        model: a `MaskedAutoencoderConvViT` of clips.
+        clips: `[N, C, T, H, W]`, normalised.
+        mask_ratio: share of the patches to remove.
         path: the file.
-        seed: see `triples`.
+        seed: of the masks.
         fps: frames a second.
     """
     rows = triples(model, clips, mask_ratio, seed).transpose(1, 2)  # [N, T, 3, 3, H, W]

@@ -117,7 +117,7 @@ class PlainMaskedAutoencoder(nn.Module):
         img_size: input size in pixels, an int for a square image or one entry a dimension.
         patch_size: sides of a patch in pixels, an int or one entry a dimension.
         in_chans: channels of the input.
-        mask_unit: see `Geometry`.
+        mask_unit: patches along each dimension that stay or go together.
         class_token: with a token beside those of the patches, as MAE has it and VideoMAE has not.
         embed_dim, depth, num_heads: the encoder's.
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder's.

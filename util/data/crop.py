@@ -82,7 +82,10 @@ def clamped_box(
     Area and proportions are drawn once, and a side longer than the image is cut to it. The parts
     are larger than those of `random_box`, which draws again what does not fit.
 
-    Args: see `random_box`.
+    Args:
+        image: only its size is read.
+        scale: smallest and largest share of its area.
+        ratio: smallest and largest width over height, drawn by their logarithm.
     """
     width, height = image.size
     area = width * height * random.uniform(*scale)

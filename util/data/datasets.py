@@ -145,10 +145,10 @@ class ImageFiles(FileDataset):
             `random`; raises an OSError for a file that cannot be decoded.
 
     Attributes:
-        files: see `open_images`.
+        files: the folder or the shards, as `open_images` finds them.
 
     Raises:
-        UsageError: there are no images, see `open_images`.
+        UsageError: there are no images.
     """
 
     what = "images"
@@ -187,14 +187,14 @@ class LabeledImages(ImageFiles):
 
     Args:
         root: the folder of the class folders, or shards.
-        transform: see `ImageFiles`.
+        transform: an open image file to a tensor.
 
     Attributes:
         classes: their names; of folders, sorted.
         labels: `[num_images]`, int64.
 
     Raises:
-        UsageError: images without labels, or see `ImageFiles`.
+        UsageError: no images, or images without labels.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ def scan(root: str | os.PathLike) -> tuple[list[str], Counter[str]]:
     """The paths of `list_images`, and how many other files there are, by their kinds.
 
     Raises:
-        UsageError: see `list_images`.
+        UsageError: no such folder, one that cannot be read, or no image in it.
     """
     if not os.path.isdir(root):
         what = "is not a folder" if os.path.exists(root) else "does not exist"

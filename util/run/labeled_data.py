@@ -50,7 +50,7 @@ def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Load
     """The images to evaluate on; their classes are what is there, whatever they should be.
 
     Raises:
-        UsageError: no such images, or see `LabeledImages`.
+        UsageError: no such images, or images without labels.
     """
     transform = center_crop_transform(tuple(args.input_size), args.in_chans, args.max_pixels)
     return eval_loader(args, LabeledImages(_val_path(args), transform), args.batch_size)

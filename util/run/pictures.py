@@ -61,7 +61,7 @@ def reconstruction_grid(
     """Original, masked and filled side by side for each image.
 
     Args:
-        model: see `reconstruct`.
+        model: a `MaskedAutoencoderConvViT` of images.
         imgs: `[N, C, H, W]`, normalised.
         mask_ratio: share of patches to remove.
         seed: of the masks.

@@ -111,7 +111,7 @@ class Checkpoints:
         Every part is compared with what is there before one is changed.
 
         Args:
-            content: see `find_resumable`.
+            content: of a checkpoint that this run's folder holds.
 
         Raises:
             UsageError: a state that does not fit, saying what does not.
