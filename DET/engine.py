@@ -139,8 +139,14 @@ def plan(cfg: DictConfig, images: int) -> Schedule:
     return schedule
 
 
-def train(cfg: DictConfig, device: torch.device, resume: bool) -> None:
-    """Train a detector, with checkpoints and evaluation on the way."""
+def train(cfg: DictConfig, device: torch.device, resume: str) -> None:
+    """Train a detector, with checkpoints and evaluation on the way.
+
+    Args:
+        cfg: the configuration.
+        device: where to run.
+        resume: see `Checkpointer.resume`.
+    """
     options = cfg.train
     dtype = amp_dtype(options.amp, device)
     split = prepare_data(cfg, training=True)
@@ -164,7 +170,7 @@ def train(cfg: DictConfig, device: torch.device, resume: bool) -> None:
     checkpointer = Checkpointer(
         model, options.output_dir, describe_run(cfg, schedule), split.classes, **parts
     )
-    start = checkpointer.resume() if resume else 0
+    start = checkpointer.resume(resume)
     if start == 0:
         begin(cfg, model)
     elif world_size() > 1:  # the file has the random state of the main process alone

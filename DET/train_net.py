@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -34,7 +35,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a recipe, such as those in DET/configs",
     )
     add("--eval-only", action="store_true", help="evaluate the detector train.init_checkpoint")
-    add("--resume", action="store_true", help="go on from the last checkpoint in train.output_dir")
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        default="none",
+        metavar="FILE",
+        help="checkpoint to go on from; auto, or no value: the last in train.output_dir, if any; "
+        "none: begin anew",
+    )
+    add(
+        "--output_dir",
+        metavar="DIR",
+        help="checkpoints and logs, the same as train.output_dir=DIR",
+    )
     add(
         "--num-gpus",
         type=non_negative_int,
@@ -61,7 +75,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="key=value",
         help="settings of the recipe, such as train.output_dir=output/det train.epochs=50",
     )
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if "=" in args.resume and not Path(args.resume).exists():  # --resume key=value
+        args.overrides.append(args.resume)
+        args.resume = "auto"
+    if args.output_dir is not None:
+        if any(text.startswith("train.output_dir=") for text in args.overrides):
+            parser.error("--output_dir and train.output_dir say the same: give one of them")
+        quoted = args.output_dir.replace("'", "\\'")
+        args.overrides.append(f"train.output_dir='{quoted}'")
+    return args
 
 
 def check_installed() -> None:

@@ -121,7 +121,7 @@ def test_a_run_that_goes_on_reaches_the_weights_of_one_that_was_never_stopped(
     for name in ("model_0000000.pth", "last_checkpoint"):
         shutil.copy(trained / name, tmp_path / name)
     (tmp_path / "last_checkpoint").write_text("model_0000000.pth")
-    run(scenes, tmp_path, "train.checkpoint_epochs=0.3", resume=True)
+    run(scenes, tmp_path, "train.checkpoint_epochs=0.3", resume="auto")
     assert [row["iteration"] for row in lines(tmp_path)] == [1, 2]
     for name, tensor in weights(trained).items():
         torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=0, atol=0, msg=name)
@@ -148,20 +148,18 @@ def test_a_signal_in_an_evaluation_leaves_at_once_and_loses_nothing(scenes, tmp_
     for number, done in ((2, 1), (8, 3)):
         with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
             seen = signal_in_evaluation(patch, number)
-            run(scenes, tmp_path / "parts", *often, resume=True)
+            run(scenes, tmp_path / "parts", *often, resume="auto")
         assert f"in the evaluation after {done} of 3 iterations" in str(stop.value)
         assert len(seen) == number, "no further scene is evaluated"
-    run(scenes, tmp_path / "parts", *often, resume=True)
+    run(scenes, tmp_path / "parts", *often, resume="auto")
     assert [row["iteration"] for row in lines(tmp_path / "parts")] == [0, 1, 2]
     assert log(tmp_path / "parts").count("results for segm") == 3, "each evaluation is made up for"
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "parts")[name], tensor), name
 
 
-def test_resuming_a_finished_run_only_evaluates(scenes, trained, tmp_path):
-    for name in ("model_final.pth", "last_checkpoint"):
-        shutil.copy(trained / name, tmp_path / name)
-    run(scenes, tmp_path, resume=True)
+def test_a_finished_run_in_another_folder_only_evaluates(scenes, trained, tmp_path):
+    run(scenes, tmp_path, resume=str(trained / "model_final.pth"))
     assert "Nothing to train" in log(tmp_path) and "results for segm" in log(tmp_path)
     assert not (tmp_path / "metrics.json").exists()
 
@@ -170,7 +168,7 @@ def test_another_schedule_in_the_same_folder_is_refused(scenes, trained, tmp_pat
     for name in ("model_final.pth", "last_checkpoint"):
         shutil.copy(trained / name, tmp_path / name)
     with pytest.raises(UsageError, match=r"another run .epochs 1 there, 2 here") as error:
-        run(scenes, tmp_path, "train.epochs=2", resume=True)
+        run(scenes, tmp_path, "train.epochs=2", resume="auto")
     advice = "a longer or another schedule is a new run, with another train.output_dir and"
     assert f"{advice} train.init_checkpoint={tmp_path}/model_final.pth" in str(error.value)
 
@@ -184,7 +182,13 @@ def test_other_classes_in_the_same_folder_are_refused(scenes, trained, tmp_path)
     for name in ("model_final.pth", "last_checkpoint"):
         shutil.copy(trained / name, tmp_path / name)
     with pytest.raises(UsageError, match=r"another run .classes \['0', .* there, \['zero', "):
-        run(some, tmp_path, resume=True)
+        run(some, tmp_path, resume="auto")
+
+
+def other_moments(whole):
+    """An optimizer's state of another shape, which torch would take."""
+    whole["trainer"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    return whole
 
 
 @pytest.mark.parametrize(
@@ -198,6 +202,7 @@ def test_other_classes_in_the_same_folder_are_refused(scenes, trained, tmp_path)
         lambda whole: {**whole, "random": {"torch": 3}},
         lambda whole: {**whole, "model": 3},
         lambda whole: {**whole, "trainer": {**whole["trainer"], "optimizer": {}}},
+        other_moments,
     ],
 )
 def test_a_checkpoint_that_cannot_be_gone_on_from_is_one_line(scenes, trained, tmp_path, content):
@@ -205,7 +210,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_one_line(scenes, trained, t
     torch.save(content(whole), tmp_path / "model_final.pth")
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
     with pytest.raises(UsageError) as error:
-        run(scenes, tmp_path, resume=True)
+        run(scenes, tmp_path, resume="auto")
     assert "model_final.pth" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -213,14 +218,14 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_one_line(scenes, trained, t
 def test_a_note_of_the_last_checkpoint_that_names_none_is_one_line(scenes, tmp_path, note):
     (tmp_path / "last_checkpoint").write_bytes(note)
     with pytest.raises(UsageError, match="last_checkpoint names no checkpoint of its folder"):
-        run(scenes, tmp_path, resume=True)
+        run(scenes, tmp_path, resume="auto")
 
 
 def test_another_model_in_the_same_folder_is_refused(scenes, trained, tmp_path):
     for name in ("model_final.pth", "last_checkpoint"):
         shutil.copy(trained / name, tmp_path / name)
     with pytest.raises(UsageError, match="holds another model than the recipe describes"):
-        run(scenes, tmp_path, "model.backbone.bottom_up.depth=[1,1,3]", resume=True)
+        run(scenes, tmp_path, "model.backbone.bottom_up.depth=[1,1,3]", resume="auto")
 
 
 def test_only_so_many_checkpoints_are_kept(scenes, tmp_path):
