@@ -7,13 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
 import torch
 
 from util.errors import UsageError
-from util.run.parser import Parser, non_negative_int, positive_int
+from util.run.parser import Parser, complete_resume, non_negative_int, positive_int
 from util.run.program import run_main
 
 INSTALL = (
@@ -37,8 +36,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--eval-only", action="store_true", help="evaluate the detector train.init_checkpoint")
     add(
         "--resume",
-        nargs="?",
-        const="auto",
         default="none",
         metavar="FILE",
         help="checkpoint to go on from; auto, or no value: the last in train.output_dir, if any; "
@@ -75,10 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="key=value",
         help="settings of the recipe, such as train.output_dir=output/det train.epochs=50",
     )
-    args = parser.parse_intermixed_args(argv)
-    if "=" in args.resume and not Path(args.resume).exists():  # --resume key=value
-        args.overrides.append(args.resume)
-        args.resume = "auto"
+    args = parser.parse_intermixed_args(complete_resume(argv))
     if args.output_dir is not None:
         if any(text.startswith("train.output_dir=") for text in args.overrides):
             parser.error("--output_dir and train.output_dir say the same: give one of them")

@@ -53,6 +53,7 @@ def add_data_args(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data-path",
+        "--data_path",
         type=Path,
         metavar="DIR",
         help="folder with images/{training,validation} and annotations/{training,validation} "
@@ -223,6 +224,10 @@ def start(config: Config, amp: str | None = None) -> torch.device:
 
 
 def _set_precision(wrapper: dict, device: torch.device, amp: str | None) -> None:
+    if amp in ("bf16", "fp16") and device.type != "cuda":
+        raise UsageError(
+            f"--amp {amp}: mmengine has mixed precision on GPUs only: leave --amp away, or none"
+        )
     mixed = wrapper.type == "AmpOptimWrapper"
     given = wrapper.pop("dtype", None) if mixed else None
     wrapper.pop("loss_scale", None)
@@ -230,8 +235,6 @@ def _set_precision(wrapper: dict, device: torch.device, amp: str | None) -> None
         dtype = getattr(torch, given)
     else:
         dtype = amp_dtype(amp or ("auto" if mixed else "none"), device)
-    if dtype is not None and device.type != "cuda":
-        raise UsageError("mmengine has mixed precision on GPUs only: leave --amp away, or none")
     wrapper.type = "OptimWrapper" if dtype is None else "AmpOptimWrapper"
     if dtype is not None:
         # Only fp16 needs its gradients scaled.
