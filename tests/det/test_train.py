@@ -19,6 +19,7 @@ from DET import engine
 from DET.evaluation import Evaluator
 from DET.trainer import ShuffledStream, Trainer
 from tests.det import small
+from tests.pictures import picture
 from util.errors import TrainingError, UsageError
 from util.run.optim_step import OptimStep
 from util.run.program import Stopped
@@ -388,7 +389,8 @@ def test_a_damaged_image_is_named_and_skipped_in_training(scenes, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: path.write_bytes(b"no picture"), "cannot be read: cannot identify"),
+        (lambda path: path.write_bytes(b"no picture"), "cannot be read: it is no sound file of"),
+        (lambda path: picture().save(path, "EPS"), "cannot be read: it is no sound file of"),
         (lambda path: Image.new("RGB", (5, 7)).save(path), "has 5x7 pixels, not "),
     ],
 )
