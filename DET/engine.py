@@ -12,6 +12,7 @@ from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
+from torch.utils.data import DataLoader
 
 from DET.checkpoint import (
     Checkpointer,
@@ -26,7 +27,7 @@ from DET.rcnn import norms_in_float32
 from DET.schedule import Schedule
 from DET.trainer import Evaluation, SaveOnSignal, ShuffledStream, Trainer
 from util.errors import UsageError
-from util.run.distributed import StopSignal, is_main_process, rank, world_size
+from util.run.distributed import StopSignal, is_main_process, rank, shield_workers, world_size
 from util.run.optim_step import OptimStep, amp_dtype
 from util.run.setup import hold_output, seed_everything
 from util.weights.load import load_weights
@@ -98,7 +99,7 @@ def evaluate(
 def build_evaluation(cfg: DictConfig) -> tuple[Iterable, DatasetEvaluator]:
     """The images of `data.val` and what judges detections in them."""
     loader = build(cfg.dataloader.test, "dataloader.test")
-    return loader, build(cfg.dataloader.evaluator, "dataloader.evaluator")
+    return _shielded(loader), build(cfg.dataloader.evaluator, "dataloader.evaluator")
 
 
 def plan(cfg: DictConfig, images: int) -> Schedule:
@@ -196,7 +197,18 @@ def build_loader(
         # Its own generator, because an iterator draws a number where it begins.
         "seed": cfg.train.seed + start + rank(),
     }
-    return build({**cfg.dataloader.train, **options}, "dataloader.train")
+    loader = build({**cfg.dataloader.train, **options}, "dataloader.train")
+    return _shielded(loader)
+
+
+def _shielded(loader: Iterable) -> Iterable:
+    """A loader of Detectron2 whose workers leave signals to the run."""
+    inner = loader
+    while not isinstance(inner, DataLoader) and hasattr(inner, "dataset"):
+        inner = inner.dataset
+    if isinstance(inner, DataLoader):
+        shield_workers(inner)
+    return loader
 
 
 def begin(cfg: DictConfig, model: nn.Module) -> None:
