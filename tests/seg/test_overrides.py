@@ -54,3 +54,19 @@ def test_a_setting_that_names_nothing_is_refused_with_the_nearest_name(setting, 
 def test_a_variable_of_the_config_that_nothing_reads_any_more_is_refused(setting, right):
     with pytest.raises(UsageError, match=f"would change nothing.*{right}"):
         change(setting)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [1, 2", "cannot be read: while parsing a flow sequence"),
+        ("- 1\n- 2\n", "cannot be read"),
+        ("model: 3\n", "lacks model, train_dataloader, val_dataloader, test_dataloader"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path, text, words):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        options.read_config(train.parse_args([str(path)]))
+    assert words in str(error.value) and "\n" not in str(error.value)
