@@ -25,7 +25,7 @@ from DET.config import build, load_config
 from DET.data import prepare_data
 from DET.rcnn import norms_in_float32
 from DET.schedule import Schedule
-from DET.trainer import Evaluation, SaveOnSignal, ShuffledStream, Trainer
+from DET.trainer import PeriodicEvaluation, SaveOnSignal, ShuffledStream, Trainer
 from util.errors import UsageError
 from util.run.distributed import StopSignal, is_main_process, rank, shield_workers, world_size
 from util.run.optim_step import OptimStep, amp_dtype
@@ -248,7 +248,7 @@ def register_hooks(
     )
     eval_period = schedule.iterations_of(options.eval_epochs)
     stop, device = StopSignal(), trainer.step.device
-    evaluating = Evaluation(
+    evaluating = PeriodicEvaluation(
         eval_period, lambda watch: evaluate(cfg, model, watch), checkpointer, stop, device
     )
     writing = hooks.PeriodicWriter(

@@ -146,7 +146,7 @@ class SaveOnSignal(HookBase):
             raise Stopped(stopped_at(self, f"after {done}", self.checkpointer))
 
 
-class Evaluation(EvalHook):
+class PeriodicEvaluation(EvalHook):
     """Evaluates now and then and at the end; what was trained is saved before.
 
     A run that goes on from where an evaluation is due begins with that.
@@ -200,7 +200,7 @@ class UntilStopped:
         hook: that evaluates.
     """
 
-    def __init__(self, loader: Iterable, hook: Evaluation) -> None:
+    def __init__(self, loader: Iterable, hook: PeriodicEvaluation) -> None:
         self.loader, self.hook = loader, hook
 
     def __len__(self) -> int:
