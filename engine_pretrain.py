@@ -10,12 +10,15 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from models_convmae import MaskedAutoencoderConvViT
+from models_teacher import Teacher, load_teacher
 from util.data.loader import Loader
+from util.data.transforms import channel_stats
 from util.errors import UsageError
 from util.layers.architecture import Architecture
-from util.run.distributed import is_main_process, rank, world_size
+from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.logger import count_parameters
 from util.run.pictures import save_loss_curve
+from util.run.program import Stopped
 from util.run.resume import find_resumable
 from util.run.run import Run
 from util.run.same_run import check_program, check_state
@@ -33,8 +36,9 @@ def build_model(
         UsageError: a geometry that the model cannot have.
     """
     kwargs = {"norm_pix_loss": args.norm_pix_loss}
-    if "masking" in args:
-        kwargs["masking"] = args.masking
+    names = ("masking", "complementary", "class_token", "mimic_dim", "mimic_weight")
+    flags = {name: vars(args).get(name) for name in names}
+    kwargs |= {name: value for name, value in flags.items() if value is not None}
     try:
         architecture = Architecture.named(args.model).with_flags(vars(args))
         return models[args.model](**architecture.encoder_kwargs(), **kwargs)
@@ -43,13 +47,26 @@ def build_model(
 
 
 def check_sizes(args: argparse.Namespace, models: Mapping[str, Factory]) -> None:
-    """Refuse sizes that do not fit each other, before anything is read or built."""
+    """Refuse sizes that do not fit each other, before anything is read or built.
+
+    `--complementary` becomes what the model is. None stands for no and for all patches to predict,
+    as in older checkpoints.
+    """
     with torch.device("meta"):
-        geometry = build_model(args, models).geometry
+        model = build_model(args, models)
+    args.complementary = model.complementary or None
+    args.class_token = args.class_token or None
     try:
-        geometry.visible_patches(args.mask_ratio)
+        model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--input_size, --patch_size, --mask_ratio: {error}") from error
+    if args.predict_share == 1:
+        args.predict_share = None
+    if args.predict_share is not None:
+        try:
+            model.geometry.predicted_patches(args.mask_ratio, args.predict_share)
+        except ValueError as error:
+            raise UsageError(f"--predict_share: {error}") from error
 
 
 def build_run(
@@ -79,30 +96,69 @@ def build_run(
     return Run.prepare(args, device, loader, model, optimizer, content, program=program)
 
 
+def build_teacher(args: argparse.Namespace, device: torch.device) -> Teacher | None:
+    """The teacher that the arguments name; they get its width and the digest of its weights.
+
+    Raises:
+        UsageError: no such teacher, or flags of one without it.
+    """
+    args.teacher_digest = args.mimic_dim = None
+    if args.teacher is None:
+        given = [n for n in ("teacher_checkpoint", "mimic_weight") if getattr(args, n) is not None]
+        if given:
+            raise UsageError(f"--{given[0]} needs --teacher NAME")
+        return None
+    teacher = load_teacher(args.teacher, args.teacher_checkpoint)
+    args.teacher_digest, args.mimic_dim = teacher.digest(), teacher.width
+    args.mimic_weight = 1.0 if args.mimic_weight is None else args.mimic_weight
+    return teacher.to(device)
+
+
 def title(run: Run) -> str:
     """One line on the model: name, parameters, input, visible patches."""
     geometry = run.model.geometry
     pixels = "x".join(map(str, geometry.img_size))
-    visible = geometry.visible_patches(run.args.mask_ratio)
+    ratio = run.args.mask_ratio
+    masks = f" in each of {geometry.num_masks(ratio)} masks" if run.model.complementary else ""
+    share = run.args.predict_share
+    predicted = f", {geometry.predicted_patches(ratio, share)} predicted" if share else ""
     return (
         f"{run.args.model}: {count_parameters(run.model)}, {pixels} pixels, "
-        f"{visible} of {geometry.num_patches} patches visible"
+        f"{geometry.visible_patches(ratio)} of {geometry.num_patches} patches visible{predicted}"
+        f"{masks}"
     )
 
 
-def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
+def pretrain(
+    run: Run,
+    draw: Callable[[], Tensor] | None,
+    teacher: Teacher | None = None,
+    measure: Callable[..., dict[str, float] | None] | None = None,
+) -> None:
     """Run the epochs, with a picture after each and at the end.
 
     Args:
         run: set to where it begins.
         draw: gives a reconstruction, `[3, height, width]` in [0, 1]; in the main process.
+        teacher: whose tokens the model mimics.
+        measure: gives numbers by name, after every `--knn_freq` epochs and the last; or None if
+            its argument `stopping` became true.
     """
-    run.describe(title(run))
+    run.describe(title(run) + (f"\nteacher {teacher.describe()}" if teacher else ""))
+    if teacher:
+        teacher.see_through(*channel_stats(run.model.in_chans), run.model.geometry.grid(3))
+        if run.args.compile:
+            teacher.compile()
     with closing(run.report.log) as log:
         for epoch, start in run.epochs():
-            values = train_one_epoch(run, epoch, start, run.args.mask_ratio)
+            values = train_one_epoch(
+                run, epoch, start, run.args.mask_ratio, run.args.predict_share or 1.0, teacher
+            )
             if is_main_process():
                 log.image(epoch + 1, "reconstruction", draw())
+            last = epoch + 1 == run.args.epochs
+            if measure and (last or (epoch + 1) % run.args.knn_freq == 0):
+                values |= measure_accuracy(run, epoch, measure)
             run.end_epoch(epoch, values)
     if is_main_process():
         folder = run.args.output_dir
@@ -113,7 +169,37 @@ def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
         print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {folder}")
 
 
-def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) -> dict[str, float]:
+def measure_accuracy(
+    run: Run, epoch: int, measure: Callable[..., dict[str, float] | None]
+) -> dict[str, float]:
+    """Measure what the features are good for, and log it; no random number is drawn.
+
+    Args:
+        run: of the model.
+        epoch: number of the epoch that is trained, from 0.
+        measure: gives numbers by name, or None if its argument `stopping` became true.
+
+    Raises:
+        Stopped: a signal came; the trained epoch is saved.
+    """
+    run.save_trained(epoch)
+    values = measure(stopping=lambda: run.stop.received > 0)
+    if values is None:
+        raise Stopped(run.stopped_at(f"the evaluation of epoch {epoch + 1}"))
+    run.report.log.scalars(epoch + 1, values)
+    numbers = "  ".join(f"{name} {value:.2f}%" for name, value in values.items())
+    print_once(f"Epoch {epoch + 1}/{run.args.epochs}  {numbers}")
+    return values
+
+
+def train_one_epoch(
+    run: Run,
+    epoch: int,
+    start_step: int,
+    mask_ratio: float,
+    predict_share: float = 1.0,
+    teacher: Teacher | None = None,
+) -> dict[str, float]:
     """Pretrain for one epoch (paper section 3.2).
 
     Args:
@@ -121,6 +207,8 @@ def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) ->
         epoch: number of the epoch, from 0.
         start_step: steps already done in it.
         mask_ratio: share of the blocks to remove.
+        predict_share: share of the removed blocks to predict.
+        teacher: whose tokens the visible ones mimic, none by default.
 
     Returns:
         The epoch's means.
@@ -130,7 +218,8 @@ def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) ->
         for (imgs,) in step.micro_batches:
             noise = draw_noise(len(imgs), run.model.geometry.num_mask_units, imgs.device)
             with step.autocast():
-                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise)
+                features = teacher(imgs) if teacher else None
+                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise, predict_share, features)
             step.backward(loss)
         step.update()
     return run.means(epoch)

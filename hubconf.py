@@ -88,3 +88,7 @@ convmae_convvit_huge_patch16 = _autoencoder(models_convmae.convmae_convvit_huge_
 convmae_convvit_base_patch16_dec512d8b = _autoencoder(
     models_convmae.convmae_convvit_base_patch16_dec512d8b
 )
+fastconvmae_convvit_base_patch16 = _autoencoder(models_convmae.fastconvmae_convvit_base_patch16)
+fastconvmae_convvit_base_patch16_dec512d8b = _autoencoder(
+    models_convmae.fastconvmae_convvit_base_patch16_dec512d8b
+)

@@ -3,6 +3,11 @@
 `python main_finetune.py --data_path DIR --finetune FILE`
 """
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals(is_run=True)
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -95,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
         val_loader,
         build,
         program=PROGRAM,
-        predictions=args.predictions,
+        tables=True,
     )
 
 

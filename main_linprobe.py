@@ -1,5 +1,10 @@
 """Linear probe of a ConvViT: `python main_linprobe.py --data_path DIR --finetune FILE`."""
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals(is_run=True)
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -69,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
         val_loader,
         build,
         program=PROGRAM,
-        predictions=args.predictions,
+        tables=True,
     )
 
 

@@ -1,11 +1,17 @@
 """Pretrain a ConvMAE on a folder of images: `python main_pretrain.py --data_path DIR`."""
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals(is_run=True)
+
 import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
 
-from engine_pretrain import build_run, check_sizes, pretrain
+from engine_knn import knn_accuracy, pooled_latent
+from engine_pretrain import build_run, build_teacher, check_sizes, pretrain
 from models_convmae import MODELS
 from util.data.datasets import ImageFiles
 from util.data.folders import find_train_folder
@@ -14,6 +20,7 @@ from util.data.transforms import pretrain_transform
 from util.demo.digits import write_digits
 from util.run import args as arguments
 from util.run.distributed import init_processes, is_main_process
+from util.run.labeled_data import labeled_splits
 from util.run.parser import Parser
 from util.run.pictures import load_samples, reconstruction_grid
 from util.run.program import run_main
@@ -49,8 +56,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     arguments.add_augmentation_args(parser, crop_scale=(0.2, 1.0))
     arguments.add_autoencoder_args(parser, MODELS, model="convmae_convvit_base_patch16", ratio=0.75)
+    arguments.add_teacher_args(parser)
     recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, **recipe)
+    arguments.add_knn_args(parser)
     arguments.add_run_args(parser)
     parser.add_argument(
         "--demo",
@@ -84,14 +93,22 @@ def main(args: argparse.Namespace) -> None:
     device = init_processes(args.device)
     complete_run(args, device)
     check_sizes(args, MODELS)
-    run = build_run(args, device, build_data(args), MODELS, PROGRAM)
-    draw = None
+    loader, splits = build_data(args), None
+    if args.knn_freq:
+        flag = "--knn_path" if args.knn_path else "--knn_freq without --knn_path: --data_path"
+        splits = labeled_splits(args, args.knn_path or args.data_path, flag)
+    teacher = build_teacher(args, device)
+    run = build_run(args, device, loader, MODELS, PROGRAM)
+    draw = measure = None
+    if splits:
+        options = {"predict": pooled_latent, "max_bad_images": args.max_bad_images}
+        measure = partial(knn_accuracy, run.model, splits, device, run.optim.dtype, **options)
     if is_main_process():
         samples = load_samples(
             args.data_path, args.input_size, args.in_chans, max_pixels=args.max_pixels
         ).to(device)
         draw = partial(reconstruction_grid, run.model, samples, args.mask_ratio)
-    pretrain(run, draw)
+    pretrain(run, draw, teacher, measure)
 
 
 if __name__ == "__main__":

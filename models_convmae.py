@@ -24,6 +24,19 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
+def running_cells(grid: Sequence[int]) -> Tensor:
+    """Cells of 2x2 patches that run on in time: the place of each patch in its cell, `[L]`.
+
+    The places are 0 to 3 in rows, and move on by one with each step in time, so that patches of
+    one place cover a clip evenly (VideoMAE V2, arXiv 2303.16727, section 3.2).
+
+    Args:
+        grid: patches of a clip in time, rows and columns.
+    """
+    time, row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    return ((2 * (row % 2) + column % 2 + time) % 4).flatten()
+
+
 class MaskedAutoencoderConvViT(ConvViTEncoder):
     """Masked autoencoder: encodes the visible blocks only and predicts the removed pixels.
 
@@ -36,6 +49,13 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         decoder_depth: transformer blocks of the decoder.
         decoder_num_heads: attention heads of the decoder; its MLP ratio is the first stage's.
         norm_pix_loss: compare with patches normalised by their own mean and variance.
+        complementary: mask each image as often as there are disjoint visible sets of its blocks,
+            see `random_masking` (FastConvMAE).
+        class_token: a learnable token before those of the grid, in stage 3 and the decoder; the v2
+            checkpoints have it.
+        mimic_dim: width of a teacher's tokens that visible tokens resemble, after a linear map
+            (MR-MCMAE, arXiv 2303.05475); 0 for none.
+        mimic_weight: of that part of the loss.
 
     Raises:
         ValueError: a size, stride or width that does not divide.
@@ -58,6 +78,10 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         norm_pix_loss: bool = False,
+        complementary: bool = False,
+        class_token: bool = False,
+        mimic_dim: int = 0,
+        mimic_weight: float = 1.0,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
     ) -> None:
         super().__init__(
@@ -75,6 +99,10 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         self.geometry = geometry = Geometry.of(img_size, patch_size, mask_unit)
         self.multi_scale = multi_scale
         self.norm_pix_loss = norm_pix_loss
+        self.complementary = complementary
+        self.mimic_weight = mimic_weight
+        if class_token:
+            self.add_class_token()
 
         if multi_scale:
             strides = [
@@ -92,7 +120,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         self.decoder_embed = nn.Linear(embed_dim[2], decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(
-            torch.zeros(1, geometry.num_patches, decoder_embed_dim), requires_grad=False
+            torch.zeros(1, int(class_token) + geometry.num_patches, decoder_embed_dim),
+            requires_grad=False,
         )
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio[0], norm_layer=norm_layer)
@@ -100,18 +129,22 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         )
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, geometry.patch_pixels * in_chans)
+        if mimic_dim:
+            self.mimic = nn.Linear(embed_dim[2], mimic_dim)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """As the published code: fixed sin-cos tables, xavier linear maps, MAE's mask token."""
+        """As the published code: fixed sin-cos tables, xavier linear maps, MAE's tokens."""
         grid = self.geometry.grid(3)
         self.pos_embed.requires_grad_(False)
         for table in (self.pos_embed, self.decoder_pos_embed):
             values = get_sincos_pos_embed(table.shape[-1], grid)
-            table.data.copy_(torch.from_numpy(values).unsqueeze(0))
+            table.data[0, self.num_prefix_tokens :] = torch.from_numpy(values)
         kernel = self.patch_embed3.proj.weight.data
         nn.init.xavier_uniform_(kernel.view(len(kernel), -1))
         nn.init.normal_(self.mask_token, std=0.02)
+        if self.num_prefix_tokens:
+            nn.init.normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -140,15 +173,22 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
 
         Blocks of one mask unit share their fate; in images each of the `L` blocks is a unit.
 
+        A `complementary` model cuts the shuffled blocks into `K` visible sets that share no block,
+        each of them what one mask leaves: `K = U // visible units`, otherwise 1. Blocks left over
+        are removed in every mask. Rows are mask-major: the first masks of all images, then the
+        second ones, and so on.
+
         Args:
             imgs: `[N, …]`; only the number and the device matter.
             mask_ratio: share of the `U` mask units to remove.
             noise: `[N, U]`, the units with the smallest values stay; drawn if not given.
 
         Returns:
-            ids_keep: `[N, visible]`, the blocks of the `int(U * (1 - mask_ratio))` visible units.
-            mask: `[N, L]`, float, 0 keep, 1 removed.
-            ids_restore: `[N, L]`, the place of each block in the shuffled order.
+            ids_keep: `[K * N, visible]`, the blocks of the `int(U * (1 - mask_ratio))` visible
+                units.
+            mask: `[K * N, L]`, float, 0 keep, 1 removed.
+            ids_restore: `[K * N, L]`, the place of each block in the shuffled order, which begins
+                with the visible ones.
 
         Raises:
             ValueError: a ratio that removes nothing or everything, noise of another shape.
@@ -168,8 +208,13 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         units = to_nested_blocks(blocks, [geometry.mask_unit]).reshape(shape[1], -1)
         ids_shuffle = units[torch.argsort(noise, dim=1)].flatten(1)  # [N, U, blocks] -> [N, L]
         ids_restore = torch.argsort(ids_shuffle, dim=1)
+        ids_keep = ids_shuffle[:, :keep]
+        if self.complementary:
+            masks, length = geometry.num_masks(mask_ratio), geometry.num_patches
+            ids_keep = torch.cat(ids_shuffle[:, : masks * keep].split(keep, dim=1))
+            ids_restore = torch.cat([(ids_restore - k * keep) % length for k in range(masks)])
         mask = (ids_restore >= keep).float()
-        return ids_shuffle[:, :keep], mask, ids_restore
+        return ids_keep, mask, ids_restore
 
     def forward_encoder(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
@@ -182,55 +227,129 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             noise: `[N, U]`, the mask units with the smallest values stay; drawn if not given.
 
         Returns:
-            latent: `[N, visible, embed_dim[2]]`.
-            mask: `[N, L]`, float, 0 keep, 1 removed.
-            ids_restore: `[N, L]`, the place of each block in the shuffled order.
+            latent: `[K * N, prefix + visible, embed_dim[2]]`.
+            mask: `[K * N, L]`, float, 0 keep, 1 removed.
+            ids_restore: `[K * N, L]`, the place of each block in the shuffled order.
         """
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
         stage1, stage2, x = self.forward_visible(imgs, ids_keep)
         if self.multi_scale:
+            prefix, x = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
             x = x + self.stage1_output_decode(stage1) + self.stage2_output_decode(stage2)
+            x = torch.cat([prefix, x], dim=1) if self.num_prefix_tokens else x
         return self.norm(x), mask, ids_restore
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict every patch: latent `[N, visible, C]` to `[N, L, patch_pixels * C]`."""
+    def choose_predicted(self, ids_restore: Tensor, visible: int, predicted: int) -> Tensor:
+        """Choose which removed patches to predict: of pictures any, of clips `running_cells`.
+
+        The choice follows from the mask's random order; nothing more is drawn. Of a clip's removed
+        patches come those of one place in the cells first, then those of the next place and so
+        on, the first place being that of its first removed patch.
+
+        Args:
+            ids_restore: `[N, L]`, see `random_masking`.
+            visible: how many patches are.
+            predicted: how many to choose.
+
+        Returns:
+            `[N, predicted]`, patches of the grid.
+        """
+        ids_removed = torch.argsort(ids_restore, dim=1)[:, visible:]
+        if self.geometry.ndim == 3:
+            places = running_cells(self.geometry.grid(3)).to(ids_restore.device)[ids_removed]
+            turn = (places - places[:, :1]) % 4
+            ids_removed = ids_removed.gather(1, torch.argsort(turn, dim=1, stable=True))
+        return ids_removed[:, :predicted]
+
+    def forward_decoder(
+        self, latent: Tensor, ids_restore: Tensor, ids_predict: Tensor | None = None
+    ) -> Tensor:
+        """Predict patches from the visible ones (paper section 3.2).
+
+        Args:
+            latent: `[N, prefix + visible, C]`.
+            ids_restore: `[N, L]`, see `random_masking`.
+            ids_predict: `[N, B]`, the only ones of the removed patches that the decoder computes.
+
+        Returns:
+            `[N, L, patch_pixels * C]`, every patch, or `[N, B, patch_pixels * C]`, `ids_predict`.
+        """
+        skip, pos_embed = self.num_prefix_tokens, self.decoder_pos_embed
         x = self.decoder_embed(latent)
-        removed = ids_restore.shape[1] - x.shape[1]
+        prefix, x = x[:, :skip] + pos_embed[:, :skip], x[:, skip:]
+        pos_embed = pos_embed[:, skip:]
+        length, visible = ids_restore.shape[1], x.shape[1]
+        removed = length - visible if ids_predict is None else ids_predict.shape[1]
         mask_tokens = self.mask_token.to(x.dtype).expand(len(x), removed, -1)
-        x = gather_tokens(torch.cat([x, mask_tokens], dim=1), ids_restore)
-        x = x + self.decoder_pos_embed
+        x = torch.cat([x, mask_tokens], dim=1)
+        if ids_predict is None:
+            x = gather_tokens(x, ids_restore) + pos_embed
+        else:
+            ids_keep = torch.argsort(ids_restore, dim=1)[:, :visible]
+            x = x + pos_embed[0, torch.cat([ids_keep, ids_predict], dim=1)]
+            skip += visible
+        x = torch.cat([prefix, x], dim=1) if self.num_prefix_tokens else x
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))
+        return self.decoder_pred(self.decoder_norm(x[:, skip:]))
 
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+    def forward_loss(
+        self, imgs: Tensor, pred: Tensor, mask: Tensor, ids_predict: Tensor | None = None
+    ) -> Tensor:
         """Mean squared error over the removed patches, in float32.
 
         Args:
             imgs: `[N, C, *img_size]`.
-            pred: `[N, L, patch_pixels * C]`.
-            mask: `[N, L]`, 1 where removed.
+            pred: `[K * N, L, patch_pixels * C]`; with `ids_predict`, of these patches alone.
+            mask: `[K * N, L]`, 1 where removed.
+            ids_predict: `[K * N, B]`, see `forward_decoder`.
 
         Returns:
             A scalar.
         """
         with torch.autocast(imgs.device.type, enabled=False):
-            loss = self.patch_loss(self.patchify(imgs.float()), pred)
+            pred = pred.float().unflatten(0, (-1, len(imgs)))  # [K, N, L or B, patch_pixels * C]
+            target = self.target(imgs.float()).expand(len(pred), -1, -1, -1)
+            if ids_predict is not None:
+                mask = mask.gather(1, ids_predict)
+                ids_predict = ids_predict.unflatten(0, (-1, len(imgs)))
+                target = target.gather(2, ids_predict.unsqueeze(-1).expand_as(pred))
+            loss = F.mse_loss(pred, target, reduction="none").mean(dim=-1).flatten(0, 1)
             return (loss * mask).sum() / mask.sum()
 
-    def patch_loss(self, patches: Tensor, pred: Tensor) -> Tensor:
-        """Mean squared error of each patch: `[N, B, patch_pixels * C]` to `[N, B]`."""
+    def mimic_loss(self, latent: Tensor, ids_restore: Tensor, features: Tensor) -> Tensor:
+        """Mean squared error to a teacher's tokens at the visible places, in float32.
+
+        Args:
+            latent: `[K * N, prefix + visible, embed_dim[2]]`; no class token has a place.
+            ids_restore: `[K * N, L]`, see `random_masking`.
+            features: `[N, L, mimic_dim]`, of the teacher for the whole images.
+
+        Returns:
+            A scalar.
+        """
+        tokens = self.mimic(latent[:, self.num_prefix_tokens :])
+        with torch.autocast(latent.device.type, enabled=False):
+            ids_keep = torch.argsort(ids_restore, dim=1)[:, : tokens.shape[1]]
+            features = torch.cat([features] * (len(latent) // len(features)))
+            return F.mse_loss(tokens.float(), gather_tokens(features, ids_keep).float())
+
+    def target(self, imgs: Tensor) -> Tensor:
+        """The values to predict: `[N, C, *img_size]` to `[N, L, patch_pixels * C]`."""
+        patches = self.patchify(imgs)
         if self.norm_pix_loss:
             mean = patches.mean(dim=-1, keepdim=True)
             var = patches.var(dim=-1, keepdim=True)
             patches = (patches - mean) / (var + 1e-6) ** 0.5
-        return F.mse_loss(pred.float(), patches, reduction="none").mean(dim=-1)
+        return patches
 
     def forward(
         self,
         imgs: Tensor,
         mask_ratio: float = 0.75,
         noise: Tensor | None = None,
+        predict_share: float = 1.0,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pretraining forward pass.
 
@@ -239,19 +358,32 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             mask_ratio: share of patches to remove.
             noise: `[N, U]`, what decides the mask, see `random_masking`. If not given it is drawn
                 before anything else, so that a seed gives the published code's mask.
+            predict_share: share of the removed patches to predict, see `choose_predicted`.
+            features: `[N, L, mimic_dim]`, a teacher's tokens of the whole images; with them the
+                loss is that of the pixels and `mimic_weight` times `mimic_loss`.
 
         Returns:
             loss: a scalar.
-            pred: `[N, L, patch_pixels * C]`, a prediction for every patch.
-            mask: `[N, L]`, 1 where removed.
+            pred: `[K * N, L, patch_pixels * C]`, a prediction for every patch; `K` is 1 unless
+                the model is `complementary`, see `random_masking`. With a `predict_share` below
+                1, of the patches that are chosen alone.
+            mask: `[K * N, L]`, 1 where removed.
 
         Raises:
-            ValueError: images of another shape, or a ratio that leaves nothing.
+            ValueError: images of another shape, or a ratio or share that leaves nothing.
         """
         self.check_input(imgs)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        pred = self.forward_decoder(latent, ids_restore)
-        return self.forward_loss(imgs, pred, mask), pred, mask
+        ids_predict = None
+        if predict_share != 1:
+            predicted = self.geometry.predicted_patches(mask_ratio, predict_share)
+            visible = latent.shape[1] - self.num_prefix_tokens
+            ids_predict = self.choose_predicted(ids_restore, visible, predicted)
+        pred = self.forward_decoder(latent, ids_restore, ids_predict)
+        loss = self.forward_loss(imgs, pred, mask, ids_predict)
+        if features is not None:
+            loss = loss + self.mimic_weight * self.mimic_loss(latent, ids_restore, features)
+        return loss, pred, mask
 
 
 def convmae_convvit_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:
@@ -280,8 +412,14 @@ def convmae_convvit_huge_patch16(**kwargs) -> MaskedAutoencoderConvViT:
     return MaskedAutoencoderConvViT(**{**SIZES["huge"], **kwargs})
 
 
-# The original repository's name for the base model.
+def fastconvmae_convvit_base_patch16(**kwargs) -> MaskedAutoencoderConvViT:
+    """FastConvMAE-B: ConvMAE-B with complementary masks. `kwargs` override any argument."""
+    return convmae_convvit_base_patch16(**{"complementary": True, **kwargs})
+
+
+# The original repository's names for the base models.
 convmae_convvit_base_patch16_dec512d8b = convmae_convvit_base_patch16
+fastconvmae_convvit_base_patch16_dec512d8b = fastconvmae_convvit_base_patch16
 
 # Model name to factory, for command lines and checkpoints.
 MODELS = {
@@ -291,6 +429,8 @@ MODELS = {
     "convmae_convvit_base_patch16_dec512d8b": convmae_convvit_base_patch16_dec512d8b,
     "convmae_convvit_large_patch16": convmae_convvit_large_patch16,
     "convmae_convvit_huge_patch16": convmae_convvit_huge_patch16,
+    "fastconvmae_convvit_base_patch16": fastconvmae_convvit_base_patch16,
+    "fastconvmae_convvit_base_patch16_dec512d8b": fastconvmae_convvit_base_patch16_dec512d8b,
 }
 
 
@@ -318,9 +458,10 @@ def convmae_from_checkpoint(
             f"checkpoint {path}: it is no pretraining checkpoint: its model is {name!r}, not one "
             f"of {', '.join(models)}"
         )
-    known = {k: args[k] for k in ("norm_pix_loss", "masking") if args.get(k) is not None}
+    settings = ("norm_pix_loss", "masking", "complementary", "mimic_dim")
+    known = {name: args[name] for name in settings if args.get(name) is not None}
     try:
-        model = models[name](**weights.architecture.encoder_kwargs(), **known)
+        model = models[name](**weights.architecture.kwargs(), **known)
     except ValueError as error:
         raise UsageError(f"checkpoint {path}: {error}") from error
     more = load_weights(model, weights).unexpected

@@ -200,10 +200,15 @@ class ConvViTEncoder(nn.Module):
         norm_layer: LayerNorm of stage 3 and after; the stages before always use eps 1e-5.
         block: makes the blocks of stage 3, from the arguments of `Block`.
 
+    Attributes:
+        num_prefix_tokens: 1 with a class token (`add_class_token`), 0 without.
+
     Raises:
         ValueError: a size, stride or width that does not divide, or a list that is not one entry
             a stage.
     """
+
+    num_prefix_tokens = 0
 
     def __init__(
         self,
@@ -264,6 +269,13 @@ class ConvViTEncoder(nn.Module):
                 f"grid_index{stage}", nested.reshape(geometry.num_patches, -1), persistent=False
             )
 
+    def add_class_token(self) -> None:
+        """Put a learnable token before those of the grid, with a row of the position table."""
+        dim = self.embed_dim[2]
+        self.num_prefix_tokens = 1
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.geometry.num_patches, dim))
+
     def check_input(self, x: Tensor) -> None:
         """Raise a ValueError unless `x` is `[N, in_chans, *img_size]`."""
         expected = (self.in_chans, *self.geometry.img_size)
@@ -288,9 +300,12 @@ class ConvViTEncoder(nn.Module):
         return VisibleGrid(index, canvas, windows)
 
     def visible_blocks(self, imgs: Tensor, ids_keep: Tensor) -> Tensor:
-        """The pixels of the blocks `ids_keep` `[N, B]` in nested order: `[N, B, pixels, C]`."""
+        """The pixels of the blocks `ids_keep` `[K * N, B]` of `N` images, mask-major.
+
+        They are in nested order: `[K * N, B, pixels, C]`.
+        """
         blocks = to_nested_blocks(imgs, self.geometry.nesting(0))
-        image = torch.arange(len(imgs), device=imgs.device).unsqueeze(1)
+        image = (torch.arange(len(ids_keep), device=imgs.device) % len(imgs)).unsqueeze(1)
         block = torch.unravel_index(ids_keep, self.geometry.grid(3))
         return blocks[(image, *block)].flatten(2, -2)
 
@@ -303,11 +318,12 @@ class ConvViTEncoder(nn.Module):
 
         Args:
             imgs: `[N, in_chans, *img_size]`.
-            ids_keep: `[N, B]`, the visible stage-3 tokens of each image, mask unit by mask unit.
+            ids_keep: `[K * N, B]`, the visible stage-3 tokens of each of the `K` masks of each
+                image, mask-major, mask unit by mask unit.
 
         Returns:
-            Tokens after stage 1 `[N, B, U1, C1]`, stage 2 `[N, B, U2, C2]` and stage 3
-            `[N, B, C3]`.
+            Tokens after stage 1 `[K * N, B, U1, C1]`, stage 2 `[K * N, B, U2, C2]` and stage 3
+            `[K * N, prefix + B, C3]`.
         """
         x = self.patch_embed1(self.under_patches(self.visible_blocks(imgs, ids_keep), 1))
         visible = self.visible_grid(ids_keep, 1)
@@ -323,6 +339,9 @@ class ConvViTEncoder(nn.Module):
 
         x = self.patch_embed4(self.patch_embed3(self.under_patches(x, 3))).flatten(1, 2)
         x = x + self.pos_embed[0, -self.geometry.num_patches :][ids_keep]
+        if self.num_prefix_tokens:
+            token = self.cls_token + self.pos_embed[:, :1]
+            x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks3:
             x = block(x)
         return stage1, stage2, x
@@ -358,7 +377,6 @@ class ConvViT(ConvViTEncoder):
         super().__init__(norm_layer=norm_layer, **encoder)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim[2]
-        self.num_prefix_tokens = int(class_token)
         self.grad_checkpointing = False
         self.num_stages = 3
         self._norm_layer = norm_layer
@@ -367,9 +385,7 @@ class ConvViT(ConvViTEncoder):
             for stage, dim in enumerate(self.embed_dim, start=1)
         ]
         if class_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, self.num_features))
-            tokens = 1 + self.geometry.num_patches
-            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, self.num_features))
+            self.add_class_token()
         self._make_norm(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()

@@ -3,6 +3,11 @@
 `python submitit_launch.py --nodes 4 main_pretrain.py --data_path DIR --output_dir DIR`
 """
 
+from util.signals import STOPPED_EXIT_CODE, leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import contextlib
 import io
@@ -21,7 +26,7 @@ from typing import TYPE_CHECKING
 from util.errors import UsageError
 from util.run.args import check_writable
 from util.run.parser import ChoiceOf, Parser, PathOrDefault, non_negative_int, positive_int
-from util.run.program import STOPPED_EXIT_CODE, run_main
+from util.run.program import run_main
 from util.run.resume import LAST
 
 if TYPE_CHECKING:

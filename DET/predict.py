@@ -3,6 +3,11 @@
 `python -m DET.predict --config-file FILE --checkpoint FILE IMAGES… --out DIR`
 """
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence

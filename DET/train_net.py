@@ -1,5 +1,10 @@
 """Train or evaluate Mask R-CNN: `python -m DET.train_net --config-file DET/configs/FILE.py`."""
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals(is_run=True)
+
 import argparse
 import importlib
 import multiprocessing

@@ -1,5 +1,10 @@
 """Check images and masks before training: `python -m SEG.check CONFIG --data-path DIR`."""
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -4,6 +4,11 @@ Trains the tiny config twice on a few scenes of handwritten digits, from a pretr
 from random weights, and tests both on scenes of digits that neither has seen.
 """
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals(is_run=True)
+
 import argparse
 import sys
 from collections.abc import Sequence

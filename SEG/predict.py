@@ -1,5 +1,10 @@
 """Segment pictures: `python -m SEG.predict CONFIG CHECKPOINT IMAGES… --out DIR`."""
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,5 +1,10 @@
 """Test a segmentation model: `python -m SEG.test CONFIG CHECKPOINT` prints its mIoU."""
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals(is_run=True)
+
 import argparse
 import sys
 from collections.abc import Sequence

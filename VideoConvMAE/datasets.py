@@ -9,6 +9,7 @@ from torch import Tensor
 
 from util.data.classes import NO_LABEL
 from util.data.datasets import FileDataset
+from util.data.images import MAX_PIXELS
 from VideoConvMAE.decode import Video, open_video
 from VideoConvMAE.lists import VideoList, class_numbers
 from VideoConvMAE.sampling import eval_clips, training_clip
@@ -26,6 +27,7 @@ class Clips(FileDataset):
         stride: frames from one to the next in dense sampling.
         in_chans: 1 or 3.
         short_side: to which larger frames are scaled down, see `decode.open_video`.
+        max_pixels: a video of larger frames counts as one that cannot be decoded.
     """
 
     what = "videos"
@@ -40,13 +42,14 @@ class Clips(FileDataset):
         stride: int = 4,
         in_chans: int = 3,
         short_side: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.root = videos.source
         # One array, because workers would copy a list bit by bit as they touch its strings.
         self._paths = np.array([os.fsencode(path) for path in videos.paths])
         self.transform = transform
         self.length, self.sampling, self.stride = length, sampling, stride
-        self.in_chans, self.short_side = in_chans, short_side
+        self.in_chans, self.short_side, self.max_pixels = in_chans, short_side, max_pixels
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -57,7 +60,7 @@ class Clips(FileDataset):
 
     def open(self, index: int) -> Video:
         """A video, to read frames of."""
-        return open_video(self.path(index), self.in_chans, self.short_side)
+        return open_video(self.path(index), self.in_chans, self.short_side, self.max_pixels)
 
     def load(self, index: int) -> Tensor:
         """A random clip of a video, transformed."""

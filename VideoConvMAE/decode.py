@@ -1,21 +1,23 @@
 """Frames of videos: files by PyAV, folders of pictures by Pillow; only the frames asked for."""
 
 import contextlib
+import errno
 import os
 import re
-import stat
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import av
 import numpy as np
 from PIL import Image
 
-from util.data.images import IMAGE_EXTENSIONS, load_image
+from util.data.files import is_of_storage, open_regular, reason_of, retried
+from util.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, load_image
 
 VIDEO_EXTENSIONS = (
     *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg"),
@@ -28,7 +30,10 @@ DEMUXERS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv", "ogg", "mxf", "gif"),
     *("mpegvideo", "m4v", "h264", "hevc", "ivf", "obu"),
 )
-_OPTIONS = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "file"}
+# Python opens the file, so FFmpeg needs no way to open any.
+_OPTIONS = {"format_whitelist": ",".join(DEMUXERS), "protocol_whitelist": "none"}
+_BUFFER = 1 << 16  # bytes that FFmpeg asks for at a time
+T = TypeVar("T")
 
 
 class Video(Protocol):
@@ -51,7 +56,12 @@ class Video(Protocol):
         """Close it."""
 
 
-def open_video(path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None) -> Video:
+def open_video(
+    path: str | os.PathLike,
+    in_chans: int = 3,
+    short_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Video:
     """Open a video file, or a folder of pictures.
 
     Args:
@@ -59,12 +69,14 @@ def open_video(path: str | os.PathLike, in_chans: int = 3, short_side: int | Non
         in_chans: 1 for grayscale, 3 for RGB.
         short_side: frames whose shorter side has more pixels are scaled down to it as they are
             decoded, so that a clip of 1080p costs no more than one of that size; None: never.
+        max_pixels: a video of larger frames is not decoded.
 
     Raises:
         OSError: nothing there, or nothing that can be decoded.
+        TrainingError: the storage fails, see `util.data.files.retried`; later, too.
     """
     kind = FrameFolder if os.path.isdir(path) else VideoFile
-    return kind(path, in_chans, short_side)
+    return kind(path, in_chans, short_side, max_pixels)
 
 
 def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
@@ -73,6 +85,40 @@ def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, i
         return height, width
     scale = short_side / min(height, width)
     return round(height * scale), round(width * scale)
+
+
+class _File:
+    """A file that FFmpeg reads through Python, as it takes an error of the storage for its end.
+
+    Attributes:
+        name: of the file; "file:", because a name may look like an address.
+        error: the first error of the storage, if there was one.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.name, self.error = f"file:{os.fspath(path)}", None
+        self._file = open_regular(path)
+        self.tell, self.close = self._file.tell, self._file.close
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        return self._noted(self._file.read, size)
+
+    def seek(self, offset: int, whence: int) -> int:
+        """Go to another place; -1 if there is no such place."""
+        try:
+            return self._noted(self._file.seek, offset, whence)
+        except (ValueError, OverflowError):
+            return -1
+
+    def _noted(self, call: Callable[..., T], *args: int) -> T:
+        try:
+            return call(*args)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a place before the file's beginning
+                raise ValueError(error) from error
+            self.error = self.error or error
+            raise
 
 
 class VideoFile:
@@ -86,51 +132,93 @@ class VideoFile:
         path: the file.
         in_chans: 1 or 3.
         short_side: pixels that a larger frame's shorter side is scaled down to.
+        max_pixels: a video of larger frames is not decoded.
 
     Raises:
         OSError: it cannot be read, is of no format in `DEMUXERS`, or holds no video.
     """
 
     def __init__(
-        self, path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None
+        self,
+        path: str | os.PathLike,
+        in_chans: int = 3,
+        short_side: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.path, self.format, self.short_side = path, _FORMATS[in_chans], short_side
-        self.container = None
+        self.max_pixels = max_pixels
+        self.file = self.container = None
         self.key_times: list[int] = []
         self.seek_times: list[tuple[int, int]] = []
+        self._read(self._read_times)
+
+    def _read(self, read: Callable[[], T]) -> T:
+        """The result of `read`, again from a file opened anew where the storage failed."""
         try:
-            self._open()
-            self._read_times()
-        except Exception as error:  # A damaged file can make a decoder raise nearly anything.
+            return retried(partial(self._read_once, read), self.path)
+        except BaseException:
             self.__exit__()
-            raise self._failed(error) from error
+            raise
+
+    def _read_once(self, read: Callable[[], T]) -> T:
+        try:
+            if self.file is None:
+                self._open()
+            result = read()
+            self._check_storage()
+            return result
+        except Exception as error:  # A damaged file can make a decoder raise nearly anything.
+            cause = (self.file and self.file.error) or error
+            self.__exit__()
+            if isinstance(cause, av.FFmpegError):
+                reason = cause.strerror
+            elif isinstance(cause, OSError):
+                if is_of_storage(cause):
+                    raise cause from None
+                reason = reason_of(cause, str(self.path))
+            else:
+                reason = cause
+            raise OSError(f"{self.path} cannot be decoded: {reason}") from error
+
+    def _check_storage(self) -> None:
+        """Raise what the storage is to blame for, whatever FFmpeg made of it."""
+        if self.file is not None and self.file.error is not None:
+            raise self.file.error
 
     def _open(self) -> None:
         """Open the file, or begin at its start again."""
+        self._check_storage()
         self.__exit__()
-        if not stat.S_ISREG(os.stat(self.path).st_mode):
-            raise OSError("it is no regular file")
-        # "file:", because a name may look like an address.
-        self.container = av.open(f"file:{os.fspath(self.path)}", options=_OPTIONS)
+        self.file = _File(self.path)
+        try:
+            self.container = av.open(self.file, options=_OPTIONS, buffer_size=_BUFFER)
+        except av.error.ArgumentError:
+            raise OSError(f"it is of no format of {', '.join(DEMUXERS)}") from None
         if not self.container.streams.video:
             raise OSError("it has no video stream")
         self.stream = self.container.streams.video[0]
-        self.stream.thread_type, self.stream.codec_context.thread_count = "SLICE", 1
-
-    def _failed(self, error: Exception) -> OSError:
-        return OSError(f"{self.path} cannot be decoded: {error}")
+        codec = self.stream.codec_context
+        if codec.width * codec.height > self.max_pixels:
+            raise OSError(
+                f"its {codec.width} x {codec.height} pixels are more than --max_pixels "
+                f"{self.max_pixels}"
+            )
+        codec.options = {"max_pixels": str(self.max_pixels)}  # of frames that grow on the way
+        self.stream.thread_type, codec.thread_count = "SLICE", 1
 
     def _read_times(self) -> None:
         """The frames' times in order of display, and where decoding can begin."""
         packets = [p for p in self.container.demux(self.stream) if p.size and not p.is_discard]
         if not packets:
             raise OSError("it has no frames")
-        self.timed = all(p.pts is not None for p in packets)
+        times = [p.pts for p in packets]
+        # Files joined end to end have the same times again.
+        self.timed = None not in times and len(set(times)) == len(times)
         if not self.timed:  # count what comes out, and always begin at the start
             self._open()
             self.times = list(range(sum(1 for _ in self.container.decode(self.stream))))
             return
-        self.times = sorted({p.pts for p in packets})
+        self.times = sorted(times)
         keys = sorted((p.pts, p.dts or p.pts) for p in packets if p.is_keyframe)
         self.key_times, self.seek_times = [pts for pts, _ in keys], keys
 
@@ -143,17 +231,20 @@ class VideoFile:
     def __exit__(self, *_: object) -> None:
         if self.container is not None:
             self.container.close()
+        if self.file is not None:
+            self.file.close()
+        self.file = self.container = None
 
     def frames(self, indices: Sequence[int]) -> np.ndarray:
         """See `Video`."""
+        return self._read(partial(self._frames, indices))
+
+    def _frames(self, indices: Sequence[int]) -> np.ndarray:
         places = sorted(set(indices))
         shown: dict[int, np.ndarray] = {}
-        try:
-            for run in self._runs([self.times[i] for i in places]):
-                shown |= self._decode(run)
-            return np.stack([shown[self.times[i]] for i in indices])
-        except Exception as error:
-            raise self._failed(error) from error
+        for run in self._runs([self.times[i] for i in places]):
+            shown |= self._decode(run)
+        return np.stack([shown[self.times[i]] for i in indices])
 
     def _runs(self, times: Sequence[int]) -> Iterator[list[int]]:
         """Times that one pass decodes: a keyframe on the way to the next is better jumped to."""
@@ -223,16 +314,22 @@ class FrameFolder:
         path: the folder.
         in_chans: 1 or 3.
         short_side: pixels that a larger frame's shorter side is scaled down to.
+        max_pixels: a video of larger frames is not decoded.
 
     Raises:
         OSError: no picture in it.
     """
 
     def __init__(
-        self, path: str | os.PathLike, in_chans: int = 3, short_side: int | None = None
+        self,
+        path: str | os.PathLike,
+        in_chans: int = 3,
+        short_side: int | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.path, self.in_chans, self.short_side = Path(path), in_chans, short_side
-        self.names = frame_names(os.listdir(path))
+        self.max_pixels = max_pixels
+        self.names = frame_names(retried(partial(os.listdir, path), path))
         if not self.names:
             raise OSError(f"{path} cannot be decoded: it is a folder without pictures")
 
@@ -253,7 +350,7 @@ class FrameFolder:
         return np.stack([pictures[i].reshape(*pictures[i].shape[:2], -1) for i in indices])
 
     def _load(self, name: str) -> np.ndarray:
-        picture = load_image(self.path / name, self.in_chans)
+        picture = load_image(self.path / name, self.in_chans, self.max_pixels)
         height, width = scaled_size(picture.height, picture.width, self.short_side)
         return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 

@@ -5,6 +5,11 @@ few labels, beside the same model from random weights. Both are tested on digits
 seen, and the first also on a single repeated frame of each, which tells nothing of motion.
 """
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence

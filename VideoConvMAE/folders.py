@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.data.folders import walk
+from util.data.classes import some
+from util.data.folders import describe, walk
 from util.data.images import IMAGE_EXTENSIONS
 from util.errors import UsageError
 from VideoConvMAE.decode import VIDEO_EXTENSIONS
@@ -57,7 +58,8 @@ def list_folder(folder: Path) -> VideoList:
     videos: list[str] = []
     pictures: dict[str, list[str]] = {}  # by folder, the first names
     endings: dict[str, Counter] = {}
-    for place, names in walk(folder):
+    hidden: Counter[str] = Counter()
+    for place, names in walk(folder, hidden):
         kinds = [os.path.splitext(name)[1].lower() for name in names]
         endings[place] = Counter(kind for kind in kinds if kind not in VIDEO_EXTENSIONS)
         found = zip(names, kinds, strict=True)
@@ -73,8 +75,10 @@ def list_folder(folder: Path) -> VideoList:
     for place in frames:
         for ending in IMAGE_EXTENSIONS:
             del endings[place][ending]
-    left_out = sum(endings.values(), Counter())
-    kinds = ", ".join(f"{n} of {kind or 'unnamed type'}" for kind, n in left_out.most_common(5))
+    left_out = hidden
+    for kind, n in sum(endings.values(), Counter()).items():
+        left_out[f"of {kind or 'unnamed type'}"] += n
+    kinds = describe(left_out)
     paths = sorted([*videos, *frames])
     if not paths:
         raise UsageError(
@@ -88,7 +92,12 @@ def list_folder(folder: Path) -> VideoList:
     why = ""
     if 0 < len(stray) < len(paths):
         why = f"{len(stray)} videos lie outside of its class folders (first: {stray[0]})"
-    return VideoList(folder, paths, labels, (note,) * bool(left_out), why)
+    notes = [note] * bool(left_out)
+    if labels:
+        places = (os.path.relpath(place, folder).split(os.sep)[0] for place in endings)
+        if empty := sorted({*places} - {*labels, "."}):
+            notes.append(f"no video in {some(empty)} of {folder}: no class is made of that")
+    return VideoList(folder, paths, labels, tuple(notes), why)
 
 
 def _are_frames(names: Sequence[str], videos: set[str]) -> bool:

@@ -1,5 +1,6 @@
 """Videos and their labels from lists, annotations and splits."""
 
+import codecs
 import csv
 import json
 import os
@@ -10,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from util.data.classes import some
+from util.data.files import read_file, reason_of
 from util.data.folders import find_train_folder
 from util.errors import UsageError
 from VideoConvMAE.decode import VIDEO_EXTENSIONS
@@ -22,15 +24,16 @@ _LABEL_HEADS = ("label", "class", "target", "category", "class_name", "label_nam
 # All of a large list would take minutes on a network's file system.
 _LOOKED_FOR = 100
 _WHOLE_NUMBER = re.compile(r"-?\d+")
+_WHOLE_FLOAT = re.compile(r"-?\d+\.0*")
 
 
 def find_videos(source: Path, root: Path | None = None) -> VideoList:
     """The videos of a list, an annotation or a folder.
 
     Args:
-        source: a folder, nested or flat, whose first level are the classes if there are any; or a
+        source: a folder, nested or flat, whose first level are the classes if there are any; a
             file: lines of a path, with a label or without, Kinetics' csv, Something-Something's
-            json.
+            json; or one video.
         root: what the list's paths are relative to; the list's own folder if None.
 
     Raises:
@@ -38,21 +41,43 @@ def find_videos(source: Path, root: Path | None = None) -> VideoList:
     """
     if source.is_dir():
         return list_folder(source)
-    if not source.is_file():
-        raise UsageError(f"{source} does not exist: give a folder of videos or a list of them")
+    if source.is_file() and source.suffix.lower() in VIDEO_EXTENSIONS:
+        return VideoList(source, [str(source)], [])
+    text = _read_text(source)
     root = root or source.parent
     if not root.is_dir():
         raise UsageError(f"--video_root {root} is not a folder")
     read = _from_json if source.suffix == ".json" else _from_lines
     try:
-        return read(source, root)
+        return read(source, root, text)
     except UsageError:
         raise
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{source} is no list of videos: it is no text in UTF-8") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, csv.Error) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"{source} is no list of videos: {reason}") from error
+
+
+def _read_text(source: Path) -> str:
+    """A list's text: UTF-8 or, with its mark, UTF-16; names may hold any other bytes.
+
+    Raises:
+        UsageError: no such file, none that can be read, or no text.
+    """
+    try:
+        data = read_file(source).read()
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{source} does not exist: give a folder of videos or a list of them"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{source} cannot be read: {reason_of(error, str(source))}") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = data.decode("utf-16", "replace")
+    else:
+        text = data.decode("utf-8-sig", "surrogateescape")
+    if "\0" in text:
+        raise UsageError(f"{source} is no list of videos: it is no text")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def find_split(data_path: Path, names: Sequence[str], root: Path | None) -> VideoList:
@@ -125,9 +150,8 @@ class _Style:
 _STYLES = [_Style("", 0), *(_Style(d, n) for n, d in product((1, 2), ("\t", ",", ";", " ")))]
 
 
-def _from_lines(source: Path, root: Path) -> VideoList:
+def _from_lines(source: Path, root: Path, text: str) -> VideoList:
     """A list of lines; or a table with a head, Kinetics' annotation among them."""
-    text = source.read_text(encoding="utf-8-sig")
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise UsageError(f"{source} is empty: a line is `path label`, `path,label` or a path")
@@ -219,16 +243,26 @@ def _listed(source: Path, root: Path, paths: Sequence[str], labels: list[str]) -
             f"{min(len(paths), _LOOKED_FOR)} is below {root}: set --video_root to the folder that "
             f"holds them"
         )
-    if not all(map(_WHOLE_NUMBER.fullmatch, labels)):
+    if all(map(_WHOLE_FLOAT.fullmatch, labels)):  # as tables write numbers with gaps in them
+        labels = [label.partition(".")[0] for label in labels]
+    notes = _named_again(source, paths, labels)
+    named = [label for label in labels if not _WHOLE_NUMBER.fullmatch(label)]
+    if named:
         if "" in labels:
             raise UsageError(
                 f"{source} has no label for {paths[labels.index('')]} ({labels.count('')} such "
                 f"lines of {len(labels)})"
             )
-        return VideoList(source, paths, labels)
+        if len(named) < len(labels):
+            notes.append(
+                f"{len(labels) - len(named)} of {len(labels)} labels of {source} are numbers and "
+                f"the others not (first: {named[0][:40]}): all are taken for names"
+            )
+        return VideoList(source, paths, labels, tuple(notes))
     unknown = sum(label.startswith("-") for label in labels)
     if unknown:
-        return VideoList(source, paths, [], unlabeled=f"{unknown} of {len(labels)} are below 0")
+        why = f"{unknown} of {len(labels)} are below 0"
+        return VideoList(source, paths, [], tuple(notes), unlabeled=why)
     distinct = set(labels)
     highest = max(distinct, key=lambda label: (len(label.lstrip("0")), label), default="0")
     # Subsets of a data set leave numbers out; a number out of proportion is another thing's.
@@ -240,8 +274,21 @@ def _listed(source: Path, root: Path, paths: Sequence[str], labels: list[str]) -
         )
     labels = [str(int(label)) for label in labels]
     empty = sorted(set(range(int(highest))) - set(map(int, labels))) if labels else []
-    note = f"{len(empty)} classes of {source} have no video: {some([str(i) for i in empty])}"
-    return VideoList(source, paths, labels, (note,) * bool(empty), numbered=True)
+    if empty:
+        names = some([str(i) for i in empty])
+        notes.append(f"{len(empty)} classes of {source} have no video: {names}")
+    return VideoList(source, paths, labels, tuple(notes), numbered=True)
+
+
+def _named_again(source: Path, paths: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """A line for people on videos that a list names more than once; none if there are none."""
+    first: dict[str, int] = {}
+    again = [(first[p], i) for i, p in enumerate(paths) if first.setdefault(p, i) != i]
+    if not again:
+        return []
+    other = sum(labels[a] != labels[b] for a, b in again) if labels else 0
+    note = f"{len(again)} lines of {source} name a video again (first: {paths[again[0][1]]})"
+    return [f"{note}, {other} of them with another label" if other else note]
 
 
 # --- annotations ---------------------------------------------------------------------------------
@@ -253,9 +300,9 @@ def _kinetics_names(row: Mapping[str, str]) -> list[str]:
     return ["_".join([row["youtube_id"], *(f"{t:06d}" for t in times)]), row["youtube_id"]]
 
 
-def _from_json(source: Path, root: Path) -> VideoList:
+def _from_json(source: Path, root: Path, text: str) -> VideoList:
     """Something-Something's json: the number that names the file, and the label's template."""
-    rows = json.loads(source.read_text(encoding="utf-8-sig"))
+    rows = json.loads(text)
     plain = [
         {**row, "template": re.sub(r"[\[\]]", "", row["template"])} if "template" in row else row
         for row in rows

@@ -3,6 +3,11 @@
 `python -m VideoConvMAE.visualize --checkpoint FILE --videos FILE… --output clips.png`
 """
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import contextlib
 import sys
@@ -13,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
+from util.data.files import is_one_of
+from util.data.images import MAX_PIXELS
 from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run.parser import Parser, mask_ratio, positive_int, seed
@@ -98,7 +105,8 @@ def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
     Raises:
         OSError: it cannot be decoded.
     """
-    with open_video(path, args.in_chans, args.short_side or None) as video:
+    max_pixels = getattr(args, "max_pixels", MAX_PIXELS)
+    with open_video(path, args.in_chans, args.short_side or None, max_pixels) as video:
         (chosen,) = eval_clips(args.sampling, len(video), args.num_frames, args.stride, 1)
         return views_transform(tuple(args.input_size))(video.frames(chosen))[0]
 
@@ -143,6 +151,9 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--output {args.output} must end in .png")
     if not args.output.absolute().parent.is_dir():
         raise UsageError(f"the folder of --output {args.output} does not exist")
+    files, movie = _files(args.videos), args.output.with_suffix(".mp4")
+    if is_one_of(movie, files):
+        raise UsageError(f"{movie}, beside --output, is one of the videos: give another name")
     model = videoconvmae_from_checkpoint(args.checkpoint)
     try:
         model.geometry.visible_patches(args.mask_ratio)
@@ -152,12 +163,12 @@ def main(args: argparse.Namespace) -> None:
     args.in_chans, args.short_side = model.in_chans, None
     complete_protocol(args)
     clips = []
-    for path in _files(args.videos)[: args.max_videos]:
+    for path in files[: args.max_videos]:
         try:
             clips.append(load_clip(path, args))
         except OSError as error:
             raise UsageError(str(error)) from error
-    batch, movie = torch.stack(clips), args.output.with_suffix(".mp4")
+    batch = torch.stack(clips)
     save_image(clip_grid(model, batch, args.mask_ratio, args.seed, args.columns), args.output)
     clip_movie(model, batch, args.mask_ratio, movie, args.seed)
     print(f"{len(clips)} videos: original, masked, reconstruction in {args.output} and {movie}")

@@ -57,9 +57,9 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The dense form of `MaskedAutoencoderConvViT.forward_encoder`, with the same results."""
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
-        block_mask = mask.view(len(imgs), 1, *self.geometry.grid(3))  # [N, 1, *grid]
+        block_mask = mask.view(len(mask), 1, *self.geometry.grid(3))  # [K * N, 1, *grid]
 
-        x, masks = imgs, {}
+        x, masks = torch.cat([imgs] * (len(mask) // len(imgs))), {}
         for stage in (1, 2):
             masks[stage] = F.interpolate(
                 block_mask, self.geometry.grid(stage), mode="nearest-exact"
@@ -71,9 +71,11 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
         for block in self.blocks2:
             x = stage2 = conv_block_on_grid(block, x, masks[2])
         x = patch_embed_on_grid(self.patch_embed3, x).flatten(2).transpose(1, 2)  # [N, L, C]
-        x = self.patch_embed4(x) + self.pos_embed
-
-        x = gather_tokens(x, ids_keep)
+        prefix = self.num_prefix_tokens
+        x = gather_tokens(self.patch_embed4(x) + self.pos_embed[:, prefix:], ids_keep)
+        if prefix:
+            token = self.cls_token + self.pos_embed[:, :1]
+            x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks3:
             x = block(x)
         if self.multi_scale:
@@ -81,9 +83,8 @@ class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
                 (self.stage1_output_decode, stage1),
                 (self.stage2_output_decode, stage2),
             ):
-                x = x + gather_tokens(
-                    conv_on_grid(decode, grid).flatten(2).transpose(1, 2), ids_keep
-                )
+                fused = conv_on_grid(decode, grid).flatten(2).transpose(1, 2)
+                x = x + F.pad(gather_tokens(fused, ids_keep), (0, 0, prefix, 0))
         return self.norm(x), mask, ids_restore
 
 
@@ -130,7 +131,8 @@ class PlainMaskedAutoencoder(nn.Module):
     patchify = MaskedAutoencoderConvViT.patchify
     random_masking = MaskedAutoencoderConvViT.random_masking
     forward_loss = MaskedAutoencoderConvViT.forward_loss
-    patch_loss = MaskedAutoencoderConvViT.patch_loss
+    target = MaskedAutoencoderConvViT.target
+    complementary = False
 
     def __init__(
         self,

@@ -99,6 +99,9 @@ class Benchmark:
         batch: images and what else the loss takes, on the device.
         loss: from a form's base and its model, the options and a batch to a scalar.
         bases: names of the forms; the first is compared with all others.
+        more: names of forms that are run only if they are asked for.
+        masks: from a model and the options to the masks of an image. Each counts as an image, so
+            that the batch is as many times smaller.
     """
 
     program: str
@@ -106,6 +109,8 @@ class Benchmark:
     batch: Callable[[argparse.Namespace], tuple[Tensor, ...]]
     loss: Callable[..., Tensor]
     bases: Sequence[str]
+    more: Sequence[str] = ()
+    masks: Callable[[nn.Module, argparse.Namespace], int] = lambda *_: 1
 
 
 def add_step_args(parser: Parser, benchmark: Benchmark, sizes: Sequence[str], batch: int) -> None:
@@ -117,7 +122,8 @@ def add_step_args(parser: Parser, benchmark: Benchmark, sizes: Sequence[str], ba
         nargs="+",
         default=benchmark.bases,
         metavar="FORM",
-        help=f"what to run: {', '.join(benchmark.bases)}; with :eager and a type such as :fp16 "
+        help=f"what to run: {', '.join([*benchmark.bases, *benchmark.more])}; with :eager and a "
+        f"type such as :fp16 "
         f"for other settings than those of --compile and --amp",
     )
     add("--batch_size", type=positive_int, default=batch, metavar="N", help="images in a step")
@@ -160,8 +166,10 @@ def settle_options(args: argparse.Namespace, bases: Sequence[str]) -> None:
     if args.json and not args.json.absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no folder {args.json.parent}")
     args.forms = [Form.of(name, args) for name in args.forms]
+    valued = {base.partition("=")[0] for base in bases if "=" in base}  # of any value
     for form in args.forms:
-        if form.base not in bases:
+        name, equals, _ = form.base.partition("=")
+        if form.base not in bases and not (equals and name in valued):
             raise UsageError(f"--forms: invalid choice: {form.base!r} (know {', '.join(bases)})")
 
 
@@ -177,7 +185,9 @@ def ready_step(benchmark: Benchmark, form: Form, args: argparse.Namespace) -> Ca
     optimizer.zero_grad(set_to_none=True)
     scaler = torch.amp.GradScaler(args.device, enabled=form.dtype == torch.float16)
     compiled = torch.compile(model, dynamic=False) if form.compile else model  # fixed sizes
-    loss = partial(benchmark.loss, form.base, compiled, args, *benchmark.batch(args))
+    images = args.batch_size // benchmark.masks(model, args)
+    batch = [part[:images] for part in benchmark.batch(args)]
+    loss = partial(benchmark.loss, form.base, compiled, args, *batch)
 
     def step() -> None:
         with torch.autocast(args.device, form.dtype, enabled=form.dtype is not None):
@@ -215,10 +225,20 @@ def count_flops(loss: Callable[[], Tensor]) -> int:
 
 
 def flops_of(benchmark: Benchmark, form: Form, args: argparse.Namespace) -> int:
-    """Floating-point operations of forward and backward on one image."""
+    """Floating-point operations of forward and backward on one image, or on one of its masks.
+
+    Raises:
+        ValueError: a batch that the number of masks does not divide.
+    """
     one = [part[:1] for part in benchmark.batch(args)]
     model = benchmark.build(form.base, args)
-    return count_flops(partial(benchmark.loss, form.base, model, args, *one))
+    masks = benchmark.masks(model, args)
+    if args.batch_size % masks:
+        raise ValueError(
+            f"--batch_size {args.batch_size} must be a multiple of {masks}, the masks of an image "
+            f"in the form {form.name}"
+        )
+    return count_flops(partial(benchmark.loss, form.base, model, args, *one)) // masks
 
 
 def resident_bytes(field: str) -> int:
@@ -338,7 +358,7 @@ def run(benchmark: Benchmark, parser: Parser, argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     try:
-        settle_options(args, benchmark.bases)
+        settle_options(args, [*benchmark.bases, *benchmark.more])
         if args.device == "cuda":
             torch.set_float32_matmul_precision("high")
         if args.measure_memory:

@@ -89,6 +89,11 @@ def call(*command: object, timeout: float = 1200, **env: object) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def _text(path: Path) -> str:
+    """What a program wrote; names of files in it may be any bytes."""
+    return path.read_text(errors="surrogateescape")
+
+
 @dataclass
 class Process:
     """A running program whose output goes to files.
@@ -115,18 +120,16 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL)
             self.ended(10)
             raise AssertionError(
-                f"still running after {timeout} s:\n{self.out.read_text()}\n{self.err.read_text()}"
+                f"still running after {timeout} s:\n{_text(self.out)}\n{_text(self.err)}"
             )
-        return Result(code, self.out.read_text(), self.err.read_text())
+        return Result(code, _text(self.out), _text(self.err))
 
     def wait_for(self, text: str, timeout: float = 1200) -> None:
         """Wait until it has written a text to stdout."""
         end = time.monotonic() + timeout
-        while text not in self.out.read_text():
+        while text not in _text(self.out):
             if self.ended(0.02) is not None or time.monotonic() > end:
-                raise AssertionError(
-                    f"no {text!r} in:\n{self.out.read_text()}{self.err.read_text()}"
-                )
+                raise AssertionError(f"no {text!r} in:\n{_text(self.out)}{_text(self.err)}")
 
 
 def free_port() -> int:

@@ -167,6 +167,14 @@ def loader(folder: Path, batch_size: int, workers: int = 0) -> Loader:
     return Loader(dataset, EvalSampler(len(dataset), batch_size), workers)
 
 
+def test_outputs_that_are_not_finite_are_wrong():
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[nan, nan], [nan, 1.0], [inf, 0.0], [2.0, 1.0]])
+    losses, top1, top5, *_ = judge(logits, torch.zeros(4, dtype=torch.long))
+    assert top1.tolist() == top5.tolist() == [False, False, False, True]
+    assert losses.isfinite().tolist() == [False, False, False, True]
+
+
 def test_evaluation_does_not_depend_on_batches_or_workers(tmp_path):
     write_classes(tmp_path, 17)
     model = convvit_tiny_patch16(img_size=32, num_classes=3)

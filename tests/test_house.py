@@ -111,6 +111,18 @@ def test_every_file_parses():
         ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))
 
 
+def test_a_program_answers_signals_before_it_imports_anything_else(trees):
+    programs = {
+        path: tree.body[1:3]  # after the docstring
+        for path, tree in trees.items()
+        if "util.run.program.run_main" in imported_modules(ast.walk(tree))
+    }
+    assert len(programs) > 15
+    for path, (first, second) in programs.items():
+        assert "util.signals.leave_on_signals" in imported_modules([first]), path
+        assert ast.unparse(second).startswith("if __name__ == '__main__':\n    leave_on_s"), path
+
+
 def test_every_class_has_one_definition(trees):
     places = defaultdict(list)
     for path, tree in trees.items():

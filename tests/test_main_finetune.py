@@ -448,6 +448,23 @@ def test_predictions_say_what_the_model_says(finished, launcher, data, tmp_path)
     assert all(1 / 3 <= float(row["probability"]) <= 1 for row in rows)
 
 
+@pytest.mark.parametrize("more", [["--eval"], []], ids=["eval", "train"])
+def test_predictions_that_cannot_be_written_are_found_at_the_start(more, flags, launcher, tmp_path):
+    file = tmp_path / "no" / "predictions.csv"
+    result = launcher.run(*flags(tmp_path, *more, predictions=file), program=FINETUNE)
+    assert_one_line(result, 2, f"the folder of --predictions {file} does not exist")
+    assert not (tmp_path / "log.txt").exists()
+
+
+def test_a_class_without_an_image_to_evaluate_on_is_named(finished, launcher, data, tmp_path):
+    shutil.copytree(data / "val", tmp_path / "val")
+    for path in (tmp_path / "val" / "bee").iterdir():
+        path.unlink()
+    command = evaluation(tmp_path, finished(FINETUNE) / "checkpoint.pth")
+    result = launcher.run(*command, program=FINETUNE)
+    assert_one_line(result, 0, "1 of 3 classes", "(bee)")
+
+
 def test_the_first_process_alone_evaluates_without_dist_eval(finished, launcher, data):
     command = evaluation(data, finished(FINETUNE) / "checkpoint.pth", "--no_dist_eval")
     results = launcher.run_ranks(*command, program=FINETUNE)

@@ -18,9 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import ExifTags, Image
 
+import tools.visualize
+from models_convvit import convvit_from_checkpoint
 from tests.checks import (
     assert_close_end,
     assert_finite,
@@ -35,6 +38,7 @@ from tests.checks import (
     same,
     weights,
 )
+from tests.pictures import write_pictures
 from tests.runs import (
     MAIN,
     ROOT,
@@ -47,6 +51,8 @@ from tests.runs import (
     picture,
     write_images,
 )
+from tools import knn
+from util.errors import UsageError
 
 # A tiny model on 24 images, so that a run of 4 epochs of 6 steps takes a second or two.
 DEFAULTS = {
@@ -970,6 +976,83 @@ def test_visualize_draws_images_of_several_formats(whole, launcher, tmp_path):
     assert 600 < grid.width < 700 and 300 < grid.height < 400
 
 
+def test_complementary_masks_are_a_flag_that_a_run_keeps(images, launcher, tmp_path):
+    command = flags(images, tmp_path, "--complementary", epochs=2)
+    result = launcher.run(*command)
+    assert_ok(result)
+    assert "16 of 64 patches visible in each of 4 masks" in result.out
+    assert load(tmp_path / "checkpoint.pth")["args"]["complementary"] is True
+    other = launcher.run(*flags(images, tmp_path, epochs=2))
+    assert_one_line(other, 2, "(--complementary True there, None here)")
+    command = ["--checkpoint", tmp_path / "checkpoint.pth", "--images", images, "--max_images", 1]
+    assert_ok(visualize(launcher, *command, "--output", tmp_path / "grid.png"))
+    assert Image.open(tmp_path / "grid.png").width > 0
+
+
+def test_a_share_to_predict_is_a_flag_of_which_all_is_the_same_as_none(
+    whole, images, launcher, tmp_path
+):
+    result = launcher.run(*flags(images, tmp_path / "half", epochs=2, predict_share=0.5))
+    assert_ok(result)
+    assert "16 of 64 patches visible, 24 predicted" in result.out
+    assert_ok(launcher.run(*flags(images, tmp_path / "all", predict_share=1)))
+    assert_same_end(tmp_path / "all", whole)
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory) -> list[Path]:
+    """The weights of two small teachers."""
+    folder, paths = tmp_path_factory.mktemp("teachers"), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        paths.append(folder / f"{seed}.pth")
+        torch.save(timm.create_model("test_vit").state_dict(), paths[-1])
+    return paths
+
+
+def test_a_run_with_a_teacher_goes_on_bit_for_bit_and_with_no_other(
+    images, teachers, launcher, tmp_path
+):
+    values = dict(teacher="test_vit", epochs=2, save_freq=1)
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    result = launcher.run(*flags(images, whole, teacher_checkpoint=teachers[0], **values))
+    assert_ok(result)
+    assert "teacher test_vit: 0." in result.out and "GFLOP an image" in result.out
+    content = load(whole / "checkpoint.pth")
+    assert content["args"]["mimic_weight"] == 1.0
+    more = {name for name in content["model"] if name.startswith("mimic")}
+    assert more == {"mimic.weight", "mimic.bias"}
+    assert not any("teacher" in name for name in content["model"])
+
+    values["resume"] = whole / "checkpoint-0.pth"
+    other = launcher.run(*flags(images, half, teacher_checkpoint=teachers[1], **values))
+    assert_one_line(other, 2, "weights of the teacher")
+    assert_ok(launcher.run(*flags(images, half, teacher_checkpoint=teachers[0], **values)))
+    resumed = load(half / "checkpoint.pth")
+    assert all(same(resumed[part], content[part]) for part in content.keys() - {"args"})
+
+    inspected = launcher.run("inspect", whole / "checkpoint.pth", program="tools.checkpoint")
+    assert "teacher test_vit (weights " in inspected.out
+    command = ["--checkpoint", whole / "checkpoint.pth", "--images", images, "--max_images", 1]
+    assert_ok(visualize(launcher, *command, "--output", tmp_path / "grid.png"))
+
+
+def test_a_model_with_a_class_token_can_be_looked_at_and_fine_tuned(images, launcher, tmp_path):
+    assert_ok(launcher.run(*flags(images, tmp_path, "--class_token", epochs=1, warmup_epochs=0)))
+    checkpoint = tmp_path / "checkpoint.pth"
+    assert load(checkpoint)["model"]["pos_embed"].shape == (1, 65, 128)
+    command = ["--checkpoint", checkpoint, "--images", images, "--max_images", 1]
+    assert_ok(visualize(launcher, *command, "--output", tmp_path / "grid.png"))
+    model = convvit_from_checkpoint(checkpoint, num_classes=3)
+    assert torch.equal(model.cls_token, load(checkpoint)["model"]["cls_token"])
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_flags_of_a_teacher_without_one_are_refused(images, launcher, tmp_path):
+    result = launcher.run(*flags(images, tmp_path, mimic_weight=2))
+    assert_one_line(result, 2, "--mimic_weight needs --teacher NAME")
+
+
 def test_visualize_takes_folders(whole, images, launcher, tmp_path):
     command = ["--checkpoint", whole / "checkpoint-1.pth", "--images", images, "--max_images", 2]
     result = visualize(launcher, *command, "--output", tmp_path / "grid.png", "--columns", 1)
@@ -1028,6 +1111,14 @@ def test_visualize_refuses_images_that_are_none_in_one_line(whole, launcher, tmp
     assert_one_line(result, 2, str(path))
 
 
+def test_visualize_does_not_write_over_an_image(images):
+    image = next(images.rglob("*.png"))
+    other_name = image.parent / ".." / image.parent.name / image.name
+    command = ["--checkpoint", "x.pth", "--images", str(images), "--output", str(other_name)]
+    with pytest.raises(UsageError, match="is one of the images"):
+        tools.visualize.main(tools.visualize.parse_args(command))
+
+
 def test_visualize_refuses_a_mask_ratio_that_leaves_nothing(whole, images, launcher, tmp_path):
     command = ["--checkpoint", whole / "checkpoint.pth", "--images", images, "--mask_ratio", 0.999]
     result = visualize(launcher, *command, "--output", tmp_path / "grid.png")
@@ -1039,3 +1130,55 @@ def test_visualize_refuses_an_output_that_it_cannot_write(whole, images, launche
     command = ["--checkpoint", whole / "checkpoint.pth", "--images", images]
     result = visualize(launcher, *command, "--output", tmp_path / name)
     assert_one_line(result, 2, str(tmp_path / name))
+
+
+# --- accuracy as it runs -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def labeled(tmp_path_factory) -> Path:
+    """`train/` and `val/` of two classes."""
+    root = tmp_path_factory.mktemp("labeled")
+    for split, count in (("train", 6), ("val", 3)):
+        for name in ("ant", "bee"):
+            write_pictures(root / split / name, count)
+    return root
+
+
+def stop_within_the_accuracy() -> None:
+    import os
+    import signal
+
+    import engine_knn
+
+    each_output = engine_knn.each_output
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return each_output(*args)
+
+    engine_knn.each_output = stopped
+
+
+def test_measuring_the_accuracy_changes_no_bit_of_a_run_stopped_within_it(
+    images, labeled, whole, launcher, tmp_path
+):
+    line = flags(images, tmp_path, knn_freq=3, knn_path=labeled)
+    result = launcher.run(*line, before=code_of(stop_within_the_accuracy))
+    assert result.code == 0
+    assert "stopped by a signal at the evaluation of epoch 3" in result.out
+    assert_ok(launcher.run(*line))
+    got, want = load(tmp_path / "checkpoint.pth"), load(whole / "checkpoint.pth")
+    for part in want.keys() - {"args"}:
+        assert same(got[part], want[part]), part
+    measured = [line["epoch"] for line in log_lines(tmp_path) if "knn_acc1" in line]
+    assert measured == [2, 3]
+    assert [step for step, _ in curve(tmp_path, "knn_acc1")] == [3000, 4000]
+    found = ["--checkpoint", tmp_path / "checkpoint.pth", "--data_path", labeled]
+    args = knn.parse_args([*map(str, found), "--device", "cpu", "--num_workers", "0"])
+    assert log_lines(tmp_path)[-1]["knn_acc1"] == pytest.approx(knn.main(args)["knn_acc1"])
+
+
+def test_the_accuracy_wants_labelled_images(images, launcher, tmp_path):
+    result = launcher.run(*flags(images, tmp_path, knn_freq=1))
+    assert_one_line(result, 2, "--knn_freq without --knn_path: --data_path", "has no train/")

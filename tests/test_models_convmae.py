@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from benchmarks.reference import DenseMaskedAutoencoder
 from models_convmae import MODELS, MaskedAutoencoderConvViT, convmae_from_checkpoint
+from models_convvit import ConvViT
 from util.errors import UsageError
 from util.layers.pos_embed import get_sincos_pos_embed
 
@@ -138,6 +139,25 @@ def test_mask_loss_prediction_and_gradients_equal_the_originals(golden, target):
     assert norms == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("target", ["plain", "norm_pix"])
+def test_complementary_masks_loss_prediction_and_gradients_equal_the_originals(golden, target):
+    with safe_open(GOLDEN / "fastconvmae_tiny.safetensors", "pt") as file:
+        expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model = golden_model(golden, norm_pix_loss=target == "norm_pix", complementary=True)
+    torch.manual_seed(123)
+    loss, pred, mask = model(golden[0]["imgs"], mask_ratio=0.75)
+
+    assert torch.equal(mask, expected["masks"])
+    assert loss.item() == pytest.approx(expected[f"{target}.loss"].item(), rel=0, abs=1e-5)
+    torch.testing.assert_close(pred[:, ::5], expected["pred_every_5th_token"], rtol=0, atol=1e-5)
+    norms = {name: gradient.norm().item() for name, gradient in gradients(model, loss).items()}
+    prefix = f"{target}.gradnorm."
+    assert norms == pytest.approx(
+        {n.removeprefix(prefix): t.item() for n, t in expected.items() if n.startswith(prefix)},
+        rel=1e-4,
+    )
+
+
 def test_mask_is_drawn_first_so_that_a_seed_decides_it(golden):
     tensors, _ = golden
     model, imgs = golden_model(golden), tensors["imgs"]
@@ -158,9 +178,19 @@ def test_names_and_shapes_of_base_are_the_originals():
     assert shapes == expected["convmae_convvit_base_patch16"]
 
 
-def test_the_originals_model_name_is_the_base_model():
-    name = "convmae_convvit_base_patch16"
+@pytest.mark.parametrize("family", ["convmae", "fastconvmae"])
+def test_the_originals_model_name_is_the_base_model(family):
+    name = f"{family}_convvit_base_patch16"
     assert MODELS[f"{name}_dec512d8b"] is MODELS[name]
+
+
+def test_fastconvmae_is_convmae_with_complementary_masks():
+    with torch.device("meta"):
+        fast, plain = (MODELS[f"{f}convmae_convvit_base_patch16"]() for f in ("fast", ""))
+    assert (fast.complementary, plain.complementary) == (True, False)
+    assert {n: t.shape for n, t in fast.state_dict().items()} == {
+        n: t.shape for n, t in plain.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -219,6 +249,52 @@ def test_a_factory_takes_any_argument_of_the_model():
     assert model.geometry.img_size == (32, 64)
     assert (len(model.blocks2), len(model.blocks3), len(model.decoder_blocks)) == (0, 2, 1)
     assert (model.in_chans, model.norm_pix_loss) == (1, True)
+
+
+# ---- A class token -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("geometry", [dict(img_size=(96, 160)), dict(multi_scale=False)])
+def test_a_class_token_is_computed_as_in_the_dense_form(geometry):
+    model, dense = (m.double() for m in build_with_dense_form(class_token=True, **geometry))
+    imgs, noise = inputs(model)
+    loss, pred, _ = model(imgs.double(), noise=noise)
+    dense_loss, dense_pred, _ = dense(imgs.double(), noise=noise)
+    torch.testing.assert_close(pred, dense_pred)
+    assert_gradients_close(gradients(model, loss), gradients(dense, dense_loss), 1e-6)
+
+
+def test_the_encoder_of_a_class_token_is_the_classifiers():
+    model = build(class_token=True)
+    encoder = {k: TINY[k] for k in ("img_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    classifier = ConvViT(**encoder, class_token=True, num_classes=0)
+    classifier.load_state_dict(
+        {n: t for n, t in model.state_dict().items() if n in classifier.state_dict()}, strict=False
+    )
+    imgs = torch.randn(2, 3, 64, 64)
+    tokens = model.forward_visible(imgs, torch.arange(16).expand(2, -1))[-1]
+    torch.testing.assert_close(classifier.forward_stages(imgs)[-1], tokens, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("predict_share", [1.0, 0.5])
+def test_a_class_token_is_seen_by_every_prediction_and_predicts_nothing(predict_share):
+    model = build(class_token=True, mimic_dim=6, complementary=True)
+    imgs, noise = inputs(model)
+    _, pred, _ = model(imgs, 0.75, noise, predict_share, torch.zeros(2, 16, 6))
+    assert pred.shape[:2] == (8, 16 if predict_share == 1 else 6)
+    (by_token,) = torch.autograd.grad(pred.square().sum(), model.cls_token)
+    assert by_token.ne(0).all()
+    model.cls_token.data += 1
+    assert not torch.isclose(model(imgs, 0.75, noise, predict_share)[1], pred).all(-1).any()
+
+
+def test_rows_of_a_class_token_in_the_tables_are_zero():
+    model = MaskedAutoencoderConvViT(**TINY, class_token=True)
+    plain = MaskedAutoencoderConvViT(**TINY)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        table = getattr(model, name)
+        assert table[:, 0].eq(0).all() and not table.requires_grad
+        assert torch.equal(table[:, 1:], getattr(plain, name))
 
 
 # ---- Visible-only equals dense -------------------------------------------------------------------
@@ -402,6 +478,181 @@ def test_ratio_that_keeps_nothing_or_everything_is_refused(mask_ratio, kept):
         build()(torch.zeros(1, 3, 64, 64), mask_ratio)
 
 
+# ---- Complementary masks -------------------------------------------------------------------------
+
+# Six tubes of two blocks, of which two are visible at 0.7 (VideoMAE's rounding).
+TUBES = {**GEOMETRIES["video"], "mask_unit": (2, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("geometry", "mask_ratio", "masks"),
+    [
+        (dict(img_size=(96, 160)), 0.75, 4),  # 4 sets of 15 of 60 blocks
+        (dict(img_size=(96, 160)), 0.6, 2),  # 2 sets of 24, 12 left over
+        (dict(img_size=64), 0.4, 1),
+        (TUBES, 0.7, 3),
+    ],
+)
+def test_complementary_masks_are_disjoint_sets_of_one_size(geometry, mask_ratio, masks):
+    model = build(**geometry, complementary=True)
+    ids_keep, mask, _ = model.random_masking(torch.zeros(3, 1), mask_ratio)
+    visible = model.geometry.visible_patches(mask_ratio)
+    assert ids_keep.shape == (masks * 3, visible)
+    assert (1 - mask).sum(1).tolist() == [visible] * masks * 3
+    seen = (1 - mask).view(masks, 3, -1).sum(0)  # of each image, in how many masks
+    assert seen.max() == 1
+    assert seen.sum(1).tolist() == [masks * visible] * 3
+
+
+@pytest.mark.parametrize(
+    ("geometry", "mask_ratio"), [(dict(img_size=(96, 160)), 0.6), (TUBES, 0.7)], ids=["", "tubes"]
+)
+def test_each_complementary_mask_is_computed_as_convmae_alone(geometry, mask_ratio):
+    model = build(**geometry).double()
+    imgs, units = torch.randn(2, 3, *model.geometry.img_size).double(), model.geometry
+    ranks = torch.rand(2, units.num_mask_units).argsort(1).argsort(1)
+    per_unit = units.num_patches // units.num_mask_units
+    keep, masks = units.visible_patches(mask_ratio) // per_unit, units.num_masks(mask_ratio)
+    alone = [
+        model(imgs, mask_ratio, (ranks - k * keep) % units.num_mask_units) for k in range(masks)
+    ]
+    expected = gradients(model, sum(loss for loss, _, _ in alone) / masks)
+    model.complementary = True
+    loss, pred, mask = model(imgs, mask_ratio, ranks)
+    assert torch.equal(mask, torch.cat([mask for _, _, mask in alone]))
+    torch.testing.assert_close(pred, torch.cat([pred for _, pred, _ in alone]))
+    assert_gradients_close(gradients(model, loss), expected, 1e-9)
+
+
+def test_complementary_dense_form_is_the_same():
+    model, dense = (m.double() for m in build_with_dense_form(complementary=True))
+    imgs, noise = inputs(model)
+    results = [m(imgs.double(), noise=noise)[1] for m in (model, dense)]
+    torch.testing.assert_close(*results)
+
+
+# ---- A share of the removed patches --------------------------------------------------------------
+
+
+def test_predicting_all_is_the_plain_computation_with_the_same_draws():
+    model, imgs = build(), torch.randn(2, 3, 64, 64)
+    results = []
+    for share in ((), (1.0,)):
+        torch.manual_seed(5)
+        loss, pred, mask = model(imgs, 0.75, None, *share)
+        results.append([loss, pred, mask, *gradients(model, loss).values(), torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_predicting_a_share_draws_nothing_more_and_masks_alike():
+    model, imgs = build(), torch.randn(2, 3, 64, 64)
+    results = []
+    for share in (1.0, 0.5):
+        torch.manual_seed(5)
+        results.append([model(imgs, 0.75, None, share)[2], torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("geometry", "share"),
+    [(dict(img_size=(96, 160)), 0.5), (TUBES, 0.3), (dict(complementary=True), 0.7)],
+    ids=["image", "clip", "complementary"],
+)
+def test_the_decoder_sees_visible_and_predicted_patches_alone(geometry, share):
+    model = build(**geometry, norm_pix_loss=True).double()
+    imgs = torch.randn(2, 3, *model.geometry.img_size).double()
+    noise = torch.rand(2, model.geometry.num_mask_units)
+    loss, pred, mask = model(imgs, 0.7, noise, share)
+
+    latent, _, ids_restore = model.forward_encoder(imgs, 0.7, noise)
+    ids = model.choose_predicted(ids_restore, latent.shape[1], pred.shape[1])
+    assert pred.shape[1] == int(mask[0].sum() * share)
+    assert mask.gather(1, ids).all()
+    # All patches go through the blocks, but none looks at those that are left out.
+    tokens = torch.cat(
+        [model.decoder_embed(latent), model.mask_token.expand(len(mask), int(mask[0].sum()), -1)],
+        dim=1,
+    )
+    x = tokens.gather(1, ids_restore.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    x = x + model.decoder_pos_embed
+    seen = (mask == 0).scatter(1, ids, True)
+    bias = torch.zeros(len(mask), 1, 1, mask.shape[1]).double()
+    bias = bias.masked_fill(~seen.view(bias.shape), -torch.inf)
+    for block in model.decoder_blocks:
+        x = block(x, bias)
+    expected = model.decoder_pred(model.decoder_norm(x))
+    expected = expected.gather(1, ids.unsqueeze(-1).expand(-1, -1, expected.shape[-1]))
+    torch.testing.assert_close(pred, expected)
+
+    target = torch.cat([model.target(imgs)] * (len(mask) // 2))
+    target = target.gather(1, ids.unsqueeze(-1).expand_as(pred))
+    torch.testing.assert_close(loss, (expected - target).square().mean().float().to(loss))
+
+
+def test_predicted_patches_of_a_picture_are_any_of_the_removed():
+    model, draws = build(), 4000
+    ids_keep, _, ids_restore = model.random_masking(torch.zeros(draws, 1), 0.75)
+    ids = model.choose_predicted(ids_restore, ids_keep.shape[1], 6)
+    shares = torch.bincount(ids.flatten(), minlength=16) / draws
+    deviation = (0.375 * 0.625 / draws) ** 0.5
+    torch.testing.assert_close(shares, torch.full((16,), 0.375), rtol=0, atol=4 * deviation)
+
+
+def test_predicted_patches_of_a_clip_run_through_cells_of_space_and_time():
+    clips = dict(img_size=(8, 64, 64), patch_size=GEOMETRIES["video"]["patch_size"])
+    model = build(**clips, embed_dim=(8, 8, 12), decoder_embed_dim=12, mask_unit=(4, 1, 1))
+    noise = torch.rand(3, 16) + 1
+    noise[:, [0, 1, 4, 5]] -= 1  # the cell of the upper left corner is visible
+    ids_keep, _, ids_restore = model.random_masking(torch.zeros(3, 1), 0.75, noise)
+    ids = model.choose_predicted(ids_restore, ids_keep.shape[1], 24)
+    chosen = torch.zeros(3, 64).scatter(1, ids, 1).view(3, 4, 2, 2, 2, 2)  # [N, T, H, 2, W, 2]
+    in_cells = chosen.sum((3, 5))  # [N, T, 2, 2]
+    assert in_cells[:, :, 0, 0].eq(0).all()
+    assert in_cells.flatten(2)[:, :, 1:].eq(2).all()
+    steps = chosen[:, :, 1, :, 1].flatten(2)  # the places of one cell, [N, T, 4]
+    assert torch.equal(steps[:, 1:], steps[:, :-1].roll(-1, dims=2))
+
+
+@pytest.mark.parametrize("predict_share", [0, 0.05, 1.1, -0.5])
+def test_share_that_predicts_nothing_or_too_much_is_refused(predict_share):
+    with pytest.raises(ValueError, match=rf"predict_share {predict_share} predicts .* of 12"):
+        build()(torch.zeros(1, 3, 64, 64), 0.75, None, predict_share)
+
+
+# ---- A teacher's tokens --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+def test_mimicking_adds_the_error_of_visible_tokens_to_the_loss(complementary):
+    model = build(complementary=complementary, mimic_dim=6, mimic_weight=0.3)
+    imgs, noise = inputs(model)
+    features = torch.randn(2, 16, 6)
+    plain, pred, mask = model(imgs, noise=noise)
+    loss, mimic_pred, _ = model(imgs, noise=noise, features=features)
+    assert torch.equal(mimic_pred, pred)
+
+    latent, _, ids_restore = model.forward_encoder(imgs, 0.75, noise)
+    errors = []
+    for row, tokens in enumerate(model.mimic(latent)):
+        for block in mask[row].eq(0).nonzero().flatten():
+            place = ids_restore[row, block]
+            errors.append((tokens[place] - features[row % 2, block]).square().mean())
+    assert len(errors) == 4 * len(mask)
+    torch.testing.assert_close(loss, plain + 0.3 * sum(errors) / len(errors))
+
+
+def test_only_visible_tokens_are_pulled_and_see_visible_pixels_alone():
+    model = build(mimic_dim=6)
+    imgs, noise = inputs(model)
+    features = torch.randn(2, 16, 6, requires_grad=True)
+    latent, mask, ids_restore = model.forward_encoder(imgs.requires_grad_(), 0.75, noise)
+    loss = model.mimic_loss(latent, ids_restore, features)
+    by_features, by_pixels = torch.autograd.grad(loss, [features, imgs])
+    assert torch.equal(by_features.abs().sum(-1) > 0, mask == 0)
+    removed = pixel_mask(model, mask).expand_as(imgs)
+    assert by_pixels[removed].eq(0).all() and by_pixels[~removed].ne(0).all()
+
+
 # ---- Loss ----------------------------------------------------------------------------------------
 
 
@@ -578,6 +829,15 @@ def assert_compiled_equals_eager(compiled_model, model):
 def test_the_whole_model_is_one_graph(compiled, name):
     model = build(**GEOMETRIES[name])
     assert_compiled_equals_eager(compiled(model, backend="aot_eager"), model)
+
+
+def test_complementary_masks_and_a_share_to_predict_are_one_graph(compiled):
+    model = build(**TUBES, complementary=True)
+    imgs, args = torch.randn(2, 3, *model.geometry.img_size), (0.7, torch.rand(2, 6), 0.5)
+    loss, pred, _ = model(imgs, *args)
+    other_loss, other_pred, _ = compiled(model, backend="aot_eager")(imgs, *args)
+    torch.testing.assert_close(other_pred, pred, rtol=0, atol=1e-5)
+    assert_gradients_close(gradients(model, other_loss), gradients(model, loss), 1e-4)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler and Python's headers")

@@ -145,6 +145,21 @@ def test_an_adapter_in_the_place_of_any_layer_is_called(kind, size):
         torch.testing.assert_close(*grads, msg=name)
 
 
+def test_the_map_to_a_teachers_tokens_is_called_and_may_be_adapted():
+    model = MaskedAutoencoderConvViT(**SIZES, **DECODER, **INPUTS["image"], mimic_dim=5)
+    imgs, noise, features = torch.randn(2, 3, 32, 32), torch.rand(2, 4), torch.randn(2, 4, 5)
+
+    def value(model):
+        return model(imgs, 0.5, noise, features=features)[0]
+
+    assert called_modules(model, lambda: value(model)) == callable_modules(model)
+    adapted, shifted = copy.deepcopy(model), copy.deepcopy(model)
+    adapted.mimic = Adapter(adapted.mimic, torch.ones(5))
+    shifted.mimic.bias.data += 1
+    assert not torch.allclose(value(shifted), value(model))
+    torch.testing.assert_close(value(adapted), value(shifted))
+
+
 class Warped(nn.Module):
     """A parametrisation that changes each weight by a number of its own."""
 

@@ -4,6 +4,11 @@
 `python -m tools.checkpoint export FILE --to model.safetensors` writes the weights alone.
 """
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence

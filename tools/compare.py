@@ -1,5 +1,10 @@
 """A table of finished runs side by side: `python -m tools.compare RUN_FOLDER…`."""
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence

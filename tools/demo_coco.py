@@ -1,5 +1,10 @@
 """Write the demo's scenes in COCO's layout: `python -m tools.demo_coco FOLDER`."""
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -3,6 +3,11 @@
 `python -m tools.shards write DIR OUT`, `python -m tools.shards index SHARDS`
 """
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import sys
 from argparse import Namespace
 from collections import Counter

@@ -3,6 +3,11 @@
 `python -m tools.visualize --checkpoint FILE --images FILE… --output grid.png`
 """
 
+from util.signals import leave_on_signals
+
+if __name__ == "__main__":  # from here on, while the rest is imported
+    leave_on_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -12,6 +17,7 @@ from PIL import Image
 from torchvision.utils import save_image
 
 from models_convmae import convmae_from_checkpoint
+from util.data.files import is_one_of
 from util.data.folders import list_images
 from util.errors import UsageError
 from util.run.parser import Parser, mask_ratio, positive_int, seed
@@ -42,15 +48,17 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError(f"--output {args.output} has no ending of a picture, such as .png")
     if not args.output.absolute().parent.is_dir():
         raise UsageError(f"the folder of --output {args.output} does not exist")
+    missing = [str(path) for path in args.images if not path.exists()]
+    if missing:
+        raise UsageError(f"--images: {', '.join(missing)} does not exist")
+    files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
+    if is_one_of(args.output, files):
+        raise UsageError(f"--output {args.output} is one of the images: give another name")
     model = convmae_from_checkpoint(args.checkpoint)
     try:
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--mask_ratio: {error}") from error
-    missing = [str(path) for path in args.images if not path.exists()]
-    if missing:
-        raise UsageError(f"--images: {', '.join(missing)} does not exist")
-    files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
     imgs = load_images(files[: args.max_images], model.geometry.img_size, model.in_chans)
     save_image(
         reconstruction_grid(model, imgs, args.mask_ratio, args.seed, args.columns), args.output

@@ -3,6 +3,8 @@
 import sys
 from importlib.util import find_spec
 
+from util.signals import leave_on_signals
+
 
 class UsageError(ValueError):
     """Bad use: the message is one clear line saying what is wrong and what would be right.
@@ -23,6 +25,8 @@ def printable(text: object, most: int = 80) -> str:
 def require_for_programs(module: str, requirements: str) -> None:
     """End a program of a package, in whose `__init__` this stands, if it lacks an optional module.
 
+    From here on Ctrl-C ends it at once, as the package imports more than its program does.
+
     Args:
         module: what the programs need.
         requirements: the file that installs it.
@@ -31,3 +35,5 @@ def require_for_programs(module: str, requirements: str) -> None:
     if looking and not find_spec(module):
         print(f"error: {module} is not installed: pip install -r {requirements}", file=sys.stderr)
         raise SystemExit(2)
+    if looking:
+        leave_on_signals()

@@ -8,8 +8,9 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks.pretrain_step import main
+from benchmarks.pretrain_step import BENCHMARK, get_args_parser, main
 from benchmarks.reference import PlainMaskedAutoencoder
+from benchmarks.steps import Form, flops_of, settle_options
 
 ROOT = Path(__file__).parents[2]
 FORMS = ["visible", "dense", "mae"]
@@ -89,15 +90,49 @@ def test_the_printed_table_is_aligned_and_holds_the_medians(run):
     assert {"visible / dense", "visible / mae"} <= set(cells)
 
 
+def test_a_complementary_mask_costs_the_arithmetic_of_convmaes():
+    args = get_args_parser().parse_args(["--model", "tiny", "--input_size", "64"])
+    settle_options(args, [*BENCHMARK.bases, *BENCHMARK.more])
+    flops = [
+        flops_of(BENCHMARK, Form(base, base, False, None), args)
+        for base in ("visible", "complementary")
+    ]
+    assert flops[0] == flops[1] > 0
+
+
+@pytest.mark.parametrize("options", [["--input_size", "64"], ["--video", "--input_size", "32"]])
+def test_predicting_a_share_takes_less_arithmetic(options):
+    args = get_args_parser().parse_args(["--model", "tiny", *options])
+    settle_options(args, [*BENCHMARK.bases, *BENCHMARK.more])
+    shares = ("predict_share=0.25", "predict_share=0.5", "visible")
+    flops = [flops_of(BENCHMARK, Form(base, base, False, None), args) for base in shares]
+    assert 0 < flops[0] < flops[1] < flops[2]
+
+
+def test_a_teachers_forward_pass_is_counted():
+    args = get_args_parser().parse_args(["--model", "tiny", "--input_size", "64"])
+    settle_options(args, [*BENCHMARK.bases, *BENCHMARK.more])
+    plain, taught = (
+        flops_of(BENCHMARK, Form(base, base, False, None), args)
+        for base in ("visible", "teacher=test_vit")
+    )
+    # 100 patches: 12 * 64**2 multiply-adds each in the 6 blocks at the least.
+    assert taught - plain > 2 * 100 * 6 * 12 * 64**2
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
+        (["--forms", "complementary", "--batch_size", "6"], "must be a multiple of 4, the masks"),
         (["--input_size", "100"], "not divisible by the patch"),
         (["--mask_ratio", "0.999"], "at least one must stay"),
         (["--mask_ratio", "1"], "must lie above 0 and below 1"),
         (["--rounds", "0"], "must be at least 1"),
         (["--device", "tpu"], "tpu"),
         (["--forms", "sparse"], "invalid choice: 'sparse'"),
+        (["--forms", "predict_share=0"], "predicts 0 of 147 removed patches"),
+        (["--forms", "teacher=none"], "must be a timm model, for images"),
+        (["--forms", "visible=1"], "invalid choice: 'visible=1'"),
         (["--forms", "dense:fp17"], "'fp17' must be eager, auto, none, bf16, fp16"),
         (["--json", "no/such/folder/results.json"], "there is no folder"),
         pytest.param(

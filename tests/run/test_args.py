@@ -10,7 +10,7 @@ import main_finetune
 import main_pretrain
 from util.errors import UsageError
 from util.run import args as arguments
-from util.run.args import check_writable, derive_args
+from util.run.args import check_file_writable, check_writable, derive_args
 from util.run.parser import ChoiceOf, Parser
 from util.run.same_run import MAY_CHANGE, check_same_run, plain
 from util.run.setup import complete_run
@@ -231,6 +231,40 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UsageError, match=f"--output_dir {folder} cannot be written"):
             check_writable(folder, "--output_dir")
+
+
+# ---- A file that is to come ----------------------------------------------------------------------
+
+
+def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
+    (tmp_path / "there.csv").write_text("path,older")
+    os.mkfifo(tmp_path / "fifo")  # which would wait for a reader
+    for name in ("there.csv", "new.csv", "fifo"):
+        check_file_writable(tmp_path / name, "--predictions", "path,")
+    assert (tmp_path / "there.csv").read_text() == "path,older"
+    assert not (tmp_path / "new.csv").exists()
+
+
+@pytest.mark.parametrize("flag", ["--data_path", "--output_dir", "--resume", "--log_dir"])
+def test_a_path_with_a_name_that_no_file_has_is_one_line(flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        main_pretrain.parse_args(["--data_path", "x", flag, "ok/" + "é" * 128])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"argument {flag}: no file has a name as long" in line
+
+
+@pytest.mark.parametrize("name", ["", "no/folder.csv", "dangling/x.csv", "a" * 300])
+def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path, name):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="--predictions"):
+        check_file_writable(tmp_path / name, "--predictions", "path,")
+
+
+def test_a_file_of_something_else_is_not_written_over(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UsageError, match="holds something else"):
+        check_file_writable(tmp_path / "a.png", "--predictions", "path,")
 
 
 # ---- Flags of the original's command lines -------------------------------------------------------

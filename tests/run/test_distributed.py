@@ -13,6 +13,7 @@ from util.run.distributed import (
     SyncedBatchNorm1d,
     all_reduce_max,
     all_reduce_sum,
+    cores_per_process,
     gather_objects,
     init_processes,
     is_main_process,
@@ -129,6 +130,28 @@ def test_torchrun_within_srun_counts(joined):
     os.environ |= SRUN | TORCHRUN | {"RANK": "2", "WORLD_SIZE": "4"}
     init_processes("cpu")
     assert group() == TORCHRUN | {"RANK": "2", "WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+        {"SLURM_STEP_NUM_TASKS": "2"}, {"SLURM_STEP_NUM_TASKS": ""},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_launcher_s_environment_that_is_not_whole_is_told_in_a_line(variables):
+    os.environ |= variables
+    with pytest.raises(UsageError) as refusal:
+        init_processes("cpu")
+    assert str(refusal.value).isprintable()
+
+
+def test_a_number_of_cores_that_is_none_is_told():
+    os.environ["SLURM_CPUS_PER_TASK"] = "x"
+    with pytest.raises(UsageError, match="SLURM_CPUS_PER_TASK is 'x'"):
+        cores_per_process()
 
 
 def test_a_batch_script_without_srun_is_one_process(joined):

@@ -358,3 +358,11 @@ def test_other_flags_than_the_originals_are_named(launcher, tmp_path):
              num_workers=0, device="cpu", epochs=100, batch_size=4)
     )  # fmt: skip
     assert_one_line(launcher.run(*command), 2, "--mask_ratio 0.6 there, 0.75 here")
+
+
+@pytest.mark.parametrize(("family", "complementary"), [("convmae", None), ("fastconvmae", True)])
+def test_complementary_masks_of_the_original_are_known_by_the_models_name(family, complementary):
+    saved = {"model": f"{family}_convvit_base_patch16_dec512d8b"}
+    now = {"model": f"{family}_convvit_base_patch16", "complementary": True, "teacher": "a"}
+    expected = {"model": now["model"], "complementary": complementary, "teacher": None}
+    assert comparable_args(saved, now) == expected

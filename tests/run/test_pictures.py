@@ -42,6 +42,13 @@ class Oracle(MaskedAutoencoderConvViT):
         return self.forward_loss(imgs, pred, mask), pred, mask
 
 
+def test_of_complementary_masks_the_first_is_drawn():
+    model, imgs = model_of(), pictures()
+    expected = reconstruct(model, imgs, 0.75)
+    model.complementary = True
+    torch.testing.assert_close(reconstruct(model, imgs, 0.75), expected)
+
+
 def pictures(number=2, in_chans=3, size=SIZE):
     """Normalised images whose pixels fill [0, 1]."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in channel_stats(in_chans))

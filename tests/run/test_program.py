@@ -1,12 +1,16 @@
 """How a program ends: exit codes, one line, signals before training."""
 
+import errno
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from tests.checks import assert_one_line, command_line
 from tests.runs import MAIN, code_of, free_port, write_images
-from util.run.program import STOPPED_EXIT_CODE
+from util.run.program import run_main
+from util.signals import STOPPED_EXIT_CODE
 
 RUN = {
     "model": "convmae_convvit_tiny_patch16", "input_size": 32, "patch_size": (2, 2, 1),
@@ -49,6 +53,61 @@ def test_a_launcher_hears_of_a_run_stopped_during_start_up(launcher, images, tmp
 def test_an_interrupt_during_start_up_is_one_line(launcher, images, tmp_path):
     result = start_up(launcher, images, tmp_path, signal.SIGINT)
     assert_one_line(result, 130, "interrupted")
+
+
+def signal_at_the_first_library(number):
+    """The process signals itself as its program begins to import torch or what needs it."""
+    import builtins
+    import os
+
+    libraries, real = {"torch", "torchvision", "timm", "numpy", "PIL"}, builtins.__import__
+
+    def signalling(name, *args, **kwargs):
+        if name.partition(".")[0] in libraries:
+            builtins.__import__ = real
+            os.kill(os.getpid(), number)
+        return real(name, *args, **kwargs)
+
+    builtins.__import__ = signalling
+
+
+RUNS = ["main_pretrain.py", "main_finetune.py", "main_linprobe.py"]
+RUNS += ["VideoConvMAE.main_pretrain", "VideoConvMAE.main_finetune"]
+TOOLS = ["tools.visualize", "tools.shards", "tools.checkpoint", "submitit_pretrain.py"]
+
+
+def at_the_imports(launcher, program, number, **env):
+    before = code_of(signal_at_the_first_library, number=int(number))
+    return launcher.run("--data_path", "x", program=program, before=before, env=env)
+
+
+@pytest.mark.parametrize("program", RUNS + TOOLS)
+def test_an_interrupt_while_libraries_are_imported_is_one_line(program, launcher):
+    assert_one_line(at_the_imports(launcher, program, signal.SIGINT), 130, "interrupted")
+
+
+@pytest.mark.parametrize("program", RUNS)
+def test_sigterm_while_libraries_are_imported_ends_a_run_as_a_stopped_one(program, launcher):
+    result = at_the_imports(launcher, program, signal.SIGTERM, **{STOPPED_EXIT_CODE: 85})
+    assert (result.code, result.err) == (85, "")
+    assert result.out == "stopped by a signal: there was nothing to save yet\n"
+
+
+def test_sigterm_while_libraries_are_imported_ends_a_tool_in_silence(launcher):
+    result = at_the_imports(launcher, "tools.shards", signal.SIGTERM)
+    assert (result.code, result.out, result.err) == (-signal.SIGTERM, "", "")
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, capfd):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert run_main(lambda args: loop.read_text(), None) == 1
+    assert capfd.readouterr().err == f"failed: {loop}: {os.strerror(errno.ELOOP)}\n"
+
+
+def test_an_error_of_the_program_s_own_keeps_its_traceback():
+    with pytest.raises(FileNotFoundError):
+        run_main(lambda args: Path("/no/such/file").read_text(), None)
 
 
 def torchrun(launcher, *line):

@@ -117,6 +117,15 @@ def test_a_signal_in_a_validation_leaves_at_once_and_the_validation_is_made_up_f
     assert "mIoU: " in first and "[6/6]" in rest and "mIoU: " in rest
 
 
+def test_a_signal_before_training_is_one_line(programs, data, tmp_path):
+    """As the model is built, by mmengine, which catches exceptions there."""
+    command = ["train", "--data-path", data, "--work-dir", tmp_path, "--pretrained", "none"]
+    first = code_of(signal_at, path="mmseg.models.UPerHead.__init__", number=1)
+    stopped = programs.run(*command, before=first)
+    assert (stopped.code, stopped.err) == (0, "")
+    assert stopped.out.splitlines()[-1] == "stopped by a signal: there was nothing to save yet"
+
+
 def test_a_signal_in_training_saves_at_the_end_of_a_step(programs, data, tmp_path):
     command = ["train", "--data-path", data, "--work-dir", tmp_path, "--pretrained", "none"]
     third = code_of(signal_at, path="mmseg.models.EncoderDecoder.loss", number=3)

@@ -1,6 +1,9 @@
 """Decoding: the frames asked for, from any kind of file."""
 
+import contextlib
+import errno
 import os
+import resource
 import tracemalloc
 
 import av
@@ -8,7 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.pictures import picture
 from tests.video.movies import numbered_frames, numbers, write_movie
+from util.data import files
+from util.errors import TrainingError
+from VideoConvMAE import decode
 from VideoConvMAE.decode import frame_names, open_video, write_mp4
 
 FILES = {
@@ -91,6 +98,20 @@ def test_any_length_is_decoded_whatever_its_last_group(tmp_path, name, options, 
             for indices in ([count - 1], range(count), [0, count // 2], [count - 1, 0]):
                 frames = video.frames(list(indices))
                 assert np.array_equal(frames, everything[list(indices)]), (count, indices)
+
+
+def test_files_joined_end_to_end_are_read_to_their_end(movie, tmp_path):
+    path = movie("a.ts", dict(g="12", bf="0"))
+    (tmp_path / "twice.ts").write_bytes(path.read_bytes() * 2)
+    with open_video(tmp_path / "twice.ts") as video:
+        assert len(video) == 80
+        assert numbers(video.frames([3, 39, 40, 79])) == [3, 39, 0, 39]
+
+
+def test_a_format_that_is_not_read_is_told(tmp_path):
+    picture(0).save(tmp_path / "a.mp4", "PNG")
+    with pytest.raises(OSError, match=r"a\.mp4 cannot be decoded: it is of no format of mov, "):
+        open_video(tmp_path / "a.mp4")
 
 
 def test_only_the_frames_needed_are_decoded(movie, monkeypatch):
@@ -225,8 +246,8 @@ def test_a_name_that_is_no_text_is_opened(tmp_path):
 
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "a.mp4")  # opening it would wait for ever
-    for path in (tmp_path / "a.mp4", "/dev/zero"):
-        with pytest.raises(OSError, match="it is no regular file"):
+    for path, kind in ((tmp_path / "a.mp4", "a FIFO"), ("/dev/zero", "a device")):
+        with pytest.raises(OSError, match=f"it is {kind}"):
             open_video(path)
 
 
@@ -254,6 +275,19 @@ def test_clips_of_1080p_cost_no_more_than_their_scaled_frames(tmp_path):
         tracemalloc.stop()
     assert frames.shape == (16, 320, 569, 3)
     assert peak < 3 * frames.nbytes < 16 * 1080 * 1920 * 3 / 3
+
+
+def test_frames_of_more_pixels_than_allowed_are_refused_before_they_are_decoded(movie, tmp_path):
+    path = movie("a.mp4", dict(g="12", bf="3"))
+    with open_video(path) as video:
+        height, width = video.frames([0]).shape[1:3]
+    open_video(path, max_pixels=height * width).__exit__()
+    refused = rf"a\.mp4 cannot be decoded: its {width} x {height} pixels are more than --max_pixels"
+    with pytest.raises(OSError, match=refused):
+        open_video(path, max_pixels=height * width - 1)
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
+    with pytest.raises(OSError, match="pixels are more than"):
+        open_video(tmp_path, max_pixels=1000).frames([0])
 
 
 def test_upright_frames_keep_their_shorter_side(tmp_path):
@@ -290,3 +324,86 @@ def test_what_is_written_is_read_again(tmp_path):
     with open_video(tmp_path / "a.mp4") as video:
         again = video.frames(range(10))
     assert np.abs(again.astype(int) - frames).mean() < 3
+
+
+# --- errors of the storage -----------------------------------------------------------------------
+
+
+class Failing:
+    """A file whose storage answers some reads from a place on with an error."""
+
+    def __init__(self, file, place, failures, number):
+        self.file, self.place, self.failures, self.number = file, place, failures, number
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def read(self, size):
+        if self.failures and self.file.tell() + size > self.place:
+            self.failures.pop()
+            raise OSError(self.number, os.strerror(self.number))
+        return self.file.read(size)
+
+
+@pytest.fixture
+def storage(monkeypatch):
+    """Has the storage fail so many times behind a byte; returns the seconds that were waited."""
+    slept = []
+    monkeypatch.setattr(files.time, "sleep", slept.append)
+
+    def fail(times, number, place=0):
+        failures, opened = [number] * times, files.open_regular
+        monkeypatch.setattr(
+            decode, "open_regular", lambda path: Failing(opened(path), place, failures, number)
+        )
+        return slept
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi"])
+def test_a_storage_that_fails_for_a_while_changes_no_frame(movie, storage, name, number):
+    path = movie(name, dict(codec="mpeg4", g="12"))
+    everything = decode_all(path)
+    slept = storage(2, number, place=path.stat().st_size // 2)
+    with open_video(path) as video:
+        assert np.array_equal(video.frames([39, 3]), everything[[39, 3]])
+    assert slept == [0.5, 1]
+
+
+def test_a_storage_that_fails_between_opening_and_reading_changes_no_frame(movie, storage):
+    path = movie("a.mp4", dict(g="12", bf="3"))
+    everything = decode_all(path)
+    with open_video(path) as video:
+        slept = storage(2, errno.EIO)
+        video.__exit__()
+        assert np.array_equal(video.frames([20]), everything[[20]])
+    assert slept == [0.5, 1]
+
+
+def test_a_storage_that_goes_on_failing_is_no_damaged_video(movie, storage):
+    path = movie("a.mp4", dict(g="12", bf="3"))
+    storage(99, errno.EIO)
+    with pytest.raises(TrainingError, match=r"a\.mp4 cannot be read, tried 7 times.*\(EIO\)"):
+        open_video(path)
+
+
+def test_too_many_open_files_are_no_damaged_video(movie, monkeypatch):
+    path, soft = movie("a.mp4", dict(g="12", bf="3")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(files, "RETRY_DELAYS", (0,))
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft[0]), soft[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(open(os.devnull))  # noqa: SIM115
+        with pytest.raises(TrainingError, match=r"a\.mp4 cannot be read.*raise the limit of open"):
+            open_video(path)
+        taken.pop().close()
+        with open_video(path) as video:
+            assert numbers(video.frames([7])) == [7]
+    finally:
+        for file in taken:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, soft)

@@ -58,6 +58,14 @@ def test_a_video_beside_the_class_folders_is_named_where_labels_are_needed(tmp_p
         class_numbers(videos, ["jump", "run"])
 
 
+def test_a_class_folder_without_a_video_is_named(tmp_path):
+    touch(tmp_path, "jump/a.mp4", "run/notes.txt")
+    (tmp_path / "fly").mkdir()
+    videos = list_folder(tmp_path)
+    assert videos.classes == ["jump"]
+    assert f"no video in fly, run of {tmp_path}" in videos.notes[-1]
+
+
 def test_a_folder_of_other_files_is_refused_with_their_endings(tmp_path):
     touch(tmp_path, "a.txt", "b.txt", "c")
     with pytest.raises(UsageError, match=r"only other files \(2 of \.txt, 1 of unnamed type\)"):

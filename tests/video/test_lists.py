@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import os
 
 import pytest
 
 from util.errors import UsageError
+from VideoConvMAE.datasets import Clips
 from VideoConvMAE.lists import class_numbers, find_split, find_unlabeled, find_videos
 
 
@@ -116,7 +118,7 @@ def written(folder, content, encoding="utf-8"):
     """The videos of a list; `{0}` and `{1}` in it are their names."""
     names = ("a.mp4", "my, film 7.mp4")
     paths = touch(folder, *names)
-    (folder / "list.csv").write_text(content.format(*names), encoding=encoding)
+    (folder / "list.csv").write_text(content.format(*names), encoding=encoding, newline="")
     videos = find_videos(folder / "list.csv")
     assert videos.paths == paths
     return videos
@@ -136,11 +138,12 @@ def test_a_csv_is_read_as_csv_writes_it(tmp_path, head):
         '"{0}";"0"\r\n"{1}";"1"\r\n',  # a spreadsheet where the comma is decimal
         "Label;Path\n0;{0}\n1;{1}\n",
         '"{0}" 0\n"{1}" 1\n',
+        '"{0}",0\r"{1}",1\r',
         'clip,verb\n{0},0\n"{1}",1\n',
         'id,video_path,duration,class\n7,{0},1.5,0\n8,"{1}",2,1\n',
     ],
 )
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_delimiters_quotes_heads_and_byte_order_marks(tmp_path, content, encoding):
     assert written(tmp_path, content, encoding).labels == ["0", "1"]
 
@@ -149,6 +152,39 @@ def test_names_are_labels(tmp_path):
     videos = written(tmp_path, '{0},playing chess\n"{1}","high jump, backwards"\n')
     assert videos.classes == ["high jump, backwards", "playing chess"]
     assert class_numbers(videos, videos.classes) == [1, 0]
+
+
+def test_names_that_are_no_utf_8_are_read_and_written_again(tmp_path):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    (path,) = touch(tmp_path, name)
+    (tmp_path / "list.csv").write_bytes(b"caf\xe9.mp4,d\xe9j\xe0 vu\n")
+    videos = find_videos(tmp_path / "list.csv")
+    assert (videos.paths, videos.labels) == ([path], [os.fsdecode(b"d\xe9j\xe0 vu")])
+    assert os.path.exists(Clips(videos, lambda frames: frames, length=2).path(0))
+
+
+def test_whole_numbers_written_as_floats_are_numbers(tmp_path):
+    videos = written(tmp_path, '{0},11.0\n"{1}",0.0\n')
+    assert (videos.labels, videos.numbered, len(videos.classes)) == (["11", "0"], True, 12)
+
+
+def test_a_word_among_numbers_is_told_as_it_makes_names_of_all(tmp_path):
+    videos = written(tmp_path, '{0},3\n"{1}",jump\n')
+    assert videos.classes == ["3", "jump"]
+    assert "1 of 2 labels" in videos.notes[0] and "first: jump" in videos.notes[0]
+
+
+def test_videos_that_are_named_again_are_counted(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "list.txt").write_text("a.mp4 0\nb.mp4 1\na.mp4 0\na.mp4 1\n")
+    (note,) = find_videos(tmp_path / "list.txt").notes
+    assert "2 lines" in note and "a.mp4" in note and "1 of them with another label" in note
+
+
+def test_a_list_that_cannot_be_read_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "list.csv")
+    with pytest.raises(UsageError, match=r"list\.csv cannot be read: it is a FIFO"):
+        find_videos(tmp_path / "list.csv")
 
 
 @pytest.mark.parametrize("content", ["{0}\n{1}\n", 'path\n{0}\n"{1}"\n', '"{0}"\n"{1}"\n'])
@@ -206,7 +242,7 @@ KINETICS = b"youtube_id,time_start,time_end,label\n"
         ("l.csv", b"path,label\na.mp4,\n"), ("l.csv", b'path,label\n"a.mp4,0\n'),
         ("l.csv", b"x" * 300000), ("l.csv", b'"' + b"x" * 300000 + b'"'), ("l.csv", b", 0\n"),
         ("l.csv", KINETICS + b"x,inf,1,a\n"), ("l.csv", KINETICS + b"x\n"),
-        ("l.csv", b"youtube_id\nx\n"), ("l.csv", "path,label\na.mp4,0\n".encode("utf-16")),
+        ("l.csv", b"youtube_id\nx\n"), ("l.csv", "path,label\nb.mp4,0\n".encode("utf-16")),
         ("l.json", b"[" * 100000), ("l.json", b"{}"), ("l.json", b'{"id": 1}'), ("l.json", b"null"),
         ("l.json", b'[{"id": 1, "template": 5}]'), ("l.json", b"[[1]]"), ("l.json", BINARY),
         ("l.json", b'[{"template": "x"}]'),

@@ -27,8 +27,9 @@ from tests.checks import (
 )
 from tests.runs import call
 from tests.video.movies import write_classes, write_movie
+from util.errors import UsageError
 from util.run.args import derive_args
-from VideoConvMAE import main_finetune, main_pretrain
+from VideoConvMAE import main_finetune, main_pretrain, visualize
 from VideoConvMAE.datasets import Views
 from VideoConvMAE.lists import find_videos
 from VideoConvMAE.transforms import views_transform
@@ -421,3 +422,10 @@ def test_a_fine_tuned_checkpoint_cannot_reconstruct(finetuned, data, launcher, t
 
 def test_all_processes_agree_on_the_state(finetuned):
     assert same(load(finetuned / "checkpoint.pth"), load(finetuned / "checkpoint-2.pth"))
+
+
+def test_visualize_does_not_write_over_a_video(tmp_path):
+    write_movie(tmp_path / "clip.mp4", 4)
+    paths = {"checkpoint": "x.pth", "videos": tmp_path, "output": tmp_path / "clip.png"}
+    with pytest.raises(UsageError, match=r"clip\.mp4, beside --output, is one of the videos"):
+        visualize.main(visualize.parse_args(list(map(str, command_line(paths)))))

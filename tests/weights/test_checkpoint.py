@@ -1,4 +1,6 @@
 import argparse
+import errno
+import io
 import os
 import pickle
 import random
@@ -14,6 +16,7 @@ from torch import nn
 
 from tests.checks import same
 from util import atomic
+from util.data import files
 from util.data.datasets import seeded
 from util.errors import TrainingError, UsageError
 from util.run.resume import LAST
@@ -126,6 +129,23 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(UsageError, match="is not a file"):
         load_file(tmp_path)
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_an_error_of_the_storage_is_not_taken_for_damage(tmp_path, monkeypatch, at_the_end):
+    class Failing(io.FileIO):
+        def read(self, size=-1):
+            if not at_the_end or self.tell() > 4:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
+
+    slept = []
+    monkeypatch.setattr(files.time, "sleep", slept.append)
+    torch.save(CONTENT, tmp_path / LAST)
+    monkeypatch.setattr("builtins.open", lambda path, mode: Failing(path))
+    with pytest.raises(TrainingError, match=rf"{LAST} cannot be read, tried 7 times.*\(EIO\)"):
+        load_file(tmp_path / LAST)
+    assert slept == list(files.RETRY_DELAYS)
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):

@@ -595,3 +595,18 @@ def test_the_epochs_done_are_counted_alike_in_both_formats(write, epochs, tmp_pa
 def test_one_epoch_done_by_the_original_is_one(tmp_path):
     torch.save({"model": classifier().state_dict(), "epoch": 0, "args": ARGS}, tmp_path / "x.pth")
     assert "1 epoch done" in describe(read_weights(tmp_path / "x.pth"))
+
+
+def test_names_that_cannot_be_printed_are_told_in_one_line(tmp_path):
+    torch.save({"model": {"a\nb\r": torch.zeros(2)}}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"it has a\?b\?") as refusal:
+        _ = read_weights(tmp_path / "x.pth").architecture
+    assert str(refusal.value).isprintable()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = ConvViT(**TINY, num_classes=2)
+    model.blocks3[0].mlp.fc1.bias.data[1] = float("nan")
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"not finite, in blocks3: .*take an earlier one"):
+        convvit_from_checkpoint(tmp_path / "x.pth")

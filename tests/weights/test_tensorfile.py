@@ -1,3 +1,4 @@
+import os
 import random
 
 import pytest
@@ -27,6 +28,12 @@ def test_what_was_written_is_read(path):
     state, metadata = load_tensors(path)
     assert same(state, STATE)
     assert metadata == {"format": "pt", **TEXTS}
+
+
+def test_a_name_that_is_no_utf_8_is_written_and_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    save_tensors(STATE, TEXTS, path)
+    assert same(load_tensors(path)[0], STATE)
 
 
 def test_others_read_the_file(path):

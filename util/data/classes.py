@@ -3,6 +3,8 @@
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from util.errors import UsageError
 
 # In the place of a label that is not known; torch's losses leave such rows out.
@@ -13,6 +15,17 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """The first names of a list, for a message."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def unseen(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """Names of the classes that no label means.
+
+    Args:
+        labels: `[n]`, places in `classes`, or `NO_LABEL`.
+        classes: names.
+    """
+    counts = np.bincount(labels[labels != NO_LABEL], minlength=len(classes))
+    return [classes[label] for label in np.flatnonzero(counts == 0)]
 
 
 def check_classes(

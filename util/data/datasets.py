@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.data.classes import some
+from util.data.classes import NO_LABEL, some, unseen
 from util.data.files import reason_of, retried
 from util.data.folders import ImageFolder, describe
+from util.data.lists import ImageList, is_list
 from util.data.shards import Shards, is_shards
 from util.errors import TrainingError, UsageError
 
@@ -53,12 +54,14 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
-def open_images(root: str | os.PathLike) -> ImageFolder | Shards:
-    """The images of a data path: a folder of them, or shards (see `util.data.shards`).
+def open_images(root: str | os.PathLike) -> ImageFolder | Shards | ImageList:
+    """The images of a data path: a folder, shards (see `util.data.shards`), a list or one image.
 
     Raises:
         UsageError: there are none.
     """
+    if is_list(root):
+        return ImageList(root)
     return Shards(root) if is_shards(root) else ImageFolder(root)
 
 
@@ -140,7 +143,7 @@ class ImageFiles(FileDataset):
     An item is `(image, bad)`: what `transform` made of the file, see `FileDataset`.
 
     Args:
-        root: a folder, nested or flat, or shards.
+        root: a folder, nested or flat, shards, a list or one image.
         transform: from an open image file to `[C, H, W]`; may draw from `torch`, `numpy` and
             `random`; raises an OSError for a file that cannot be decoded.
 
@@ -188,10 +191,11 @@ class LabeledImages(ImageFiles):
     Args:
         root: the folder of the class folders, or shards.
         transform: an open image file to a tensor.
+        unlabeled: images without labels are taken too, of any data path of `ImageFiles`.
 
     Attributes:
         classes: their names; of folders, sorted.
-        labels: `[num_images]`, int64.
+        labels: `[num_images]`, int64; `NO_LABEL` where there are none to know.
 
     Raises:
         UsageError: no images, or images without labels.
@@ -201,9 +205,15 @@ class LabeledImages(ImageFiles):
         self,
         root: str | os.PathLike,
         transform: Callable[[BinaryIO], Tensor],
+        unlabeled: bool = False,
     ) -> None:
         super().__init__(root, transform)
-        self.classes, self.labels = self.files.read_classes()
+        try:
+            self.classes, self.labels = self.files.read_classes()
+        except UsageError:
+            if not unlabeled:
+                raise
+            self.classes, self.labels = [], np.full(len(self), NO_LABEL)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, tuple[BadFile, ...]]:
         image, index, bad = self.read(*key)
@@ -215,7 +225,5 @@ class LabeledImages(ImageFiles):
         Raises:
             UsageError: naming the first such folders.
         """
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
-        if empty:
+        if empty := unseen(self.labels, self.classes):
             raise UsageError(f"{self.root}: no image in {some(empty)}: fill or remove the folder")

@@ -8,9 +8,10 @@ import os
 import resource
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from util.errors import TrainingError
@@ -90,19 +91,24 @@ def retried(read: Callable[[], T], path: str | os.PathLike) -> T:
         try:
             return read()
         except OSError as error:
-            if error.errno not in _STORAGE_ERRORS:
+            if not is_of_storage(error):
                 raise
         time.sleep(delay)
     try:
         return read()
     except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
+        if not is_of_storage(error):
             raise
         raise TrainingError(
             f"{path} cannot be read, tried {len(RETRY_DELAYS) + 1} times in "
             f"{sum(RETRY_DELAYS):g} s: {error.strerror} ({errno.errorcode[error.errno]}); "
             f"{_remedy(error.errno)}"
         ) from error
+
+
+def is_of_storage(error: OSError) -> bool:
+    """True for an error that the storage or the machine is to blame for, and not the file."""
+    return error.errno in _STORAGE_ERRORS
 
 
 def _remedy(number: int) -> str:
@@ -115,6 +121,11 @@ def too_many_open_files() -> str:
     """Advice for a process that has come to its limit of open files."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return f"raise the limit of open files (`ulimit -n` is {limit}), or lower --num_workers"
+
+
+def is_one_of(path: Path, files: Iterable[str | os.PathLike]) -> bool:
+    """True if a path leads to one of some files, by whatever name: writing there would lose it."""
+    return path.exists() and any(os.path.exists(f) and os.path.samefile(path, f) for f in files)
 
 
 def reason_of(error: OSError, path: str) -> str:

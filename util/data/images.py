@@ -5,7 +5,7 @@ import warnings
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data.files import read_file, reason_of
@@ -30,6 +30,8 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# Profiles and notes within a PNG are larger than Pillow's 1 MiB at times; they are read over.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 27
 # Pillow warns from half its own limit on; `open_image` has another.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # What decoders remark on odd metadata; a damaged picture is an error.

@@ -20,7 +20,7 @@ from util.atomic import write_atomically
 from util.data.files import MAX_BYTES, open_regular, retried
 from util.data.folders import kind_of
 from util.data.images import IMAGE_EXTENSIONS
-from util.errors import TrainingError, UsageError
+from util.errors import TrainingError, UsageError, printable
 
 INDEX = "index.npz"
 LABEL = "cls"
@@ -64,7 +64,7 @@ def read_index(folder: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # Damaged bytes raise nearly anything.
         raise UsageError(
-            f"{path} cannot be read ({error}): write it again by {index_command(folder)}"
+            f"{path} cannot be read ({printable(error)}): write it again by {index_command(folder)}"
         ) from error
     return index
 
@@ -205,7 +205,7 @@ def _scan(path: Path) -> tuple[list[_Sample], Counter[str]]:
                     samples.append(sample)
             _check_end(file, tar.offset)
     except (OSError, tarfile.TarError, ValueError) as error:
-        raise UsageError(f"{path} is no whole shard: {error}") from error
+        raise UsageError(f"{path} is no whole shard: {printable(error, 300)}") from error
     return samples, left_out
 
 

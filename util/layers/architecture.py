@@ -151,13 +151,13 @@ class Architecture:
         )
 
     def encoder_kwargs(self) -> dict[str, object]:
-        """Arguments of `ConvViTEncoder` and of the masked autoencoder, which has no class token."""
+        """Arguments of `ConvViTEncoder`."""
         kwargs = {f.name: getattr(self, f.name) for f in fields(self)}
         del kwargs["geometry"], kwargs["class_token"]
         return {"img_size": self.img_size, "patch_size": self.geometry.patch_size, **kwargs}
 
     def kwargs(self) -> dict[str, object]:
-        """Arguments of `ConvViT`."""
+        """Arguments of `ConvViT` and of the masked autoencoder."""
         return {**self.encoder_kwargs(), "class_token": self.class_token}
 
     def flags(self) -> dict[str, object]:

@@ -120,6 +120,25 @@ class Geometry:
             )
         return keep * math.prod(self.mask_unit)
 
+    def num_masks(self, mask_ratio: float) -> int:
+        """Visible sets of `visible_patches` that share no token: the masks of FastConvMAE."""
+        return self.num_patches // self.visible_patches(mask_ratio)
+
+    def predicted_patches(self, mask_ratio: float, predict_share: float) -> int:
+        """Patches to predict: a share of those that `mask_ratio` removes.
+
+        Raises:
+            ValueError: shares that leave nothing to see or to predict.
+        """
+        removed = self.num_patches - self.visible_patches(mask_ratio)
+        predicted = int(removed * predict_share)
+        if not 0 < predicted <= removed:
+            raise ValueError(
+                f"predict_share {predict_share} predicts {predicted} of {removed} removed patches: "
+                f"it must be at least one, and at most all of them"
+            )
+        return predicted
+
     @property
     def patch_pixels(self) -> int:
         """Input pixels under one stage-3 token."""

@@ -24,6 +24,9 @@ from util.run.parser import (
     share,
 )
 
+# How the tables of an evaluation begin.
+PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
+CONFUSION_COLUMNS = ("label", "samples", "accuracy")
 # Of a model that no checkpoint describes.
 _DEFAULT = Architecture()
 _INPUT_SIZE, _PATCH_SIZE = _DEFAULT.img_size[0], _DEFAULT.flags()["patch_size"]
@@ -197,7 +200,53 @@ def add_autoencoder_args(
         "predict patches normalised by their own mean and variance (the paper's recipe)",
         "predict plain pixels",
     )
+    add_switch(
+        group,
+        "class_token",
+        None,
+        "a learnable token before those of the patches, as the v2 checkpoints have it",
+        "tokens of the patches alone (the default)",
+    )
+    group.add_argument(
+        "--predict_share",
+        type=share,
+        metavar="SHARE",
+        help="share of the removed patches to predict, others are left out of the decoder "
+        "(default: all)",
+    )
+    add_switch(
+        group,
+        "complementary",
+        None,
+        "mask each image as often as its blocks make disjoint visible sets, 4 times at 0.75 "
+        "(FastConvMAE; the default of its models)",
+        "one mask an image",
+    )
     return group
+
+
+def add_teacher_args(parser: Parser) -> None:
+    """Add the arguments of a pretraining that mimics a teacher (MR-MCMAE)."""
+    group = parser.add_argument_group("teacher")
+    group.add_argument(
+        "--teacher",
+        metavar="NAME",
+        help="a frozen model that the visible tokens mimic: a timm model that gives patch tokens, "
+        "such as vit_base_patch16_224.dino, or a checkpoint of this program (default: none)",
+    )
+    group.add_argument(
+        "--teacher_checkpoint",
+        action=PathOrDefault,
+        metavar="FILE",
+        help="weights of timm's model (default: fetched from the network)",
+    )
+    group.add_argument(
+        "--mimic_weight",
+        type=positive_float,
+        metavar="W",
+        help="loss = that of the pixels + W x mean squared error to the teacher's tokens "
+        "(default: 1)",
+    )
 
 
 def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._ArgumentGroup:
@@ -266,6 +315,32 @@ def add_eval_args(
         action=PathOrDefault,
         metavar="CSV",
         help="write path, label, prediction and probability of each image of the last evaluation",
+    )
+    group.add_argument(
+        "--confusion",
+        action=PathOrDefault,
+        metavar="CSV",
+        help="write the confusion matrix and each class's accuracy of the last evaluation, and a "
+        "picture beside it",
+    )
+
+
+def add_knn_args(parser: Parser) -> None:
+    """Add the arguments of the k-NN accuracy that is measured as a pretraining runs."""
+    group = parser.add_argument_group("k-NN accuracy")
+    group.add_argument(
+        "--knn_freq",
+        type=non_negative_int,
+        default=0,
+        metavar="EPOCHS",
+        help="measure it every so many epochs, and after the last; 0: never",
+    )
+    group.add_argument(
+        "--knn_path",
+        action=PathOrDefault,
+        metavar="DIR",
+        help="labelled images: a folder with train/ and val/, in each a folder a class or shards "
+        "(default: --data_path)",
     )
 
 
@@ -431,6 +506,19 @@ def add_run_args(parser: Parser) -> None:
         metavar="N",
         help="of weights, masks, order and augmentation",
     )
+    add_device_args(group)
+    add_switch(
+        group,
+        "compile",
+        None,
+        "torch.compile the model (default on CUDA)",
+        "run without torch.compile",
+    )
+    _add_original_args(group)
+
+
+def add_device_args(group: argparse._ArgumentGroup) -> None:
+    """Device and precision."""
     group.add_argument(
         "--device",
         type=device_name,
@@ -443,14 +531,6 @@ def add_run_args(parser: Parser) -> None:
         default="auto",
         help="mixed precision; auto: bf16 where the GPU has it, else fp16 on CUDA, none elsewhere",
     )
-    add_switch(
-        group,
-        "compile",
-        None,
-        "torch.compile the model (default on CUDA)",
-        "run without torch.compile",
-    )
-    _add_original_args(group)
 
 
 def _add_original_args(group: argparse._ArgumentGroup) -> None:
@@ -474,15 +554,13 @@ def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> N
     Raises:
         UsageError: values that do not go together.
     """
-    if len(args.input_size) > 2:
-        raise UsageError(f"--input_size takes one or two numbers, not {len(args.input_size)}")
+    derive_loading(args, device_type)
     if "crop_scale" in args and not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         raise UsageError("--crop_scale takes the smaller share first, and more than 0")
     if args.warmup_epochs >= args.epochs:
         raise UsageError(
             f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"
         )
-    args.input_size = tuple(args.input_size if len(args.input_size) == 2 else args.input_size * 2)
     args.effective_batch_size = args.batch_size * args.accum_iter * processes
     derived = f" = --blr {args.blr:g} x effective batch {args.effective_batch_size} / 256"
     if args.lr is None:
@@ -496,12 +574,41 @@ def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> N
             f"--min_lr {args.min_lr:g} must not be above the peak learning rate, {args.lr:g}"
             f"{derived}"
         )
+    if args.compile is None:
+        args.compile = device_type == "cuda"
+    args.log_dir = args.log_dir or args.output_dir
+
+
+def derive_loading(args: argparse.Namespace, device_type: str) -> None:
+    """Fill in what `add_data_args` leaves to the machine: size, workers, memory.
+
+    Raises:
+        UsageError: a size of three numbers.
+    """
+    if len(args.input_size) > 2:
+        raise UsageError(f"--input_size takes one or two numbers, not {len(args.input_size)}")
+    args.input_size = tuple(args.input_size if len(args.input_size) == 2 else args.input_size * 2)
     if args.num_workers is None:
         args.num_workers = min(10, max(1, cores_per_process()))
-    for switch in ("compile", "pin_mem"):
-        if getattr(args, switch) is None:
-            setattr(args, switch, device_type == "cuda")
-    args.log_dir = args.log_dir or args.output_dir
+    if args.pin_mem is None:
+        args.pin_mem = device_type == "cuda"
+
+
+def check_tables(args: argparse.Namespace) -> None:
+    """Refuse tables of an evaluation that could not be written at its end.
+
+    Raises:
+        UsageError: a file that cannot be written or holds something else, or a matrix that is to
+            be no CSV.
+    """
+    if getattr(args, "predictions", None):
+        check_file_writable(args.predictions, "--predictions", ",".join(PREDICTION_COLUMNS))
+    if getattr(args, "confusion", None):
+        if args.confusion.suffix != ".csv":
+            raise UsageError(
+                f"--confusion {args.confusion} must end in .csv; the picture ends in .png"
+            )
+        check_file_writable(args.confusion, "--confusion", ",".join(CONFUSION_COLUMNS))
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -517,3 +624,31 @@ def check_writable(folder: Path, flag: str) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}") from error
+
+
+def check_file_writable(path: Path, flag: str, head: str) -> None:
+    """Try to write a file that is to come, and leave what is there as it is.
+
+    Args:
+        path: the file.
+        flag: the option that names it.
+        head: how such a file begins; one that begins otherwise is not written over.
+
+    Raises:
+        UsageError: it is a folder or holds something else, or cannot be made or written.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the folder of {flag} {path} does not exist")
+    try:
+        there = path.exists()
+        if not there or path.is_file() or path.is_dir():  # a pipe would wait for its reader
+            open(path, "ab").close()
+        if path.is_file():
+            with open(path, "rb") as file:
+                begin = file.read(len(head))
+            if begin and begin != head.encode():
+                raise UsageError(f"{flag} {path} holds something else: give another name")
+        if not there:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written: {error.strerror}") from error

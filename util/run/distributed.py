@@ -1,6 +1,7 @@
 """Processes and devices of a run: torchrun's or SLURM's environment, NCCL or gloo, signals."""
 
 import hashlib
+import inspect
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from util.errors import UsageError
+from util.errors import TrainingError, UsageError, printable
 
 
 def rank() -> int:
@@ -36,9 +37,17 @@ def is_main_process() -> bool:
 def cores_per_process() -> int:
     """CPU cores for each process of this node, as its launcher says."""
     if "SLURM_CPUS_PER_TASK" in os.environ:
-        return int(os.environ["SLURM_CPUS_PER_TASK"])
+        return _whole_number("SLURM_CPUS_PER_TASK")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return cores // max(1, _whole_number("LOCAL_WORLD_SIZE"))
+
+
+def _whole_number(variable: str) -> int:
+    """The number that a launcher's environment variable holds, 1 if it is not set."""
+    text = os.environ.get(variable, "1")
+    if not text.isdecimal():
+        raise UsageError(f"the environment variable {variable} is {text!r}, not a whole number")
+    return int(text)
 
 
 def _environment() -> dict[str, str]:
@@ -80,9 +89,19 @@ def init_processes(device: str = "auto") -> torch.device:
         device: auto (CUDA where there is one, then MPS, then CPU), cuda, cuda:N, mps or cpu.
 
     Raises:
-        UsageError: the device does not exist here, or there are more processes than GPUs.
+        UsageError: the device does not exist here, there are more processes than GPUs, or the
+            launcher's environment is not whole.
+        TrainingError: the processes do not reach each other.
     """
-    env = _environment()
+    try:
+        env = _environment()
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            int(env.get(name, 0))
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"the environment is not whole that torchrun or srun sets for its processes ({error}): "
+            f"start them by one of these, or unset RANK, WORLD_SIZE and SLURM_STEP_NUM_TASKS"
+        ) from error
     local_rank = int(env.get("LOCAL_RANK", 0))
     asked, (device, _, gpu) = device, device.partition(":")
     if gpu and int(env.get("WORLD_SIZE", 1)) > 1:
@@ -122,18 +141,30 @@ def init_processes(device: str = "auto") -> torch.device:
         raise UsageError("--device mps: not available here; use --device cpu or auto")
     if int(env.get("WORLD_SIZE", 1)) > 1:
         os.environ.update(env)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        except ValueError as error:  # a part of the environment is missing or wrong
+            raise UsageError(f"the processes cannot meet: {printable(error, 300)}") from error
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise TrainingError(
+                f"the processes cannot meet at {env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}: "
+                f"{printable(error, 200)}"
+            ) from error
     return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
 
 
 def wrap_model(model: nn.Module, device: torch.device, compile_model: bool) -> nn.Module:
     """The model as it is trained: in DDP if there are several processes, compiled if wanted."""
     if world_size() > 1:
-        model = nn.parallel.DistributedDataParallel(
+        kind = nn.parallel.DistributedDataParallel
+        # torch 2.14 has renamed what keeps buffers as they are in each process.
+        names = inspect.signature(kind).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        model = kind(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **{name: False},
         )
     if not compile_model:
         return model

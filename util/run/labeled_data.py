@@ -56,6 +56,29 @@ def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Load
     return eval_loader(args, LabeledImages(_val_path(args), transform), args.batch_size)
 
 
+def labeled_splits(args: argparse.Namespace, root: Path, flag: str) -> tuple[Loader, Loader]:
+    """Images of `train/` and of `val/` as they are evaluated, to compare one with the other.
+
+    Args:
+        args: completed arguments.
+        root: the folder that holds both.
+        flag: the option that chose it, for messages.
+
+    Raises:
+        UsageError: folders that are missing, without labels, or whose classes differ.
+    """
+    for path in (root / "train", root / "val"):
+        if not path.is_dir():
+            raise UsageError(
+                f"{flag} {root} has no {path.name}/: k-NN takes train/ and val/, in each a folder "
+                f"a class or shards"
+            )
+    transform = center_crop_transform(tuple(args.input_size), args.in_chans, args.max_pixels)
+    train, val = (LabeledImages(root / name, transform) for name in ("train", "val"))
+    check_classes(train.classes, val.classes, train.root, val.root)
+    return tuple(eval_loader(args, dataset, args.batch_size) for dataset in (train, val))
+
+
 def _val_path(args: argparse.Namespace) -> Path:
     """The images that `--eval` means."""
     if args.val_path is not None:

@@ -78,6 +78,11 @@ def comparable_args(saved: Mapping[str, object], now: Mapping[str, object]) -> d
     # A model that is read off the file has no name here.
     unnamed = {"model"} if now.get("model") is None else set()
     both = {n: saved[n] for n in now.keys() & saved.keys() - _FREE - unnamed}
+    if "complementary" in now:  # the original says it in the model's name
+        both["complementary"] = str(saved.get("model")).startswith("fastconvmae") or None
+    # What the original does not have.
+    later = ("predict_share", "teacher", "teacher_digest", "mimic_dim", "mimic_weight")
+    both |= {name: None for name in later if name in now}
     if _model_name(both) == _model_name(now):
         both |= {"model": now["model"]} if "model" in both else {}
     if isinstance(size := both.get("input_size"), int):

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from util.run.distributed import complain, print_once
+
+# Bytes of a file's name, on every file system that is in use.
+_LONGEST_NAME = 255
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -97,6 +101,8 @@ class PathOrDefault(argparse.Action):
             value = self.default
             meant = "not given" if value is None else f"its default, {value}"
             parser.note(option_string, f"empty, taken as {meant}")
+        elif any(len(os.fsencode(part)) > _LONGEST_NAME for part in values.split(os.sep)):
+            parser.error(f"argument {option_string}: no file has a name as long as in this path")
         setattr(namespace, self.dest, value)
 
 

@@ -42,6 +42,7 @@ def reconstruct(
     training = model.training
     model.eval()
     _, pred, mask = model(imgs, mask_ratio, noise.to(imgs.device))
+    pred, mask = pred[: len(imgs)], mask[: len(imgs)]  # of several masks the first
     model.train(training)
 
     patches = model.patchify(imgs)

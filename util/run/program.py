@@ -12,9 +12,16 @@ import torch.distributed as dist
 
 from util.errors import TrainingError, UsageError
 from util.run.distributed import complain, print_once
+from util.signals import (
+    INTERRUPTED,
+    NOTHING_TO_SAVE,
+    hand_over_interrupts,
+    stopped_exit_code,
+)
 
-# Environment variable by which a launcher can tell a run that stopped from one that is done.
-STOPPED_EXIT_CODE = "STOPPED_EXIT_CODE"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What the system refuses for the sake of a path or of who asks; no fault of the program's.
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
 
 
 class Stopped(BaseException):
@@ -48,15 +55,16 @@ def run_main(
         stream.reconfigure(errors="surrogateescape")
     code, together = 0, 0
     try:
+        hand_over_interrupts()
         if is_run:
             stop_early_on_signals()
         main(args)
     except StoppedEarly as stop:
         print_once(stop)
-        code, together = int(os.environ.get(STOPPED_EXIT_CODE, 0)), None
+        code, together = stopped_exit_code(), None
     except Stopped as stop:
         print_once(stop)
-        code = together = int(os.environ.get(STOPPED_EXIT_CODE, 0))
+        code = together = stopped_exit_code()
     except UsageError as error:
         complain(f"error: {error}")
         code = 2
@@ -64,13 +72,16 @@ def run_main(
         complain(f"failed: {error}")
         code = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
+            complain(f"failed: the disk or the quota is full: {error}")
+        elif error.errno in _FORBIDDEN and error.filename is not None:
+            complain(f"failed: {error.filename}: {error.strerror}")
+        else:
             raise
-        complain(f"failed: the disk or the quota is full: {error}")
         code = 1
     except KeyboardInterrupt:
         complain("interrupted: the last checkpoint counts")
-        code = 130
+        code = INTERRUPTED
     # Only where all processes get here: after a failure the others may wait in a collective.
     if dist.is_initialized() and code == together:
         dist.destroy_process_group()
@@ -83,7 +94,7 @@ def stop_early_on_signals() -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:  # data workers inherit this; their run ends them
-            raise StoppedEarly("stopped by a signal: there was nothing to save yet")
+            raise StoppedEarly(NOTHING_TO_SAVE)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)

@@ -76,7 +76,8 @@ class Run:
             extra: further plain values for the checkpoints.
 
         Raises:
-            UsageError: the processes do not see the same files.
+            UsageError: the processes do not see the same files, or the checkpoint's step is none
+                of the epoch's.
         """
         ddp_model = wrap_model(model, device, args.compile)
         dtype = amp_dtype(args.amp, device)
@@ -87,6 +88,11 @@ class Run:
         extra = {"program": program, "num_images": len(loader.dataset), **(extra or {})}
         checkpoints = Checkpoints(args.output_dir, plain(args), parts, extra)
         position = checkpoints.restore(content) if content else (0, 0)
+        if position[1] > loader.steps_per_epoch:
+            raise UsageError(
+                f"the checkpoint to resume from is at step {position[1]} of an epoch, which has "
+                f"{loader.steps_per_epoch}: give another one"
+            )
         views = gather_objects((*position, len(loader.dataset)))
         if len(set(views)) > 1:
             raise UsageError(

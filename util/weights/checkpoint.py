@@ -1,9 +1,11 @@
 """Checkpoint files: written whole or not at all, read so that a hostile one runs nothing."""
 
 import mmap
+import os
 import struct
 import sys
 import zipfile
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +13,8 @@ from typing import BinaryIO
 import torch
 
 from util.atomic import write_atomically
-from util.errors import UsageError, printable
+from util.data.files import retried
+from util.errors import TrainingError, UsageError, printable
 from util.weights.unpickle import Foreign, Refused, Unpickler
 
 # The number with which files of PyTorch before 1.6 begin, and the version of their format.
@@ -36,15 +39,15 @@ def load_file(path: str | Path) -> dict:
 
     Raises:
         UsageError: no such file, not a checkpoint, damaged, or one that wants to run code.
+        TrainingError: the storage fails, see `retried`.
     """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"checkpoint {path} does not exist or is not a file")
     try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            zipped = file.read(4) == b"PK\x03\x04"
-            content = _read_zip(file, size) if zipped else _read_legacy(file, size)
+        content = retried(partial(_read, path), path)
+    except TrainingError:
+        raise
     except Refused as error:
         raise UsageError(f"checkpoint {path} is refused: {error}") from error
     except zipfile.BadZipFile as error:
@@ -62,6 +65,19 @@ def load_file(path: str | Path) -> dict:
         kind = content.kind if isinstance(content, Foreign) else type(content).__name__
         raise UsageError(f"checkpoint {path} holds a {printable(kind)}, not a dictionary")
     return content
+
+
+def _read(path: Path) -> object:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if file.read(4) != b"PK\x03\x04":
+            return _read_legacy(file, size)
+        try:
+            return _read_zip(file, size)
+        except zipfile.BadZipFile as error:
+            if isinstance(error.__context__, OSError):  # the storage's, while the end was read
+                raise error.__context__ from None
+            raise
 
 
 def _read_zip(file: BinaryIO, size: int) -> object:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from util.errors import printable
 from util.layers.geometry import show_size
 from util.weights.read import KINDS, Weights
 
@@ -14,6 +15,9 @@ def describe(weights: Weights) -> str:
     kind += ", averaged (EMA)" if "ema" in weights.entry else ""
     count = sum(t.numel() for t in weights.state.values() if t.is_floating_point())
     said = [weights.info.get("program"), weights.args.get("model")]
+    if "teacher" in weights.args:
+        digest = weights.args.get("teacher_digest")
+        said.append(f"teacher {printable(weights.args['teacher'])} (weights {printable(digest)})")
     said += [] if epochs is None else [f"{epochs} epoch{'s' * (epochs != 1)} done"]
     rows = {
         "file": f"{weights.path} ({weights.path.stat().st_size / 1e6:.1f} MB)",

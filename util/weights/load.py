@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.errors import UsageError
+from util.errors import UsageError, printable
 from util.layers.architecture import Architecture
 from util.layers.geometry import show_size
 from util.layers.pos_embed import resize_pos_embed
@@ -57,7 +57,9 @@ class Report:
 def _modules(names: Sequence[str]) -> str:
     """Names, summed up by the module they belong to."""
     counts = Counter(name.split(".")[0] for name in names)
-    return ", ".join(f"{name} ({n})" if n > 1 else name for name, n in counts.items())
+    return ", ".join(
+        f"{printable(name)} ({n})" if n > 1 else printable(name) for name, n in counts.items()
+    )
 
 
 def load_weights(
@@ -78,7 +80,7 @@ def load_weights(
         prefix: load only what the file has below this name, see `Weights.encoder`.
 
     Raises:
-        UsageError: weights that do not fit, with the reason.
+        UsageError: weights that do not fit or are not finite, with the reason.
     """
     own = {name: t for name, t in model.state_dict().items() if not name.endswith(_COMPUTED)}
     there = {
@@ -102,6 +104,11 @@ def load_weights(
     if misfits or absent:
         _ = weights.architecture  # refuses what is no ConvViT's
         raise UsageError(_why_not(weights, own, there, sorted(misfits), absent))
+    if broken := sorted(name for name, tensor in chosen.items() if not _is_finite(tensor)):
+        raise UsageError(
+            f"checkpoint {weights.path} holds numbers that are not finite, in {_modules(broken)}: "
+            f"the run that wrote it diverged; take an earlier one"
+        )
     model.load_state_dict(chosen, strict=False)
     return Report(
         weights.path,
@@ -111,6 +118,11 @@ def load_weights(
         sorted(there.keys() - chosen.keys()),
         "ema" in weights.entry,
     )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """True for numbers that are; those on the meta device are none."""
+    return tensor.is_meta or not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _fit(

@@ -28,7 +28,10 @@ _WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.")
 # Where the encoder's names begin in the segmentors and detectors built on it.
 BACKBONES = ("", "backbone.", "backbone.bottom_up.", "backbone.net.")
 # What pretraining and classification have beside the encoder.
-_BESIDES_ENCODER = ("decoder_*", "mask_token", "stage*_output_decode", "norm", "fc_norm", "head")
+_BESIDES_ENCODER = (
+    *("decoder_*", "mask_token", "stage*_output_decode", "mimic"),
+    *("norm", "fc_norm", "head"),
+)
 # What gives the logits, in the order in which `num_classes` looks for it.
 HEADS = ("head", "head.1", "decode_head.conv_seg", "auxiliary_head.conv_seg")
 _BOXES = "roi_heads.box_predictor.cls_score.weight"
@@ -121,7 +124,7 @@ class Weights:
             _check_shapes(shapes)
             return Architecture.from_shapes(shapes, self.args)
         except ValueError as error:
-            some = ", ".join(sorted(self.state)[:3])
+            some = ", ".join(map(printable, sorted(self.state)[:3]))
             raise UsageError(f"checkpoint {self.path}: {error} (it has {some}, …)") from error
 
     def without_heads(self) -> "Weights":
@@ -231,7 +234,9 @@ _ARGS = {
     "input_size": lambda v: _is_size(v) or _are(_is_size, 1, 2)(v),
     "patch_size": lambda v: _are(lambda p: _is_size(p) or _are(_is_size, 2)(p), 3)(v),
     **dict.fromkeys(("in_chans", "num_frames", "tubelet", "temporal_kernel"), _is_size),
-    "model": _is_text,
+    **dict.fromkeys(("model", "teacher", "teacher_digest"), _is_text),
+    "mimic_dim": _is_size,
+    "complementary": lambda v: isinstance(v, bool),
 }
 
 

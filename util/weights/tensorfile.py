@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from util.atomic import write_atomically
-from util.errors import UsageError, printable
+from util.data.files import retried
+from util.errors import TrainingError, UsageError, printable
 
 DIGEST = "sha256"
 
@@ -33,13 +35,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         UsageError: no such file, another kind of file, or a damaged one.
+        TrainingError: the storage fails, see `retried`.
     """
     if not path.is_file():
         raise UsageError(f"checkpoint {path} does not exist or is not a file")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+        state, metadata = retried(partial(_read, path), path)
+    except TrainingError:
+        raise
     except Exception as error:  # types of numbers that torch does not have raise their own
         raise UsageError(f"checkpoint {path} cannot be read: {printable(error)}") from error
     digest = metadata.pop(DIGEST, None)
@@ -49,6 +52,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"it anew"
         )
     return state, metadata
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    # By its number, as the library takes only names in UTF-8.
+    with (
+        open(path, "rb") as opened,
+        safetensors.safe_open(f"/dev/fd/{opened.fileno()}", "pt") as file,
+    ):
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return state, file.metadata() or {}
 
 
 def _digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
