@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -103,6 +104,22 @@ class PathOrDefault(argparse.Action):
         elif any(len(os.fsencode(part)) > _LONGEST_NAME for part in values.split(os.sep)):
             parser.error(f"argument {option_string}: no file has a name as long as in this path")
         setattr(namespace, self.dest, value)
+
+
+def complete_resume(argv: Sequence[str] | None) -> list[str]:
+    """A command line in which `--resume` has a value: without one it is `--resume auto`.
+
+    So Detectron2 and MMSegmentation have it. A value is auto, none or a checkpoint's file.
+
+    Args:
+        argv: the command line; None for the process's own.
+    """
+    given = [*(sys.argv[1:] if argv is None else argv)]
+    for i, (flag, value) in enumerate(zip(given, [*given[1:], ""], strict=True)):
+        is_value = value in ("auto", "none") or Path(value).suffix in (".pth", ".pt")
+        if flag == "--resume" and not is_value:
+            given[i] = "--resume=auto"
+    return given
 
 
 def device_name(text: str) -> str:
