@@ -24,7 +24,7 @@ from PIL import ExifTags, Image
 
 import tools.visualize
 from models_convmae import MaskedAutoencoderConvViT
-from models_convvit import convvit_from_checkpoint, convvit_from_weights
+from models_convvit import convvit_from_checkpoint, convvit_from_weights, convvit_tiny_patch16
 from tests.checks import (
     assert_close_end,
     assert_finite,
@@ -1141,6 +1141,19 @@ def test_a_run_from_weights_goes_on_by_the_same_command_without_their_file(
     assert_ok(result)
     assert "nothing to train" in result.out and "computed anew" not in result.out
     assert_one_line(launcher.run(*moved), 2, "--finetune", "there, /gone here")
+
+
+def test_an_encoder_with_a_class_token_is_gone_on_from_with_it(images, launcher, tmp_path):
+    # As the v2 checkpoints: the encoder alone, with a class token and a row of the table for it.
+    sizes = dict(img_size=32, patch_size=(2, 2, 1), class_token=True, num_classes=0)
+    encoder = convvit_tiny_patch16(**sizes).state_dict()
+    torch.save({"model": encoder}, tmp_path / "v2.pth")
+    start = {"finetune": tmp_path / "v2.pth", "model": None, "patch_size": None, "lr": 1e-12}
+    command = flags(images, tmp_path / "run", **start, epochs=1, warmup_epochs=0)
+    assert_ok(launcher.run(*command))
+    ours = weights(tmp_path / "run")
+    torch.testing.assert_close(ours["cls_token"], encoder["cls_token"], rtol=0, atol=1e-6)
+    assert ours["decoder_pos_embed"].shape[1] == 65
 
 
 BAD_STARTS = {
