@@ -52,18 +52,24 @@ def conv_block_on_grid(block: ConvBlock, x: Tensor, mask: Tensor | None = None) 
 class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
     """ConvMAE as the original computes it: everything, with the mask applied in each ConvBlock."""
 
+    def convolution_masks(self, mask: Tensor) -> dict[int, Tensor | None]:
+        """For stages 1 and 2 what their convolutions must not see, `[N, 1, *grid]` of 0 and 1.
+
+        Args:
+            mask: `[N, L]`, 1 where a block is removed.
+        """
+        blocks = mask.view(len(mask), 1, *self.geometry.grid(3))
+        return {
+            stage: F.interpolate(blocks, self.geometry.grid(stage), mode="nearest-exact")
+            for stage in (1, 2)
+        }
+
     def forward_encoder(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The dense form of `MaskedAutoencoderConvViT.forward_encoder`, with the same results."""
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
-        block_mask = mask.view(len(imgs), 1, *self.geometry.grid(3))  # [N, 1, *grid]
-
-        x, masks = imgs, {}
-        for stage in (1, 2):
-            masks[stage] = F.interpolate(
-                block_mask, self.geometry.grid(stage), mode="nearest-exact"
-            )
+        x, masks = imgs, self.convolution_masks(mask)
         x = stage1 = patch_embed_on_grid(self.patch_embed1, x)
         for block in self.blocks1:
             x = stage1 = conv_block_on_grid(block, x, masks[1])
