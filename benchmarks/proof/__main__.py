@@ -252,7 +252,7 @@ def jobs_of(args: argparse.Namespace, arm: Arm, seed: int, device: torch.device)
         passes = counts["all"] * pretraining.epochs
         jobs = [
             Job(arm, seed, "pretrain", passes, pretrain),
-            Job(arm, seed, "curve", looked_at * args.curve_points, curve),
+            Job(arm, seed, "curve", looked_at * (args.curve_points - 1), curve),
         ]
     jobs.append(Job(arm, seed, "probe", looked_at, probe))
     if arm.finetuned:
@@ -283,8 +283,6 @@ class Book:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.of(job), indent=2) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
-        # As it will be read again: numbers of epochs are text in JSON.
-        self.found[job.arm.name][job.seed] = json.loads(text)
 
     def time_left(self, jobs: Sequence[Job]) -> str:
         """The time that jobs will take by what those done took; of a kind not seen yet a guess."""
@@ -326,22 +324,28 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
 
 
 def check_settings(path: Path, settings: dict[str, object]) -> None:
-    """Write an experiment's settings, or compare with those that are there.
+    """Compare an experiment's settings with those of its folder, and write them there.
+
+    More arms, seeds and shares of the labels may come, but none with other settings.
 
     Raises:
         UsageError: the folder holds another experiment.
     """
+    settings = dict(settings)
     if path.exists():
         known = json.loads(path.read_text())
-        differing = [name for name in settings if settings[name] != known.get(name)]
-        if differing:
-            name = differing[0]
-            raise UsageError(
-                f"--output_dir {path.parent} holds an experiment with other settings ({name} "
-                f"{known.get(name)}, now {settings[name]}): give the same, or another folder"
-            )
-    else:
-        write_atomically(path, lambda file: file.write(json.dumps(settings, indent=2).encode()))
+        for name, value in settings.items():
+            there = known.get(name)
+            if isinstance(value, dict):
+                value = {share: value[share] for share in value if share in there}
+                there = {share: there[share] for share in value}
+            if value != there:
+                raise UsageError(
+                    f"--output_dir {path.parent} holds an experiment with other settings ({name} "
+                    f"{there}, now {value}): give the same, or another folder"
+                )
+        settings["finetunings"] = known["finetunings"] | settings["finetunings"]
+    write_atomically(path, lambda file: file.write(json.dumps(settings, indent=2).encode()))
 
 
 def stop_between_trainings() -> None:
@@ -352,6 +356,11 @@ def stop_between_trainings() -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
+
+
+def shown(argument: str) -> str:
+    """An argument as the page shows it: no folders of this machine."""
+    return f"/path/to/{Path(argument).name}" if Path(argument).is_absolute() else argument
 
 
 def publish(args: argparse.Namespace, book: Book, device: torch.device) -> None:
@@ -365,7 +374,7 @@ def publish(args: argparse.Namespace, book: Book, device: torch.device) -> None:
         "size": "×".join(map(str, architecture.img_size)),
         "strides": " ".join(map(str, args.patch_size)),
     }
-    surroundings = environment("proof", args.argv, device.type)
+    surroundings = environment("proof", [shown(text) for text in args.argv], device.type)
     done = [name for name in SHOWN if "pretrain" in book.found.get(name, {}).get(0, {})]
     draw = partial(draw_of, args, ARMS[done[0]], device) if done else None
     write_page(args.page, book.found, settings, surroundings, draw)

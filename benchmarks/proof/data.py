@@ -1,7 +1,8 @@
 """The pictures of the proof: a part of ImageNet's layout as links, and CIFAR-10 in that layout."""
 
-import os
 import random
+import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def write_cifar10(source: Path, folder: Path) -> None:
     Raises:
         UsageError: it is not there and cannot be fetched, or is damaged.
     """
+    half = folder.with_name(folder.name + ".part")  # a kill leaves no half of it under the name
+    shutil.rmtree(half, ignore_errors=True)
     for split in ("train", "val"):
         try:
             dataset = CIFAR10(source, train=split == "train", download=True)
@@ -33,9 +36,10 @@ def write_cifar10(source: Path, folder: Path) -> None:
                 f"({error}): put cifar-10-batches-py there, or give --data_path alone"
             ) from error
         for number, (image, label) in enumerate(dataset):
-            path = folder / split / dataset.classes[label] / f"{number:05d}.png"
+            path = half / split / dataset.classes[label] / f"{number:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
+    half.rename(folder)
 
 
 def read_split(root: Path) -> dict[str, list[str]]:
@@ -48,7 +52,7 @@ def read_split(root: Path) -> dict[str, list[str]]:
     classes, labels = files.read_classes()
     found = {name: [] for name in classes}
     for index, label in enumerate(labels):
-        found[classes[label]].append(os.path.abspath(files.path(index)))
+        found[classes[label]].append(files.path(index))
     for name, paths in found.items():
         random.Random(name).shuffle(paths)
         if not paths:
@@ -57,14 +61,15 @@ def read_split(root: Path) -> dict[str, list[str]]:
 
 
 def first(classes: Mapping[str, list[str]], count: int | None) -> dict[str, list[str]]:
-    """The first pictures of each class, `count` in all (at least one a class); None for all."""
+    """The first pictures of each class, `count` in all; None for all.
+
+    As many of each as there are, and at least one.
+    """
     if count is None:
         return dict(classes)
-    each, more = divmod(count, len(classes))
-    return {
-        name: paths[: max(1, each + (place < more))]
-        for place, (name, paths) in enumerate(classes.items())
-    }
+    turns = sorted((turn, name) for name, paths in classes.items() for turn in range(len(paths)))
+    taken = Counter(name for _, name in turns[: max(count, len(classes))])
+    return {name: paths[: taken[name]] for name, paths in classes.items()}
 
 
 def count(classes: Mapping[str, Sequence[str]]) -> int:
@@ -72,12 +77,13 @@ def count(classes: Mapping[str, Sequence[str]]) -> int:
     return sum(map(len, classes.values()))
 
 
-def link(classes: Mapping[str, Sequence[str]], folder: Path) -> None:
-    """Make a folder of class folders that hold links to the pictures."""
+def link(classes: Mapping[str, Sequence[str]], root: Path, folder: Path) -> None:
+    """Make a folder of class folders that hold links to the pictures below `root`."""
     for name, paths in classes.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for path in paths:
-            target = folder / name / os.path.basename(path)
+            # Pictures of several folders of a class may have one name.
+            target = folder / name / "_".join(Path(path).relative_to(root / name).parts)
             if not target.is_symlink():
                 target.symlink_to(path)
 
@@ -109,15 +115,15 @@ def prepare(
     Raises:
         UsageError: folders that are missing or differ in their classes.
     """
-    train = read_split(source / "train")
-    held_out = {
-        name: paths[: max(1, round(len(paths) * HELD_OUT))] for name, paths in train.items()
-    }
+    roots = {split: (source / split).absolute() for split in ("train", "val")}
+    train = read_split(roots["train"])
     if tune:
-        test = first(held_out, test_images)
-        train = {name: paths[len(held_out[name]) :] for name, paths in train.items()}
+        roots["val"] = roots["train"]
+        ends = {name: max(1, round(len(paths) * HELD_OUT)) for name, paths in train.items()}
+        test = first({name: paths[: ends[name]] for name, paths in train.items()}, test_images)
+        train = {name: paths[ends[name] :] for name, paths in train.items()}
     else:
-        test = first(read_split(source / "val"), test_images)
+        test = first(read_split(roots["val"]), test_images)
     if train.keys() != test.keys():
         raise UsageError(f"--data_path {source}: train/ and val/ do not have the same classes")
     if not all(train.values()):
@@ -126,7 +132,7 @@ def prepare(
     counts = {"test": count(test)}
     for name, share in {"all": 100.0, **{f"labels-{share:g}": share for share in shares}}.items():
         part = first(train, max(1, round(count(train) * share / 100)))
-        link(part, folder / name / "train")
-        link(test, folder / name / "val")
+        link(part, roots["train"], folder / name / "train")
+        link(test, roots["val"], folder / name / "val")
         counts[name] = count(part)
     return counts

@@ -60,12 +60,13 @@ def pretrain(arm: Arm, args: argparse.Namespace, device: torch.device) -> None:
     loader = main_pretrain.build_data(args)
     run = build_run(args, device, loader, models, main_pretrain.PROGRAM)
     run.describe(arm.what)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     with closing(run.report.log):
         for epoch, start in run.epochs():
-            began = time.perf_counter()
+            began = clock()
             values = pretrain_one_epoch(run, epoch, start, args.mask_ratio)
             if not start:  # a whole epoch
-                values["seconds"] = time.perf_counter() - began
+                values["seconds"] = clock() - began
             run.end_epoch(epoch, values)
 
 
@@ -75,7 +76,10 @@ def size_of(model: str) -> str:
 
 
 def seconds_an_epoch(folder: Path) -> float | None:
-    """The median over the epochs of a run that were trained in one go."""
+    """The median over the epochs of a run that were trained in one go.
+
+    On a CPU it is processor time, which other work on the machine changes least.
+    """
     seconds = [row["seconds"] for row in read_log(folder / "log.txt")[0] if "seconds" in row]
     return median(seconds) if seconds else None
 
@@ -185,13 +189,14 @@ def probe(model: nn.Module, data: Path, args: argparse.Namespace, device: torch.
 
 def curve(
     arm: Arm, folder: Path, data: Path, args: argparse.Namespace, device: torch.device
-) -> dict[int, dict]:
-    """`probe` of each checkpoint that a pretraining kept, by the number of epochs done."""
+) -> dict[str, dict]:
+    """`probe` of the checkpoints on the way, by the number of epochs done."""
     found = {}
     for path in folder.glob("checkpoint-*.pth"):
         epochs = int(path.stem.partition("-")[2]) + 1
-        found[epochs] = probe(encoder(arm, path, args), data, args, device)
-    return dict(sorted(found.items()))
+        if epochs < args.epochs:
+            found[str(epochs)] = probe(encoder(arm, path, args), data, args, device)
+    return found
 
 
 # ---- fine-tuning ---------------------------------------------------------------------------------

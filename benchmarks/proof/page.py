@@ -111,6 +111,15 @@ def claims_table(results: Results, shares: Sequence[float], tests: int) -> str:
     return markdown_table(rows) if len(rows) > 1 else "No two arms to compare yet."
 
 
+def curve_of(jobs: Mapping[str, Mapping]) -> dict[int, float]:
+    """Accuracy of k-NN on all scales by epochs of pretraining, the last one included."""
+    if "pretrain" not in jobs or "probe" not in jobs:
+        return {}
+    points = jobs.get("curve", {}).get("points", {})
+    found = {int(epochs): point["knn_scales"] for epochs, point in points.items()}
+    return found | {jobs["pretrain"]["epochs"]: jobs["probe"]["knn_scales"]}
+
+
 def draw_figure(results: Results, shares: Sequence[float], path: Path) -> None:
     """Bars with spread of every arm, and k-NN against the epochs of pretraining."""
     import matplotlib
@@ -139,10 +148,10 @@ def draw_figure(results: Results, shares: Sequence[float], path: Path) -> None:
     bars.set_xlabel("accuracy on pictures never seen, %")
     bars.legend(fontsize="small")
     for name in names:
-        curves = [jobs["curve"] for jobs in results[name].values() if jobs.get("curve")]
-        if curves:
-            epochs = sorted(set.intersection(*({int(e) for e in c["points"]} for c in curves)))
-            means = [mean(c["points"][str(e)]["knn_scales"] for c in curves) for e in epochs]
+        curves = [curve_of(jobs) for jobs in results[name].values()]
+        epochs = sorted(set.intersection(*map(set, curves)))
+        if epochs:
+            means = [mean(curve[epoch] for curve in curves) for epoch in epochs]
             lines.plot(epochs, means, marker="o", label=ARMS[name].what)
     lines.set(xlabel="epochs of pretraining", ylabel="k-NN, all scales, %")
     if lines.lines:
@@ -241,7 +250,9 @@ def write_page(
         "of the last block, or of all scales concatenated (the three stages; of a plain ViT the "
         "first, middle and last block). k-NN: 20 neighbours, cosine; regression: scikit-learn's "
         f"logistic regression, C = 1. Fine-tuning with {labels or 'no'} labelled pictures, the "
-        "accuracy of the last epoch. ± is the standard deviation over seeds.",
+        "accuracy of the last epoch. ± is the standard deviation over seeds. Seconds are the "
+        "processor's, which other work changes least (on a GPU the clock's); the arms without "
+        "masked convolution and with masks of stage 1 compute everything, masked or not.",
         "",
         accuracy_table(results, shares),
         "",
