@@ -48,7 +48,6 @@ FINETUNE = (
     *("--aa", "none", "--reprob", "0", "--mixup", "0", "--cutmix", "0", "--drop_path", "0"),
     *("--layer_decay", "0.8", "--crop_scale", "0.4", "1"),
 )
-PRETRAIN_BATCH, FINETUNE_BATCH = 128, 64
 # Share of the epochs of any training that the learning rate rises.
 WARMUP = 0.1
 # Arms whose reconstructions are shown, the first that is there.
@@ -95,6 +94,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="STRIDE",
         help="strides of the three stages",
     )
+    add("--batch_size", type=positive_int, default=64, metavar="N", help="of any training")
     add("--lr", type=positive_float, default=2e-3, metavar="LR", help="peak, of pretraining")
     add("--finetune_lr", type=positive_float, default=1e-3, metavar="LR", help="peak, fine-tuning")
     add(
@@ -141,7 +141,7 @@ def pretrain_args(args: argparse.Namespace, arm: Arm, seed: int) -> argparse.Nam
     flags = [
         *("--data_path", args.output_dir / "data/all", "--input_size", args.input_size),
         *("--output_dir", folder_of(args, arm, seed) / "pretrain", "--norm_pix_loss"),
-        *("--batch_size", min(PRETRAIN_BATCH, args.counts["all"]), "--lr", args.lr),
+        *("--batch_size", min(args.batch_size, args.counts["all"]), "--lr", args.lr),
         *("--epochs", epochs, "--save_freq", max(1, epochs // args.curve_points)),
         *common_flags(args, epochs, seed),
         *arm.flags,
@@ -161,7 +161,7 @@ def finetune_args(
     flags = [
         *("--data_path", args.output_dir / "data" / name, "--input_size", args.input_size),
         *("--output_dir", folder_of(args, arm, seed) / f"finetune-{share:g}", "--in_chans", 3),
-        *("--batch_size", min(FINETUNE_BATCH, args.counts[name]), "--lr", args.finetune_lr),
+        *("--batch_size", min(args.batch_size, args.counts[name]), "--lr", args.finetune_lr),
         *("--epochs", epochs, "--save_freq", epochs),
         *common_flags(args, epochs, seed),
         *FINETUNE,
@@ -314,6 +314,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
         "model": args.model,
         "input_size": args.input_size,
         "patch_size": args.patch_size,
+        "batch_size": args.batch_size,
         "lr": args.lr,
         "finetune_lr": args.finetune_lr,
         "curve_points": args.curve_points,

@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from benchmarks.proof.__main__ import main, parse_args
+from benchmarks.proof import __main__ as program
+from benchmarks.proof.__main__ import equal_cost_epochs, main, parse_args, shown
 from tests.pictures import write_pictures
 from util.errors import UsageError
 
@@ -60,6 +61,19 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(launcher, data, tmp
 
 def run(data, output, *more):
     main(parse_args([str(word) for word in command(data, output, *more)]))
+
+
+def test_a_plain_mae_of_a_third_of_the_flops_gets_three_times_the_epochs(monkeypatch, data):
+    flops = iter([3.0, 1.0])
+    monkeypatch.setattr(program, "count_flops", lambda loss: next(flops))
+    args = parse_args([str(word) for word in command(data, "out")])
+    assert equal_cost_epochs(args) == 12
+
+
+def test_the_page_shows_no_folders_of_the_machine():
+    assert list(map(shown, ["--data_path", "/mnt/disk/cifar10", "docs/PROOF.md"])) == [
+        *("--data_path", "/path/to/cifar10", "docs/PROOF.md")
+    ]
 
 
 def test_a_folder_of_another_experiment_is_refused(data, tmp_path):
