@@ -274,11 +274,11 @@ class Book:
 
     def of(self, job: Job) -> dict[str, dict]:
         """Results of a job's arm and seed."""
-        return self.found.setdefault(job.arm.name, {}).setdefault(job.seed, {})
+        return self.found.get(job.arm.name, {}).get(job.seed, {})
 
     def add(self, job: Job, found: dict) -> None:
         """Note what a job found."""
-        self.of(job)[job.name] = found
+        self.found.setdefault(job.arm.name, {}).setdefault(job.seed, {})[job.name] = found
         path = self.folder / "runs" / f"{job.arm.name}-{job.seed}" / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.of(job), indent=2) + "\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from benchmarks.proof.arms import ARMS, CLAIMS, Arm
@@ -161,20 +161,27 @@ def draw_figure(results: Results, shares: Sequence[float], path: Path) -> None:
 
 
 @torch.no_grad()
-def masked_error(model: nn.Module, imgs: torch.Tensor, mask_ratio: float) -> tuple[float, float]:
-    """Root mean square error of removed pixels in [0, 1]: of the model; of filling in the mean.
+def masked_error(model: nn.Module, imgs: Tensor, mask_ratio: float) -> tuple[float, float]:
+    """Root mean square error of removed pixels in [0, 1]: of the model; of the trivial fill.
 
-    The mean is that of an image's visible pixels, channel by channel.
+    The trivial fill is the mean of an image's visible pixels, channel by channel; where the model
+    is given the mean of each patch (`norm_pix_loss`), it is that.
     """
     masked, filled = reconstruct(model, imgs, mask_ratio)
     originals = denormalize(imgs)
     removed = (masked != originals).any(dim=1, keepdim=True).expand_as(imgs)
-    visible = (~removed).sum((2, 3), keepdim=True).clamp(min=1)
-    trivial = originals.masked_fill(removed, 0).sum((2, 3), keepdim=True) / visible
-    return tuple(
-        (fill.expand_as(imgs) - originals)[removed].square().mean().sqrt().item()
-        for fill in (filled, trivial)
+    if model.norm_pix_loss:
+        patches = model.patchify(imgs)
+        means = patches.mean(dim=-1, keepdim=True).expand_as(patches)
+        trivial = denormalize(model.unpatchify(means))
+    else:
+        visible = (~removed).sum((2, 3), keepdim=True).clamp(min=1)
+        trivial = originals.masked_fill(removed, 0).sum((2, 3), keepdim=True) / visible
+        trivial = trivial.expand_as(imgs)
+    error, of_trivial = (
+        (fill - originals)[removed].square().mean().sqrt().item() for fill in (filled, trivial)
     )
+    return error, of_trivial
 
 
 def draw_reconstructions(
@@ -193,14 +200,15 @@ def draw_reconstructions(
     picture = reconstruction_grid(model, imgs[:: max(1, len(imgs) // 12)][:12], args.mask_ratio)
     save_image(picture, path)
     error, trivial = masked_error(model, imgs, args.mask_ratio)
-    given = ""
+    given, fill = "", "the mean of the visible ones"
     if model.norm_pix_loss:
         given = " Mean and contrast of each patch are the original's: the model predicts the rest."
+        fill = "each patch's own mean"
     return (
         f"Pictures never seen: original, {args.mask_ratio:.0%} removed, filled in ({arm.what}, "
         f"{args.epochs} epochs, spread evenly over the test pictures).{given} Root mean square "
         f"error of the removed pixels, of 0 to 1, on {len(imgs)} test pictures: {error:.3f}; of "
-        f"filling in the mean of the visible ones: {trivial:.3f}."
+        f"filling in {fill}: {trivial:.3f}."
     )
 
 
