@@ -190,7 +190,12 @@ class PlainMaskedAutoencoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        predict_share: float = 1.0,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pretraining forward pass, called like `MaskedAutoencoderConvViT.forward`.
 
@@ -198,12 +203,19 @@ class PlainMaskedAutoencoder(nn.Module):
             imgs: `[N, C, *img_size]`.
             mask_ratio: share of patches to remove.
             noise: `[N, U]`, what decides the mask; drawn if not given.
+            predict_share: 1; every patch is predicted.
+            features: None; there is no teacher.
 
         Returns:
             loss: a scalar.
             pred: `[N, L, patch_pixels * C]`, a prediction for every patch.
             mask: `[N, L]`, 1 where removed.
+
+        Raises:
+            ValueError: another share, or features.
         """
+        if predict_share != 1 or features is not None:
+            raise ValueError("the plain MAE predicts every patch and has no teacher")
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
         patches = self.patch_embed(imgs).flatten(2).transpose(1, 2)  # [N, L, C]
         x = gather_tokens(patches + self.pos_embed, ids_keep)

@@ -137,7 +137,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def pretrain_args(args: argparse.Namespace, arm: Arm, seed: int) -> argparse.Namespace:
     """The command line of an arm's pretraining, as `main_pretrain.py` reads it."""
-    epochs = args.equal_cost_epochs if arm.equal_cost else args.epochs
+    epochs = epochs_of(args, arm)
     flags = [
         *("--data_path", args.output_dir / "data/all", "--input_size", args.input_size),
         *("--output_dir", folder_of(args, arm, seed) / "pretrain", "--norm_pix_loss"),
@@ -186,15 +186,20 @@ def folder_of(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
     return args.output_dir / "runs" / f"{arm.name}-{seed}"
 
 
-def equal_cost_epochs(args: argparse.Namespace) -> int:
-    """The epochs of a plain MAE that take as many FLOPs as ConvMAE's."""
+def epochs_of(args: argparse.Namespace, arm: Arm) -> int:
+    """Epochs of an arm's pretraining: those of ConvMAE, or as many as take its FLOPs.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    if not arm.equal_cost:
+        return args.epochs
     architecture = Architecture.named(args.model).with_flags(vars(args))
     imgs = torch.zeros(1, 3, *architecture.img_size)
-    flops = {}
-    for name in ("convmae", "mae"):
-        model = ARMS[name].factory(args.model)(**architecture.encoder_kwargs())
-        flops[name] = count_flops(lambda model=model: model(imgs)[0])
-    return max(1, round(args.epochs * flops["convmae"] / flops["mae"]))
+    kwargs = architecture.encoder_kwargs()
+    models = (a.factory(args.model)(**kwargs) for a in (ARMS["convmae"], arm))
+    of_convmae, own = (count_flops(lambda model=model: model(imgs)[0]) for model in models)
+    return max(1, round(args.epochs * of_convmae / own))
 
 
 # ---- the jobs ------------------------------------------------------------------------------------
@@ -405,7 +410,7 @@ def main(args: argparse.Namespace) -> None:
     hold_output(args.output_dir)
     check_settings(args.output_dir / "settings.json", settings_of(args))
     try:
-        args.equal_cost_epochs = equal_cost_epochs(args)
+        Architecture.named(args.model).with_flags(vars(args))
     except ValueError as error:
         raise UsageError(f"--input_size, --patch_size: {error}") from error
     folder = args.output_dir / "data"

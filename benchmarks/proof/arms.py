@@ -87,8 +87,16 @@ class Stage1MaskedAutoencoder(MaskedAutoencoderConvViT):
             x = x + _tokens(conv_on_grid(self.stage2_output_decode, stage2))
         return self.norm(x), mask, ids_restore
 
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error of the removed pixels; `mask` as `random_masking` gives it."""
+    def forward_loss(
+        self, imgs: Tensor, pred: Tensor, mask: Tensor, ids_predict: Tensor | None = None
+    ) -> Tensor:
+        """Mean squared error of the removed pixels; `mask` as `random_masking` gives it.
+
+        Raises:
+            ValueError: some patches alone are predicted: they all have removed pixels.
+        """
+        if ids_predict is not None:
+            raise ValueError("with masks of stage 1 every patch is predicted")
         with torch.autocast(imgs.device.type, enabled=False):
             removed = F.interpolate(mask, self.geometry.img_size, mode="nearest-exact")
             removed = self.patchify(removed.expand(-1, self.in_chans, -1, -1))

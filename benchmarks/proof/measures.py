@@ -24,7 +24,7 @@ from benchmarks.proof.arms import Arm, plain_state
 from build_classifier import Trainee, build_criterion, build_finetuning, build_optimizer
 from engine_evaluate import evaluate
 from engine_finetune import train_one_epoch as finetune_one_epoch
-from engine_pretrain import build_run
+from engine_pretrain import build_run, check_sizes
 from engine_pretrain import train_one_epoch as pretrain_one_epoch
 from models_convvit import LAYER_NORM, ConvViT, convvit_from_weights
 from util.data.datasets import LabeledImages
@@ -57,6 +57,7 @@ def pretrain(arm: Arm, args: argparse.Namespace, device: torch.device) -> None:
     """
     models = {args.model: arm.factory(size_of(args.model))}
     complete_run(args, device)
+    check_sizes(args, models)
     loader = main_pretrain.build_data(args)
     run = build_run(args, device, loader, models, main_pretrain.PROGRAM)
     run.describe(arm.what)

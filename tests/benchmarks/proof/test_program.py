@@ -4,7 +4,8 @@ import re
 import pytest
 
 from benchmarks.proof import __main__ as program
-from benchmarks.proof.__main__ import equal_cost_epochs, main, parse_args, shown
+from benchmarks.proof.__main__ import epochs_of, main, parse_args, shown
+from benchmarks.proof.arms import ARMS
 from tests.pictures import write_pictures
 from util.errors import UsageError
 
@@ -67,7 +68,8 @@ def test_a_plain_mae_of_a_third_of_the_flops_gets_three_times_the_epochs(monkeyp
     flops = iter([3.0, 1.0])
     monkeypatch.setattr(program, "count_flops", lambda loss: next(flops))
     args = parse_args([str(word) for word in command(data, "out")])
-    assert equal_cost_epochs(args) == 12
+    assert epochs_of(args, ARMS["mae_cost"]) == 12
+    assert epochs_of(args, ARMS["mae"]) == 4
 
 
 def test_the_page_shows_no_folders_of_the_machine():
