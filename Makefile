@@ -26,7 +26,7 @@ $(VENV)/.video: $(VENV)/.run requirements-video.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-seg.txt requirements-slurm.txt requirements-video.txt
-	$(VENV)/bin/python -m pip install --quiet --requirement requirements-dev.txt
+	$(VENV)/bin/python -m pip install --quiet $(addprefix --requirement ,$(filter %.txt,$^))
 	touch $@
 
 # Pretrain on handwritten digits, then put the encoder to the test: a linear probe of it and one of
@@ -76,7 +76,8 @@ demo-video: $(VENV)/.video
 
 # Two files of tests at a time on two cores; each process computes in one thread.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile \
+		--no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -25,7 +25,7 @@ from tests.checks import (
     weights,
 )
 from tests.pictures import picture
-from tests.runs import call, code_of
+from tests.runs import code_of
 from util.demo.digits import write_digits
 from util.weights.read import read_weights
 
@@ -652,8 +652,8 @@ def test_a_folder_of_another_layout_is_refused(kind, data, flags, launcher, tmp_
 
 
 @MAINS
-def test_help_is_grouped(program):
-    result = call(program, "--help")
+def test_help_is_grouped(launcher, program):
+    result = launcher.run("--help", program=program)
     assert result.code == 0
     for group in ("data:", "augmentation:", "model:", "optimization:", "evaluation:", "run:"):
         assert f"\n{group}\n" in result.out

@@ -574,18 +574,32 @@ def assert_compiled_equals_eager(compiled_model, model):
     assert_gradients_close(gradients(model, compiled_loss), gradients(model, loss), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["rectangular patches", "three conv blocks", "video"])
+@pytest.mark.parametrize("name", ["rectangular patches", "video"])
 def test_the_whole_model_is_one_graph(compiled, name):
     model = build(**GEOMETRIES[name])
     assert_compiled_equals_eager(compiled(model, backend="aot_eager"), model)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler and Python's headers")
-def test_compiled_equals_eager(compiled):
-    # Generating and compiling C++ is slow: the least of a model that has every kind of embedding
-    # and a conv block.
-    model = build(depth=(1, 0, 0), decoder_depth=0)
-    assert_compiled_equals_eager(compiled(model), model)
+def test_compiled_masked_convolutions_equal_eager_ones(compiled):
+    # Generating and compiling C++ is slow: what is this project's own, not the whole model.
+    model = build(depth=(1, 1, 1))
+    imgs, noise = inputs(model)
+    ids_keep, _, _ = model.random_masking(imgs, 0.75, noise)
+
+    def stage1(imgs):
+        x = model.patch_embed1(model.under_patches(model.visible_blocks(imgs, ids_keep), 1))
+        return model.blocks1[0](x, model.visible_grid(ids_keep, 1))
+
+    parameters = [*model.patch_embed1.parameters(), *model.blocks1.parameters()]
+    actual, expected = compiled(stage1)(imgs), stage1(imgs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

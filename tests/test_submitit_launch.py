@@ -43,17 +43,17 @@ def folder(tmp_path):
         send(signal.SIGKILL, log)
 
 
-def submit(launcher, folder: Path, images: Path, epochs: int) -> Path:
-    """Submit a job of two processes; returns the log of the first."""
+def submit(launcher, folder: Path, images: Path, epochs: int, **job: object) -> Path:
+    """Submit a job, of one process if nothing else is said; returns the log of the first."""
     run = command_line(RUN | {"data_path": images, "output_dir": folder / "out", "epochs": epochs})
-    job = command_line(JOB | {"job_dir": folder / "jobs"})
-    result = launcher.run(*job, MAIN, *run, program=PROGRAM)
+    job = JOB | {"ntasks": 1, "job_dir": folder / "jobs"} | job
+    result = launcher.run(*command_line(job), MAIN, *run, program=PROGRAM)
     assert_ok(result)
     number, log = re.fullmatch(
-        rf"job (\d+): 1 x 2 processes of {MAIN}; its log: (.+)\n", result.out
+        rf"job (\d+): 1 x {job['ntasks']} processes of {MAIN}; its log: (.+)\n", result.out
     ).groups()
     log = Path(log).resolve()
-    assert log == folder / "jobs" / number / f"{number}_0_log.out"
+    assert log.name == f"{number}_0_log.out" and log.parent.name == number
     return log
 
 
@@ -74,24 +74,24 @@ def send(number: int, log: Path) -> None:
                 os.kill(int(path.parent.name), number)
 
 
-def test_a_job_trains_with_its_processes_and_ends(launcher, images, folder):
-    log = submit(launcher, folder, images, epochs=2)
+@pytest.fixture(scope="module")
+def ended(launcher, images, tmp_path_factory) -> Path:
+    """The log of a job of two processes that ended, in folders named after it."""
+    folder = tmp_path_factory.mktemp("ended").resolve()
+    log = submit(launcher, folder / "%j", images, epochs=2, ntasks=2, job_dir=folder / "%j")
     wait_for(log, "completed successfully")
-    assert "2 x 1 x 2 = 4 an epoch" in log.read_text()
-    assert [line["epoch"] for line in log_lines(folder / "out")] == [0, 1]
+    return log
 
 
-def test_the_number_of_the_job_stands_for_percent_j_in_its_folders(launcher, images, tmp_path):
-    run = command_line(RUN | {"data_path": images, "output_dir": tmp_path / "%j" / "out"})
-    job = command_line(JOB | {"job_dir": tmp_path / "%j"})
-    result = launcher.run(*job, MAIN, *run, "--epochs", 1, "--warmup_epochs", 0, program=PROGRAM)
-    assert_ok(result)
-    log = Path(result.out.rpartition("its log: ")[2].strip())
-    number = log.parent.name
-    assert log.parent.resolve() == tmp_path.resolve() / number and number.isdecimal()
-    wait_for(log, "completed successfully")
-    assert [line["epoch"] for line in log_lines(tmp_path / number / "out")] == [0]
-    assert not any((tmp_path / "%j").rglob("*"))  # submitit makes this folder, and leaves it empty
+def test_a_job_trains_with_its_processes_and_ends(ended):
+    assert "2 x 1 x 2 = 4 an epoch" in ended.read_text()
+    assert [line["epoch"] for line in log_lines(ended.parent / "out")] == [0, 1]
+
+
+def test_the_number_of_the_job_stands_for_percent_j_in_its_folders(ended):
+    assert ended.parent.name.isdecimal()
+    folder = ended.parent.with_name("%j")
+    assert not any(folder.rglob("*"))  # submitit makes this folder, and leaves it empty
 
 
 @needs_proc
@@ -100,9 +100,9 @@ def test_a_warned_job_saves_is_requeued_and_ends_as_if_never_stopped(launcher, i
     never_stopped = command_line(
         RUN | {"data_path": images, "output_dir": folder / "whole", "epochs": epochs}
     )
-    assert_ok(*launcher.run_ranks(*never_stopped))
+    assert_ok(launcher.run(*never_stopped))
     log = submit(launcher, folder, images, epochs)
-    wait_for(log, "Epoch 3/12  [1/3]")
+    wait_for(log, "Epoch 3/12  [1/6]")
     send(signal.SIGUSR2, log)
     wait_for(log, "completed successfully")
     text = log.read_text()
@@ -127,7 +127,7 @@ def test_a_job_warned_before_it_trains_is_requeued_too(launcher, images, folder)
 @needs_proc
 def test_a_terminated_job_saves_and_is_not_requeued(launcher, images, folder):
     log = submit(launcher, folder, images, epochs=200)
-    wait_for(log, "Epoch 3/200  [1/3]")
+    wait_for(log, "Epoch 3/200  [1/6]")
     send(signal.SIGTERM, log)
     wait_for(log, "stopped by a signal at")
     wait_for(log, "completed successfully")

@@ -15,7 +15,7 @@ def shortened(folder, pretrained):
     demo_scenes.COUNT.update(training=8, validation=2)
     demo.LABELLED = 6
     demo.main(
-        demo.parse_args(["--pretrained", pretrained, "--output_dir", folder, "--iterations", "30"])
+        demo.parse_args(["--pretrained", pretrained, "--output_dir", folder, "--iterations", "8"])
     )
     raise SystemExit
 
