@@ -146,7 +146,7 @@ def draw_figure(results: Results, shares: Sequence[float], path: Path) -> None:
     bars.set_yticks(range(len(names)), [ARMS[name].what for name in names])
     bars.invert_yaxis()
     bars.set_xlabel("accuracy on pictures never seen, %")
-    bars.legend(fontsize="small")
+    figure.legend(loc="outside upper left", ncols=2, fontsize="small")
     for name in names:
         curves = [curve_of(jobs) for jobs in results[name].values()]
         epochs = sorted(set.intersection(*map(set, curves)))
