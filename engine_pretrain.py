@@ -108,7 +108,8 @@ def build_run(
     model = build_model(args, models)
     if weights and not content:
         print_once(start_from(model, weights, getattr(args, "inflate", None)))
-    model.set_grad_checkpointing(args.grad_checkpointing)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
     model.to(device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
