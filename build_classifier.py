@@ -117,7 +117,8 @@ def build_model(
             model = ConvViT(**architecture.kwargs(), **kwargs)
             inflated = inflate_weights(weights, model, args.inflate)
             return model, load_weights(model, inflated, new=NEW_IN_CLASSIFIER)
-        return convvit_from_weights(weights, img_size=architecture.img_size, **kwargs)
+        kwargs |= {"img_size": architecture.img_size, "in_chans": architecture.in_chans}
+        return convvit_from_weights(weights, **kwargs)
     except UsageError:
         raise
     except ValueError as error:

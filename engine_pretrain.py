@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from models_convmae import MaskedAutoencoderConvViT
+from util.data.array_views import split_nodata
 from util.data.loader import Loader
 from util.errors import UsageError
 from util.layers.architecture import Architecture
@@ -129,8 +130,11 @@ def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) ->
     for step in run.steps(epoch, start_step):
         for (imgs,) in step.micro_batches:
             noise = draw_noise(len(imgs), run.model.geometry.num_mask_units, imgs.device)
+            options = {}
+            if getattr(run.args, "arrays", None):
+                imgs, options["valid"] = split_nodata(imgs)
             with step.autocast():
-                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise)
+                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise, **options)
             step.backward(loss)
         step.update()
     return run.means(epoch)

@@ -24,6 +24,17 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
+def normalize_valid(patches: Tensor, valid: Tensor) -> Tensor:
+    """Patches `[N, B, P]` normalised by mean and variance of their valid values (1, else 0)."""
+    count = valid.sum(dim=-1, keepdim=True)
+    whole = count == patches.shape[-1]  # exactly as without `valid`
+    mean = (patches * valid).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    mean = torch.where(whole, patches.mean(dim=-1, keepdim=True), mean)
+    var = ((patches - mean) ** 2 * valid).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
+    var = torch.where(whole, patches.var(dim=-1, keepdim=True), var)
+    return (patches - mean) / (var + 1e-6) ** 0.5
+
+
 class MaskedAutoencoderConvViT(ConvViTEncoder):
     """Masked autoencoder: encodes the visible blocks only and predicts the removed pixels.
 
@@ -203,23 +214,40 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x))
 
-    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+    def forward_loss(
+        self, imgs: Tensor, pred: Tensor, mask: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
         """Mean squared error over the removed patches, in float32.
 
         Args:
             imgs: `[N, C, *img_size]`.
             pred: `[N, L, patch_pixels * C]`.
             mask: `[N, L]`, 1 where removed.
+            valid: `[N, C, *img_size]`, bool: the values that count; all by default.
 
         Returns:
-            A scalar.
+            A scalar, 0 where nothing counts.
         """
         with torch.autocast(imgs.device.type, enabled=False):
-            loss = self.patch_loss(self.patchify(imgs.float()), pred)
-            return (loss * mask).sum() / mask.sum()
+            patches = self.patchify(imgs.float())
+            if valid is None:
+                return (self.patch_loss(patches, pred) * mask).sum() / mask.sum()
+            valid = self.patchify(valid.float())
+            loss = self.patch_loss(patches, pred, valid)
+            # A patch weighs as much as it has values: with all of them, exactly as above.
+            total = (mask * valid.mean(dim=-1)).sum()
+            return (loss * mask).sum() / torch.where(total > 0, total, 1.0)
 
-    def patch_loss(self, patches: Tensor, pred: Tensor) -> Tensor:
-        """Mean squared error of each patch: `[N, B, patch_pixels * C]` to `[N, B]`."""
+    def patch_loss(self, patches: Tensor, pred: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Mean squared error of each patch: `[N, B, patch_pixels * C]` to `[N, B]`.
+
+        With `valid`, of the patches' shape, 1 for the values that count and 0 for the others, the
+        errors of these are 0.
+        """
+        if valid is not None:
+            if self.norm_pix_loss:
+                patches = normalize_valid(patches, valid)
+            return (F.mse_loss(pred.float(), patches, reduction="none") * valid).mean(dim=-1)
         if self.norm_pix_loss:
             mean = patches.mean(dim=-1, keepdim=True)
             var = patches.var(dim=-1, keepdim=True)
@@ -231,6 +259,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         imgs: Tensor,
         mask_ratio: float = 0.75,
         noise: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pretraining forward pass.
 
@@ -239,6 +268,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             mask_ratio: share of patches to remove.
             noise: `[N, U]`, what decides the mask, see `random_masking`. If not given it is drawn
                 before anything else, so that a seed gives the published code's mask.
+            valid: `[N, C, *img_size]`, bool: the values that take part in the loss.
 
         Returns:
             loss: a scalar.
@@ -251,7 +281,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         self.check_input(imgs)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)
-        return self.forward_loss(imgs, pred, mask), pred, mask
+        return self.forward_loss(imgs, pred, mask, valid), pred, mask
 
 
 def convmae_convvit_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:

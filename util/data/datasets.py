@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from util.data.arrays import ARRAY_EXTENSIONS
 from util.data.classes import some
 from util.data.files import reason_of, retried
-from util.data.folders import ImageFolder, describe
+from util.data.folders import ImageFolder, LazyFolder, describe
 from util.data.shards import Shards, is_shards
 from util.errors import TrainingError, UsageError
 
@@ -53,13 +54,19 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
-def open_images(root: str | os.PathLike) -> ImageFolder | Shards:
+def open_images(root: str | os.PathLike, arrays: bool = False) -> ImageFolder | Shards:
     """The images of a data path: a folder of them, or shards (see `util.data.shards`).
+
+    Args:
+        root: the data path.
+        arrays: take files of arrays, too, and open them without reading them.
 
     Raises:
         UsageError: there are none.
     """
-    return Shards(root) if is_shards(root) else ImageFolder(root)
+    if is_shards(root):
+        return Shards(root)
+    return LazyFolder(root, ARRAY_EXTENSIONS) if arrays else ImageFolder(root)
 
 
 class FileDataset(Dataset):
@@ -143,6 +150,7 @@ class ImageFiles(FileDataset):
         root: a folder, nested or flat, or shards.
         transform: from an open image file to `[C, H, W]`; may draw from `torch`, `numpy` and
             `random`; raises an OSError for a file that cannot be decoded.
+        arrays: take files of arrays, see `open_images`.
 
     Attributes:
         files: the folder or the shards, as `open_images` finds them.
@@ -157,10 +165,11 @@ class ImageFiles(FileDataset):
         self,
         root: str | os.PathLike,
         transform: Callable[[BinaryIO], Tensor],
+        arrays: bool = False,
     ) -> None:
         self.root = Path(root)
         self.transform = transform
-        self.files = open_images(root)
+        self.files = open_images(root, arrays)
         self.group_sizes = self.files.group_sizes
         if self.files.left_out:
             self.left_out = f"left out of {root}: {describe(self.files.left_out)}"
@@ -188,6 +197,7 @@ class LabeledImages(ImageFiles):
     Args:
         root: the folder of the class folders, or shards.
         transform: an open image file to a tensor.
+        arrays: take files of arrays, see `open_images`.
 
     Attributes:
         classes: their names; of folders, sorted.
@@ -201,8 +211,9 @@ class LabeledImages(ImageFiles):
         self,
         root: str | os.PathLike,
         transform: Callable[[BinaryIO], Tensor],
+        arrays: bool = False,
     ) -> None:
-        super().__init__(root, transform)
+        super().__init__(root, transform, arrays)
         self.classes, self.labels = self.files.read_classes()
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, tuple[BadFile, ...]]:

@@ -1,6 +1,7 @@
 """Command lines: the flags of a model's geometry, and the checkpoint that decides them."""
 
 import argparse
+from collections.abc import Collection
 
 from util.errors import UsageError
 from util.layers.architecture import Architecture
@@ -11,7 +12,10 @@ _RESIZABLE = ("input_size", "num_frames")
 
 
 def fill_geometry_flags(
-    args: argparse.Namespace, found: Architecture | None, source: str = ""
+    args: argparse.Namespace,
+    found: Architecture | None,
+    source: str = "",
+    adaptable: Collection[str] = (),
 ) -> None:
     """Fill in the flags of a classifier's geometry; those of a video's clips if there are such.
 
@@ -19,6 +23,7 @@ def fill_geometry_flags(
         args: those that were given stay.
         found: read off the checkpoint to start from; None for random weights.
         source: the file it was read off, for messages.
+        adaptable: flags that may differ from the checkpoint, whose weights are adapted.
 
     Raises:
         UsageError: flags that describe another model than the checkpoint's, or no model.
@@ -40,7 +45,8 @@ def fill_geometry_flags(
         if name not in args:
             continue
         given = getattr(args, name)
-        if name in there and name not in _RESIZABLE and given not in (None, there[name]):
+        kept = name in there and name not in (*_RESIZABLE, *adaptable)
+        if kept and given not in (None, there[name]):
             raise UsageError(
                 f"--{name} {show_value(given)} is not what {source} holds: "
                 f"{show_value(there[name])}; leave the flag away to take it from there"

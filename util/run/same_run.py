@@ -14,7 +14,7 @@ MAY_CHANGE = frozenset(
     {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
     | {"dist_eval", "log_dir", "max_bad_images", "max_pixels", "nb_classes", "num_workers"}
     | {"output_dir", "pin_mem", "predictions", "print_freq", "resume", "save_freq", "save_steps"}
-    | {"test_clips", "test_crops", "val_path", "video_root"}
+    | {"rgb", "test_clips", "test_crops", "val_path", "video_root"}
 )
 # What `derive_args` takes from other flags.
 _DERIVED = {"effective_batch_size": "batch_size x accum_iter x processes"}

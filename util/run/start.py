@@ -5,6 +5,7 @@ import argparse
 from util.data.classes import check_classes
 from util.data.datasets import LabeledImages
 from util.errors import UsageError
+from util.run.array_args import complete_arrays, follow_checkpoint, is_arrays
 from util.run.geometry_args import fill_geometry_flags
 from util.run.resume import LAST, find_resumable
 from util.run.same_run import check_program, check_state
@@ -40,7 +41,14 @@ def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Wei
                 f"--finetune {args.finetune} is {KINDS[weights.kind]}: give the checkpoint of a "
                 f"pretraining, or of a classifier"
             )
-    fill_geometry_flags(args, weights and weights.architecture, weights and str(weights.path))
+    adaptable = ()
+    if "arrays" in args:
+        follow_checkpoint(args, weights.args if weights else {})
+        adaptable = ("in_chans",) if is_arrays(args) and not content else ()
+    found, source = weights and weights.architecture, weights and str(weights.path)
+    fill_geometry_flags(args, found, source, adaptable)
+    if "arrays" in args:
+        complete_arrays(args)
     return content, weights
 
 
