@@ -90,8 +90,8 @@ class ArrayFormat:
 def resize(part: Tensor, size: tuple[int, int]) -> Tensor:
     """Normalised numbers `[C, H, W]` to `[C, *size]` by antialiased bicubic.
 
-    Where NaN stands for no data, a pixel that partly lies there is the mean of its data, weighted
-    as by bilinear interpolation, and NaN if less than `ENOUGH` of it is data.
+    NaN stands for no data. A pixel of which these are a part is the mean of its data, weighted as
+    by bilinear interpolation, and NaN if less than `ENOUGH` of it is data.
     """
     scale = partial(F.interpolate, size=size, antialias=True)
     valid = ~part.isnan()
@@ -99,9 +99,10 @@ def resize(part: Tensor, size: tuple[int, int]) -> Tensor:
     resized = scale(filled[None], mode="bicubic")[0]
     if valid.all():
         return resized
-    share = scale(valid.float()[None], mode="bilinear")[0]
+    share, reach = (scale(valid.float()[None], mode=mode)[0] for mode in ("bilinear", "bicubic"))
     mean = scale(filled[None], mode="bilinear")[0] / share.clamp(min=1e-6)
-    resized = torch.where(share < 1 - 1e-4, mean, resized)
+    # The wider bicubic kernel meets no data where its weights of data do not sum to 1.
+    resized = torch.where((share < 1 - 1e-4) | ((reach - 1).abs() > 1e-4), mean, resized)
     return resized.masked_fill(share < ENOUGH, torch.nan)
 
 

@@ -146,7 +146,9 @@ def _adapt_channels(kernel: Tensor, channels: int) -> Tensor:
         return kernel
     if kernel.shape[1] == 1:
         return kernel.expand(-1, channels, *kernel.shape[2:]) / channels
-    if channels > 1 and kernel.shape[1] != 3:
+    if channels == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    if kernel.shape[1] != 3:
         return kernel
     flat = kernel.flatten(2, -2)  # a clip's kernel has another dimension
     return adapt_input_conv(channels, flat).view(-1, channels, *kernel.shape[2:])
