@@ -65,7 +65,7 @@ def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Load
         UsageError: no such images, or images without labels.
     """
     path, size = _val_path(args), tuple(args.input_size)
-    if weights:
+    if weights is not None:
         follow_checkpoint(args, weights.args)
         complete_arrays(args)
         tell_kind(args, path)
