@@ -25,8 +25,8 @@ $(VENV)/.video: $(VENV)/.run requirements-video.txt
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-video.txt
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-seg.txt requirements-slurm.txt requirements-video.txt
-	$(VENV)/bin/python -m pip install --quiet --requirement requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-arrays.txt requirements-seg.txt requirements-slurm.txt requirements-video.txt
+	$(VENV)/bin/python -m pip install --quiet $(addprefix --requirement ,$(filter %.txt,$^))
 	touch $@
 
 # Pretrain on handwritten digits, then put the encoder to the test: a linear probe of it and one of

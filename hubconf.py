@@ -4,14 +4,46 @@ Each entry takes the model's own arguments. With `checkpoint=FILE` a classifier 
 file and its arguments, an autoencoder from the file alone. `torch.hub.list` names all entries.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
-import models_convmae
-import models_convvit
-from util.errors import UsageError
-from util.weights.read import read_weights
+ROOT = Path(__file__).resolve().parent
+
+
+@contextmanager
+def _this_util() -> Iterator[None]:
+    """Import `util` from this folder, though the program has another one; that is put back."""
+
+    def loaded() -> dict[str, ModuleType]:
+        return {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "util"}
+
+    there = loaded().get("util")
+    places = [getattr(there, "__file__", None), *getattr(there, "__path__", ())]
+    is_ours = any(place and Path(place).resolve().is_relative_to(ROOT) for place in places)
+    others = {} if is_ours else loaded()
+    for name in others:
+        del sys.modules[name]
+    sys.path.insert(0, str(ROOT))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(ROOT))
+        if others:
+            for name in loaded():
+                del sys.modules[name]
+            sys.modules.update(others)
+
+
+with _this_util():
+    import models_convmae
+    import models_convvit
+    from util.errors import UsageError
+    from util.weights.read import read_weights
 
 dependencies = ["torch", "timm", "safetensors"]
 

@@ -26,10 +26,9 @@ from DET.rcnn import norms_in_float32
 from DET.schedule import Schedule
 from DET.trainer import SaveOnSignal, ShuffledStream, Trainer
 from util.errors import UsageError
-from util.run.args import check_writable
 from util.run.distributed import is_main_process, rank, world_size
 from util.run.optim_step import OptimStep, amp_dtype
-from util.run.setup import seed_everything
+from util.run.setup import hold_output, seed_everything
 from util.weights.load import load_weights
 from util.weights.read import read_weights
 
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         TrainingError: the run cannot go on.
     """
     cfg = load_config(args.config_file, args.overrides)
-    check_writable(Path(cfg.train.output_dir), "train.output_dir")
+    hold_output(Path(cfg.train.output_dir), "train.output_dir")
     device = torch.device("cpu")
     if args.num_gpus:
         device = torch.device("cuda", torch.cuda.current_device())

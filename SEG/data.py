@@ -1,9 +1,12 @@
 """Images and masks: any picture file, any number of classes, and what is wrong said clearly."""
 
 import colorsys
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,43 +14,77 @@ from mmcv.transforms import BaseTransform
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS, TRANSFORMS
 from mmseg.utils import get_classes, get_palette
-from PIL import Image
 
-from util.data.folders import list_images
+from SEG.masks import MOST_CLASSES, load_mask
+from util.data.classes import some
+from util.data.folders import describe, kind_of, scan, walk
 from util.data.images import load_image
 from util.errors import UsageError
-
-IGNORED = 255
-MOST_CLASSES = 254  # what 8 bits hold beside the ignored value and a zero that means nothing
+from util.run.distributed import print_once
 
 
-def class_names(classes: int | str | Sequence[str]) -> list[str]:
+def class_names(classes: int | str | Sequence[str], zero_ignored: bool | None = None) -> list[str]:
     """The names of classes.
 
     Args:
         classes: how many there are, a text file with a name a line, a data set that MMSegmentation
             knows (such as "ade20k"), or the names themselves.
+        zero_ignored: whether masks are read with 0 ignored, to compare with what is known of the
+            data set; None: not compared.
 
     Raises:
-        UsageError: a file that cannot be read, no class, or more than masks can hold.
+        UsageError: a file that cannot be read, no class, more than masks can hold, a name twice,
+            or masks that would be read otherwise than the named data set's are written.
     """
     if isinstance(classes, int):
+        _check_count(classes)
         names = [f"class {i}" for i in range(classes)]
     elif not isinstance(classes, str):
-        names = list(classes)
+        names = [str(name) for name in classes]
     elif os.path.isfile(classes):
-        names = [line.strip() for line in Path(classes).read_text(encoding="utf-8").splitlines()]
-        names = [name for name in names if name]
+        try:
+            lines = Path(classes).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"classes {classes} cannot be read as text: {error}") from error
+        names = [name for line in lines if (name := line.strip())]
     else:
         try:
-            names = get_classes(classes)
+            names = list(get_classes(classes))
         except ValueError:
             raise UsageError(
                 f"classes {classes!r}: give their number, or a text file with a name a line"
             ) from None
-    if not 2 <= len(names) <= MOST_CLASSES:
-        raise UsageError(f"{len(names)} classes: there must be between 2 and {MOST_CLASSES}")
+        if zero_ignored is not None:
+            _check_known_set(classes, names, zero_ignored)
+    _check_count(len(names))
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"classes with one name cannot be told apart: {some(twice)}")
     return names
+
+
+def _check_count(count: int) -> None:
+    if not 2 <= count <= MOST_CLASSES:
+        raise UsageError(f"{count} classes: there must be between 2 and {MOST_CLASSES}")
+
+
+def _check_known_set(name: str, names: Sequence[str], zero_ignored: bool) -> None:
+    """Compare with how MMSegmentation's own data sets of these classes read their masks."""
+    every = DATASETS.module_dict.values()
+    sets = [s for s in every if getattr(s, "METAINFO", {}).get("classes") == tuple(names)]
+    written = {_ignores_zero(s) for s in sets}
+    if not written or zero_ignored in written:
+        return
+    first = int(not zero_ignored)
+    raise UsageError(
+        f"in the masks of {name} classes are {first} … {len(names) + first - 1}"
+        + (" and 0 is ignored: add --ignore-zero" if first else ": leave --ignore-zero away")
+        + "; if yours are others, give the names in a text file"
+    )
+
+
+def _ignores_zero(dataset: type) -> bool:
+    parameter = inspect.signature(dataset).parameters.get("reduce_zero_label")
+    return parameter is not None and parameter.default is True
 
 
 def class_colours(names: Sequence[str]) -> list[list[int]]:
@@ -77,32 +114,60 @@ class ImagesAndMasks(BaseSegDataset):
         **kwargs: the rest of `BaseSegDataset`'s arguments.
 
     Raises:
-        UsageError: no image, or images without a mask.
+        UsageError: no image, images without a mask or two with one mask.
     """
 
     def __init__(self, classes: int | str | Sequence[str], **kwargs) -> None:
-        names = class_names(classes)
+        names = class_names(classes, kwargs.get("reduce_zero_label", False))
         super().__init__(metainfo=dict(classes=names, palette=class_colours(names)), **kwargs)
 
     def load_data_list(self) -> list[dict]:
         """Each image with its mask and what is needed to read it."""
         images, masks = (Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path"))
-        files = [Path(path) for path in list_images(images)]
-        pairs = [(path, (masks / path.relative_to(images)).with_suffix(".png")) for path in files]
-        missing = [(image, mask) for image, mask in pairs if not mask.is_file()]
+        files, left_out = scan(images)
+        pairs: dict[Path, Path] = {}
+        missing = []
+        for image in map(Path, files):
+            mask = (masks / image.relative_to(images)).with_suffix(".png")
+            if not mask.is_file():
+                missing.append((image, mask))
+            if (other := pairs.setdefault(mask, image)) != image:
+                raise UsageError(f"{other} and {image} would have one mask, {mask}: rename one")
         if missing:
             raise UsageError(
-                f"{len(missing)} of {len(pairs)} images have no mask: {missing[0][0]} needs "
+                f"{len(missing)} of {len(files)} images have no mask: {missing[0][0]} needs "
                 f"{missing[0][1]}"
             )
+        _tell_left_out(images, left_out)
+        _tell_left_out(masks, _other_files(masks, pairs))
         shared = {
             "num_classes": len(self.metainfo["classes"]),
             "reduce_zero_label": self.reduce_zero_label,
         }
         return [
             {"img_path": str(image), "seg_map_path": str(mask), "seg_fields": [], **shared}
-            for image, mask in pairs
+            for mask, image in pairs.items()
         ]
+
+
+def _other_files(masks: Path, wanted: Container[Path]) -> Counter[str]:
+    """How many files of a folder are no image's mask, by their kinds."""
+    others: Counter[str] = Counter()
+    for folder, names in walk(masks, others):
+        for name in names:
+            if Path(folder, name) not in wanted:
+                others["without an image" if name.endswith(".png") else kind_of(name)] += 1
+    return others
+
+
+@cache
+def _tell_once(line: str) -> None:
+    print_once(line)
+
+
+def _tell_left_out(folder: Path, left_out: Counter[str]) -> None:
+    if left_out:
+        _tell_once(f"note: files of {folder} are left out: {describe(left_out)}")
 
 
 @TRANSFORMS.register_module()
@@ -145,60 +210,6 @@ class LoadMask(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Read `results["seg_map_path"]`."""
-        path = results["seg_map_path"]
-        mask, size = read_mask(path), results["ori_shape"]
-        if mask.shape != size:
-            raise UsageError(
-                f"mask {path} has {mask.shape[1]}x{mask.shape[0]} pixels, its image "
-                f"{results['img_path']} has {size[1]}x{size[0]}"
-            )
-        try:
-            classes = classes_of(mask, results["num_classes"], results["reduce_zero_label"])
-        except ValueError as error:
-            raise UsageError(f"mask {path} {error}") from error
-        results["gt_seg_map"] = classes
+        results["gt_seg_map"] = load_mask(results, results["ori_shape"])
         results["seg_fields"].append("gt_seg_map")
         return results
-
-
-def read_mask(path: str) -> np.ndarray:
-    """The numbers in a mask, `[H, W]`.
-
-    Raises:
-        UsageError: a file that cannot be read, or a colour picture.
-    """
-    try:
-        with Image.open(path) as file:
-            values, mode = np.asarray(file), file.mode
-    except Exception as error:  # A damaged file can make a decoder raise nearly anything.
-        raise UsageError(f"mask {path} cannot be decoded: {error}") from error
-    if values.ndim != 2:
-        raise UsageError(
-            f"mask {path} is a colour picture ({mode}): a mask holds the number of a class in "
-            f"each pixel, as a grayscale or palette PNG does"
-        )
-    return values
-
-
-def classes_of(mask: np.ndarray, num_classes: int, zero_ignored: bool) -> np.ndarray:
-    """The class of each pixel `[H, W]`, uint8, 255 where ignored.
-
-    Args:
-        mask: the numbers in a mask file.
-        num_classes: how many classes there are.
-        zero_ignored: the first class is 1 and 0 is ignored, instead of 0; 255 is ignored anyway.
-
-    Raises:
-        ValueError: a number that is no class.
-    """
-    first = int(zero_ignored)
-    ignored = (mask == IGNORED) | (zero_ignored & (mask == 0))
-    wrong = ~ignored & ((mask < first) | (mask >= num_classes + first))
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        nothing = "0 and 255 are" if zero_ignored else "255 is"
-        raise ValueError(
-            f"holds {mask[row, column]} at row {row}, column {column}: {num_classes} classes are "
-            f"{first} … {num_classes + first - 1}, {nothing} ignored"
-        )
-    return np.where(ignored, IGNORED, mask.astype(np.int64) - first).astype(np.uint8)

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import CheckpointLoader
 
 from SEG.data import class_names
+from util.data.classes import check_classes
 from util.errors import UsageError
 from util.run.distributed import init_processes, world_size
 from util.run.optim_step import amp_dtype
@@ -120,10 +121,61 @@ def use_data(config: Config, args: argparse.Namespace) -> None:
         changes["data_root"] = str(args.data_path)
     if args.classes is not None:
         classes = int(args.classes) if args.classes.isdecimal() else args.classes
-        changes |= {"classes": class_names(classes), "reduce_zero_label": args.ignore_zero}
-        set_num_classes(config, len(changes["classes"]))
+        names = class_names(classes, args.ignore_zero)
+        changes |= {"classes": names, "reduce_zero_label": args.ignore_zero}
+        set_num_classes(config, len(names))
     for split in SPLITS:
         config[f"{split}_dataloader"].dataset.update(changes)
+
+
+def trained_classes(meta: object) -> tuple[list[str], bool | None] | None:
+    """What MMSegmentation's checkpoints know of the data they were trained on.
+
+    Args:
+        meta: of a checkpoint.
+
+    Returns:
+        The names of the classes, and whether 0 is ignored in the masks (None if it does not say);
+        None without names.
+    """
+    data = meta.get("dataset_meta") if isinstance(meta, Mapping) else None
+    names = data.get("classes") if isinstance(data, Mapping) else None
+    if not names:
+        return None
+    zero_ignored = data.get("reduce_zero_label")
+    return [str(name) for name in names], None if zero_ignored is None else bool(zero_ignored)
+
+
+def use_trained_classes(config: Config, args: argparse.Namespace, weights: Weights) -> None:
+    """Test with the classes of a checkpoint, whatever the config's are.
+
+    Args:
+        config: changed in place.
+        args: its `--classes` and `--ignore-zero`, if given, must be those of the checkpoint.
+        weights: of a segmentor.
+
+    Raises:
+        UsageError: saying what differs.
+    """
+    trained = trained_classes(load_file(weights.path).get("meta"))
+    if trained is None:
+        return
+    names, zero_ignored = trained
+    dataset = config.test_dataloader.dataset
+    if args.classes is not None:
+        given = class_names(dataset.classes)
+        if args.classes.isdecimal() and len(given) == len(names):
+            given = names  # a number says nothing of the names
+        check_classes(names, given, str(weights.path), "--classes")
+        if zero_ignored is not None and zero_ignored != args.ignore_zero:
+            flag = "with" if zero_ignored else "without"
+            raise UsageError(f"{weights.path} was trained {flag} --ignore-zero: test it so")
+    elif dataset.get("type") != "ImagesAndMasks":
+        return
+    dataset.classes = names
+    if zero_ignored is not None:
+        dataset.reduce_zero_label = zero_ignored
+    set_num_classes(config, len(names))
 
 
 def set_num_classes(config: Config, num_classes: int) -> None:
@@ -198,7 +250,10 @@ def load_safely(filename: str, map_location: object) -> dict:
         UsageError: a file that is refused, with the reason.
     """
     content = load_file(filename)
-    content.get("meta", {}).pop("config", None)  # mmengine would run the text of one
+    meta = content.get("meta", {})
+    if not isinstance(meta, dict):
+        raise UsageError(f"checkpoint {filename} is of no run to go on with: its meta is no dict")
+    meta.pop("config", None)  # mmengine would run the text of one
     return content
 
 

@@ -10,6 +10,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from SEG import options
+from SEG.survey import check_data
 from util.errors import UsageError
 from util.run.args import check_writable
 from util.run.distributed import print_once
@@ -74,6 +75,7 @@ def test(
         hook = dict(type="OverlayHook", folder=str(show_dir), root=str(root))
         config.custom_hooks = [*config.get("custom_hooks", []), hook]
     with options.clear_errors():
+        check_data({"testing": config.test_dataloader})
         runner = Runner.from_cfg(config)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         print_once(load_weights(model.module if tta else model, weights))
@@ -109,6 +111,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.tta and not ("tta_pipeline" in config and "tta_model" in config):
         raise UsageError(f"--tta: the config {args.config} has no tta_pipeline and tta_model")
     weights = options.read_segmentor(args.checkpoint)
+    options.use_trained_classes(config, args, weights)
     options.start(config)
     check_writable(Path(config.work_dir), "--work-dir")
     if args.show_dir:

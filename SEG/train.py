@@ -9,11 +9,14 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from SEG import options
+from SEG.data import class_names
+from SEG.survey import check_data
+from util.data.classes import check_classes
 from util.errors import UsageError
-from util.run.args import check_writable
 from util.run.distributed import print_once, world_size
 from util.run.parser import Parser, positive_int
 from util.run.program import run_main
+from util.run.setup import hold_output
 from util.weights.checkpoint import load_file
 
 
@@ -89,6 +92,28 @@ def accumulate(config: Config, count: int) -> None:
             hook["interval"] *= count
 
 
+def check_same_classes(config: Config, checkpoint: Path, meta: object) -> None:
+    """Refuse to go on with other classes, or with masks that mean something else.
+
+    Args:
+        config: of the run.
+        checkpoint: of the run to go on with.
+        meta: what it knows of its run.
+
+    Raises:
+        UsageError: saying what differs.
+    """
+    dataset = config.train_dataloader.dataset
+    trained = options.trained_classes(meta)
+    if trained is None or dataset.get("classes") is None:
+        return
+    names, zero_ignored = trained
+    check_classes(names, class_names(dataset.classes), str(checkpoint), "--classes")
+    if zero_ignored is not None and zero_ignored != dataset.get("reduce_zero_label", False):
+        flag = "with" if zero_ignored else "without"
+        raise UsageError(f"{checkpoint} is of a run {flag} --ignore-zero: its masks are read so")
+
+
 def begin_from(config: Config, pretrained: str | None, resume: bool) -> None:
     """Set the weights that a run begins with.
 
@@ -106,6 +131,7 @@ def begin_from(config: Config, pretrained: str | None, resume: bool) -> None:
                 f"{last} is of a run with --accum-iter {before}, which counts its iterations, not "
                 f"{now}: give the same, or another --work-dir and the checkpoint as --pretrained"
             )
+        check_same_classes(config, last, meta)
         config.load_from, config.resume, backbone.pretrained = str(last), True, None
         print_once(f"going on from {last}")
         return
@@ -140,10 +166,11 @@ def main(args: argparse.Namespace) -> None:
         config.work_dir = str(args.work_dir)
     accumulate(config, args.accum_iter)
     options.start(config, args.amp)
-    check_writable(Path(config.work_dir), "--work-dir")
+    hold_output(Path(config.work_dir), "--work-dir")
     begin_from(config, args.pretrained, args.resume)
     check_batch(config)
     with options.clear_errors():
+        check_data({"training": config.train_dataloader, "validation": config.val_dataloader})
         Runner.from_cfg(config).train()
     print_once(f"done: checkpoints and logs in {config.work_dir}")
 

@@ -1,5 +1,8 @@
 """The entry points for torch.hub, loaded as torch.hub loads them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -28,6 +31,23 @@ def test_a_checkpoint_fills_the_model_and_decides_what_it_is(tmp_path):
         ROOT, "convvit_tiny_patch16", source="local", checkpoint=str(tmp_path / "x.pth")
     )
     assert all(torch.equal(t, source.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_a_program_with_a_util_of_its_own_keeps_it(tmp_path):
+    (tmp_path / "util.py").write_text("NAME = 'own'\n")
+    (tmp_path / "program.py").write_text(
+        "import util, torch\n"
+        f"folder, name = {str(ROOT)!r}, 'convvit_tiny_patch16'\n"
+        "model = torch.hub.load(folder, name, source='local', num_classes=3, img_size=32)\n"
+        "assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)\n"
+        "again = util\n"
+        "import util\n"
+        "assert util is again and util.NAME == 'own'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_says_what_a_checkpoint_is():

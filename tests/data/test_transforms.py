@@ -3,8 +3,8 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
-from timm.data import create_transform
+from PIL import ExifTags, Image, ImageOps
+from timm.data import auto_augment, create_transform
 from torchvision.transforms import v2
 
 from tests.pictures import photo, picture
@@ -122,6 +122,13 @@ def test_classification_transforms_give_plain_tensors_of_the_size_asked_for(make
         out = make(size, in_chans)(png(image))
         assert type(out) is torch.Tensor
         assert out.shape == (in_chans, *size) and out.dtype == torch.float32
+
+
+def test_posterizing_to_no_bits_is_black():
+    for name in ("Posterize", "PosterizeIncreasing"):
+        operation = auto_augment.NAME_TO_OP[name]
+        assert not np.asarray(operation(picture(), 0)).any()
+        np.testing.assert_array_equal(operation(picture(), 3), ImageOps.posterize(picture(), 3))
 
 
 def test_the_recipes_augmentation_runs_for_long():

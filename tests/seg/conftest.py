@@ -17,10 +17,12 @@ def programs():
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """A few scenes in ADE20K's layout: 6 to train on, 3 to validate."""
+    """A few scenes in ADE20K's layout: 6 to train on, 5 to validate; all classes are in both."""
     root = tmp_path_factory.mktemp("data")
-    for split, count in (("training", 6), ("validation", 3)):
-        for scene in itertools.islice(scenes(split), count):
+    for split, chosen in (("training", range(6)), ("validation", (0, 1, 3, 6, 9))):
+        for i, scene in enumerate(itertools.islice(scenes(split), 10)):
+            if i not in chosen:
+                continue
             for kind, pixels in (("images", scene.image), ("annotations", annotation(scene))):
                 path = root / kind / split / f"{scene.name}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)

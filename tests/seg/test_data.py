@@ -3,7 +3,8 @@ import pytest
 from mmseg.utils import get_classes, get_palette
 from PIL import Image
 
-from SEG.data import LoadMask, LoadPicture, class_colours, class_names, classes_of, read_mask
+from SEG.data import LoadMask, LoadPicture, class_colours, class_names
+from SEG.masks import classes_of, read_mask
 from tests.pictures import picture
 from util.errors import UsageError
 
@@ -59,6 +60,28 @@ def test_masks_are_grayscale_palette_or_bilevel(tmp_path):
     for i, image in enumerate([*pictures, Image.fromarray(values.astype(np.uint16))]):
         image.save(tmp_path / f"{i}.png")
         np.testing.assert_array_equal(read_mask(str(tmp_path / f"{i}.png")), values)
+
+
+def test_an_alpha_channel_that_hides_nothing_is_left_away(tmp_path):
+    values = np.array([[0, 1], [1, 0]], np.uint8)
+    for alpha in (255, 0):
+        opaque = Image.merge("LA", (Image.fromarray(values), Image.new("L", (2, 2), alpha)))
+        opaque.save(tmp_path / f"{alpha}.png")
+    np.testing.assert_array_equal(read_mask(str(tmp_path / "255.png")), values)
+    with pytest.raises(UsageError, match="partly transparent"):
+        read_mask(str(tmp_path / "0.png"))
+
+
+@pytest.mark.parametrize("names", [["a", "b", "a"], ["x"] * 3])
+def test_a_name_twice_is_refused(names):
+    with pytest.raises(UsageError, match="classes with one name cannot be told apart"):
+        class_names(names)
+
+
+def test_a_known_set_is_read_as_its_masks_are_written():
+    assert len(class_names("ade20k", zero_ignored=True)) == 150
+    with pytest.raises(UsageError, match="0 is ignored: add --ignore-zero"):
+        class_names("ade20k", zero_ignored=False)
 
 
 def test_a_colour_picture_is_no_mask(tmp_path):

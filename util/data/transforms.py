@@ -9,6 +9,7 @@ from typing import BinaryIO
 import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import auto_augment as timm_policies
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -17,6 +18,16 @@ from util.data.images import MAX_PIXELS, check_channels, load_image
 
 # Evaluation resizes no more of a strip than so many squares of it.
 LONGEST = 32
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
+    """Timm's operation; its policies draw 0 bits too, which Pillow refuses from release 13 on."""
+    if bits_to_keep == 0:
+        return Image.new(image.mode, image.size)
+    return timm_policies.posterize(image, bits_to_keep, **options)
+
+
+timm_policies.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing"), posterize))
 
 
 def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -43,15 +43,19 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     check_writable(args.log_dir, "--log_dir")
 
 
-def hold_output(folder: Path) -> None:
+def hold_output(folder: Path, flag: str = "--output_dir") -> None:
     """Make the output folder this run's until the process ends; before a checkpoint is read.
+
+    Args:
+        folder: made if it is not there.
+        flag: the option that chose it, for messages.
 
     Raises:
         UsageError: it cannot be written, or another run has it.
     """
     if folder not in _held:
-        check_writable(folder, "--output_dir")
-        hold(folder)
+        check_writable(folder, flag)
+        hold(folder, flag)
         _held.add(folder)
 
 
