@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import compress
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from util.data.crop import Box
 from util.data.files import MAX_BYTES, reason_of, retried
 from util.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, load_image, open_image
 from util.errors import TrainingError, UsageError
+
+if TYPE_CHECKING:
+    from tifffile import TiffPageSeries
 
 ARRAY_EXTENSIONS = (*IMAGE_EXTENSIONS, ".npy", ".npz", ".btf")
 LAYOUTS = ("hwc", "chw")
@@ -254,7 +257,9 @@ def _open_tiff(file: BinaryIO) -> _Found:
         if series.nbytes > MAX_BYTES:
             raise OSError(f"its compressed numbers take {series.nbytes} bytes, over {MAX_BYTES}")
         decoded = cache(partial(_decode, series, getattr(file, "name", "a TIFF")))
-        fetch = lambda slices: decoded()[slices]  # noqa: E731
+
+        def fetch(slices: tuple[slice, ...]) -> np.ndarray:
+            return decoded()[slices]
 
     def part(slices: tuple[slice, ...]) -> np.ndarray:
         wanted = iter(slices)
@@ -264,7 +269,7 @@ def _open_tiff(file: BinaryIO) -> _Found:
     return _axes_and_shape(names, shape, dtype, part)
 
 
-def _decode(series: "tifffile.TiffPageSeries", path: str) -> np.ndarray:  # noqa: F821
+def _decode(series: "TiffPageSeries", path: str) -> np.ndarray:
     """All numbers of a compressed TIFF.
 
     Raises:
