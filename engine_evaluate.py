@@ -3,31 +3,28 @@
 import argparse
 import csv
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from engine_features import Predict, check_bad_files, each_output
 from models_convvit import convvit_from_weights
 from util.data.classes import NO_LABEL, check_classes
-from util.data.datasets import BadFile, LabeledImages
-from util.data.loader import BadImages, Loader
+from util.data.datasets import LabeledImages
+from util.data.loader import Loader
 from util.errors import UsageError
-from util.run.args import derive_args
+from util.run.args import check_tables, derive_args
+from util.run.confusion import confusion_matrix, write_confusion
 from util.run.distributed import gather_objects, is_main_process, print_once, world_size
 from util.run.geometry_args import described_architecture, fill_geometry_flags
 from util.run.labeled_data import check_nb_classes, val_images
 from util.run.optim_step import amp_dtype
 from util.run.resume import BEST, LAST
 from util.weights.read import KINDS, Weights, read_weights
-
-# From a model and a batch to logits.
-Predict = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,13 @@ class Evaluation:
             f"Accuracy of the network on the {len(self.indices)} test {self.what}: {self.acc1:.1f}%"
         )
 
+    def write_tables(self, args: argparse.Namespace, dataset: LabeledImages) -> None:
+        """Write what `--predictions` and `--confusion` ask for."""
+        if args.predictions:
+            self.write(args.predictions, dataset)
+        if args.confusion:
+            self.write_confusion(args.confusion, dataset)
+
     def write(self, path: Path, dataset: LabeledImages) -> None:
         """Write path, label, prediction and its probability of each image as CSV."""
         if not is_main_process():
@@ -96,8 +100,23 @@ class Evaluation:
                 table.writerow([*row, f"{probability:.6f}"])
         print(f"predictions of {len(self.indices)} {self.what} in {path}")
 
+    def write_confusion(self, path: Path, dataset: LabeledImages) -> None:
+        """Write the confusion matrix and each class's accuracy as CSV, and a picture beside it.
 
-@torch.no_grad()
+        Raises:
+            UsageError: the labels are not known.
+        """
+        if not is_main_process():
+            return
+        if not self.labeled:
+            raise UsageError(f"--confusion: the {self.what} of {dataset.root} have no labels")
+        matrix = confusion_matrix(
+            dataset.labels[self.indices.numpy()], self.predictions.numpy(), len(dataset.classes)
+        )
+        write_confusion(path, matrix, dataset.classes)
+        print(f"confusion matrix in {path} and {path.with_suffix('.png')}")
+
+
 def evaluate(
     model: nn.Module,
     loader: Loader,
@@ -127,24 +146,14 @@ def evaluate(
     Raises:
         TrainingError: more are.
     """
-    model.eval()
     rows, bad = [], {}
-    hidden = not (is_main_process() and sys.stderr.isatty())
-    batches = tqdm(loader.epoch(0), "evaluate", len(loader.sampler), disable=hidden, leave=False)
-    for imgs, labels, indices, failed in batches:
-        if stopping():
-            break
-        bad.update(failed)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            logits = predict(model, imgs.to(device, non_blocking=True))
-        # A bad file's place holds another image, so its row is taken out again.
-        keep = torch.tensor([i not in bad for i in indices.tolist()])
-        rows.append([c[keep] for c in (indices, *judge(logits.float().cpu(), labels))])
-    batches.close()
+    for batch in each_output(model, loader, device, dtype, predict, stopping):
+        bad.update(batch.bad)
+        rows.append((batch.indices, *judge(batch.rows, batch.labels)))
     if any(gather_objects(stopping())):
         return None
     columns = [torch.cat(column) for column in zip(*rows, strict=True)]
-    return _merge(gather_objects((columns, sorted(bad.items()))), loader.dataset, max_bad_images)
+    return _merge(gather_objects((columns, bad)), loader.dataset, max_bad_images)
 
 
 def mean_over_views(model: nn.Module, views: Tensor) -> Tensor:
@@ -171,17 +180,13 @@ def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 
 def _merge(
-    parts: Sequence[tuple[list[Tensor], list[BadFile]]], dataset: LabeledImages, max_bad: float
+    parts: Sequence[tuple[list[Tensor], Mapping[int, str]]], dataset: LabeledImages, max_bad: float
 ) -> Evaluation:
     """The parts of all processes in the order of the data set."""
-    bad_images = BadImages(lambda text: print_once(text, error=True))
-    for _, bad in parts:
-        bad_images.add(bad, dataset)
-    bad_images.check(bad_images.count, len(dataset), max_bad, dataset.what)
     filled = [columns for columns, _ in parts if columns]
     columns = [torch.cat(column) for column in zip(*filled, strict=True)]
-    if not len(columns[0]):
-        raise UsageError(f"none of the {dataset.what} of {dataset.root} can be decoded")
+    bad = {index: reason for _, of_process in parts for index, reason in of_process.items()}
+    check_bad_files(bad, dataset, max_bad, len(columns[0]) > 0)
     order = columns[0].argsort()
     labeled = bool((dataset.labels != NO_LABEL).all())
     return Evaluation(*(column[order] for column in columns), dataset.what, labeled)
@@ -212,6 +217,7 @@ def evaluate_checkpoint(
         )
     fill_geometry_flags(args, weights.architecture, str(weights.path))
     derive_args(args, device.type, world_size())
+    check_tables(args)
     dtype = amp_dtype(args.amp, device)
     architecture = described_architecture(args, weights.architecture)
     if architecture.ndim != weights.architecture.ndim:
@@ -224,8 +230,7 @@ def evaluate_checkpoint(
     model.to(device)
     evaluation = evaluate(model, loader, device, dtype, args.max_bad_images, predict)
     evaluation.report()
-    if args.predictions:
-        evaluation.write(args.predictions, loader.dataset)
+    evaluation.write_tables(args, loader.dataset)
     return evaluation
 
 

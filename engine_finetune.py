@@ -3,14 +3,14 @@
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from build_classifier import Trainee
-from engine_evaluate import Evaluation, Predict, evaluate
+from engine_evaluate import Evaluation, evaluate
+from engine_features import Predict
 from util.data.loader import Loader
 from util.run.distributed import print_once, rank
 from util.run.labeled_data import check_nb_classes
@@ -83,7 +83,7 @@ def fit(
     best: Best,
     *,
     predict: Predict = nn.Module.__call__,
-    predictions: Path | None = None,
+    tables: bool = False,
 ) -> None:
     """Run the epochs, evaluate after each, keep the best checkpoint by accuracy.
 
@@ -93,7 +93,7 @@ def fit(
         val_loader: labeled data in the data set's order, each item once over all processes.
         best: the best accuracy, as restored.
         predict: from the model and a batch to logits `[N, classes]`.
-        predictions: where to write those of the last evaluation.
+        tables: write those that the flags ask for of the last evaluation.
 
     Raises:
         Stopped: a signal came; the state is saved.
@@ -109,8 +109,8 @@ def fit(
         print_once(f"Max accuracy: {best.acc1:.2f}%")
         values |= {**tests, "n_parameters": trained_parameters}
         run.end_epoch(epoch, values, best=is_best)
-    if predictions and evaluation:
-        evaluation.write(predictions, val_loader.dataset)
+    if tables and evaluation:
+        evaluation.write_tables(run.args, val_loader.dataset)
 
 
 def evaluate_epoch(
@@ -170,7 +170,7 @@ def train_classifier(
     *,
     program: str,
     predict: Predict = nn.Module.__call__,
-    predictions: Path | None = None,
+    tables: bool = False,
 ) -> None:
     """Train a classifier to its last epoch.
 
@@ -183,7 +183,7 @@ def train_classifier(
         build: from the names of the classes to what is trained.
         program: what kind of run this is.
         predict: from the model and a batch to logits `[N, classes]`.
-        predictions: where to write those of the last evaluation.
+        tables: write those that the flags ask for of the last evaluation.
     """
     classes = loader.dataset.classes
     check_nb_classes(args, loader.dataset)
@@ -208,4 +208,4 @@ def train_classifier(
     frozen = "" if trainee.trained is model else ", the encoder frozen"
     run.describe(f"{len(classes)} classes, {count_parameters(model)}{frozen}")
     with closing(run.report.log):
-        fit(run, trainee, val_loader, best, predict=predict, predictions=predictions)
+        fit(run, trainee, val_loader, best, predict=predict, tables=tables)

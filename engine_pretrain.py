@@ -14,9 +14,10 @@ from util.data.array_views import split_nodata
 from util.data.loader import Loader
 from util.errors import UsageError
 from util.layers.architecture import Architecture
-from util.run.distributed import is_main_process, rank, world_size
+from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.logger import count_parameters
 from util.run.pictures import save_loss_curve
+from util.run.program import Stopped
 from util.run.resume import find_resumable
 from util.run.run import Run
 from util.run.same_run import check_program, check_state
@@ -91,12 +92,18 @@ def title(run: Run) -> str:
     )
 
 
-def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
+def pretrain(
+    run: Run,
+    draw: Callable[[], Tensor] | None,
+    measure: Callable[..., dict[str, float] | None] | None = None,
+) -> None:
     """Run the epochs, with a picture after each and at the end.
 
     Args:
         run: set to where it begins.
         draw: gives a reconstruction, `[3, height, width]` in [0, 1]; in the main process.
+        measure: gives numbers by name, after every `--knn_freq` epochs and the last; or None if
+            its argument `stopping` became true.
     """
     run.describe(title(run))
     with closing(run.report.log) as log:
@@ -104,6 +111,9 @@ def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
             values = train_one_epoch(run, epoch, start, run.args.mask_ratio)
             if is_main_process():
                 log.image(epoch + 1, "reconstruction", draw())
+            last = epoch + 1 == run.args.epochs
+            if measure and (last or (epoch + 1) % run.args.knn_freq == 0):
+                values |= measure_accuracy(run, epoch, measure)
             run.end_epoch(epoch, values)
     if is_main_process():
         folder = run.args.output_dir
@@ -112,6 +122,29 @@ def pretrain(run: Run, draw: Callable[[], Tensor] | None) -> None:
         with log.unless_it_fails(folder / "reconstruction.png"):
             save_image(draw(), folder / "reconstruction.png")
         print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {folder}")
+
+
+def measure_accuracy(
+    run: Run, epoch: int, measure: Callable[..., dict[str, float] | None]
+) -> dict[str, float]:
+    """Measure what the features are good for, and log it; no random number is drawn.
+
+    Args:
+        run: of the model.
+        epoch: number of the epoch that is trained, from 0.
+        measure: gives numbers by name, or None if its argument `stopping` became true.
+
+    Raises:
+        Stopped: a signal came; the trained epoch is saved.
+    """
+    run.save_trained(epoch)
+    values = measure(stopping=lambda: run.stop.received > 0)
+    if values is None:
+        raise Stopped(run.stopped_at(f"the evaluation of epoch {epoch + 1}"))
+    run.report.log.scalars(epoch + 1, values)
+    numbers = "  ".join(f"{name} {value:.2f}%" for name, value in values.items())
+    print_once(f"Epoch {epoch + 1}/{run.args.epochs}  {numbers}")
+    return values
 
 
 def train_one_epoch(run: Run, epoch: int, start_step: int, mask_ratio: float) -> dict[str, float]:

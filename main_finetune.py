@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
         val_loader,
         build,
         program=PROGRAM,
-        predictions=args.predictions,
+        tables=True,
     )
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from engine_knn import knn_accuracy, pooled_latent
 from engine_pretrain import build_run, check_sizes, pretrain
 from models_convmae import MODELS
 from util.data.crop import random_box
@@ -23,6 +24,7 @@ from util.run.array_args import (
     tell_kind,
 )
 from util.run.distributed import init_processes, is_main_process
+from util.run.labeled_data import labeled_splits
 from util.run.parser import Parser
 from util.run.pictures import load_samples, reconstruction_grid, stretched
 from util.run.program import run_main
@@ -62,6 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.add_autoencoder_args(parser, MODELS, model="convmae_convvit_base_patch16", ratio=0.75)
     recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, **recipe)
+    arguments.add_knn_args(parser)
     arguments.add_run_args(parser)
     parser.add_argument(
         "--demo",
@@ -104,8 +107,15 @@ def main(args: argparse.Namespace) -> None:
     device = init_processes(args.device)
     complete_run(args, device)
     check_sizes(args, MODELS)
-    run = build_run(args, device, build_data(args), MODELS, PROGRAM)
-    draw = None
+    loader, splits = build_data(args), None
+    if args.knn_freq:
+        flag = "--knn_path" if args.knn_path else "--knn_freq without --knn_path: --data_path"
+        splits = labeled_splits(args, args.knn_path or args.data_path, flag)
+    run = build_run(args, device, loader, MODELS, PROGRAM)
+    draw = measure = None
+    if splits:
+        options = {"predict": pooled_latent, "max_bad_images": args.max_bad_images}
+        measure = partial(knn_accuracy, run.model, splits, device, run.optim.dtype, **options)
     if is_main_process():
         samples = load_samples(
             args.data_path,
@@ -116,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
         ).to(device)
         show = stretched(samples, args.rgb) if args.arrays else denormalize
         draw = partial(reconstruction_grid, run.model, samples, args.mask_ratio, show=show)
-    pretrain(run, draw)
+    pretrain(run, draw, measure)
 
 
 if __name__ == "__main__":

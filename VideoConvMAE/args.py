@@ -24,13 +24,6 @@ def add_clip_args(
         follow_checkpoint: the clip's length and cubes are by default those of the checkpoint.
     """
     group = parser.add_argument_group("clips")
-    group.add_argument(
-        "--video_root",
-        type=Path,
-        metavar="DIR",
-        help="what the paths of a list are relative to (default: the list's folder)",
-    )
-
     defaults = Architecture().with_time().flags()
 
     def add(name: str, help: str) -> None:
@@ -47,6 +40,18 @@ def add_clip_args(
     add("num_frames", "length of a clip")
     add("tubelet", "frames of a cube, the smallest thing that is embedded")
     add("temporal_kernel", "extent in time of the convolutions of stages 1 and 2, odd")
+    add_reading_args(group, samplings)
+    return group
+
+
+def add_reading_args(group: argparse._ArgumentGroup, samplings: Sequence[str] = SAMPLINGS) -> None:
+    """Add the arguments that say which frames of which files are read, and how large."""
+    group.add_argument(
+        "--video_root",
+        type=Path,
+        metavar="DIR",
+        help="what the paths of a list are relative to (default: the list's folder)",
+    )
     add_sampling_args(group, samplings)
     group.add_argument(
         "--short_side",
@@ -55,7 +60,19 @@ def add_clip_args(
         help="larger frames are scaled down to this shorter side as they are decoded (default: "
         "10/7 of the input's, 320 of 224; 0: never)",
     )
-    return group
+
+
+def add_view_args(group: argparse._ArgumentGroup, default: int | None = None) -> None:
+    """Add the numbers of views of a video; without a default those of the run, or the recipe's."""
+    for name, what in (("test_clips", "clips of each video"), ("test_crops", "crops of each clip")):
+        known = f"those of the checkpoint's run, else {PROTOCOL[name]}"
+        group.add_argument(
+            f"--{name}",
+            type=positive_int,
+            default=default,
+            metavar="N",
+            help=what + ("" if default else f" (default: {known})"),
+        )
 
 
 def add_sampling_args(

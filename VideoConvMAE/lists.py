@@ -28,9 +28,9 @@ def find_videos(source: Path, root: Path | None = None) -> VideoList:
     """The videos of a list, an annotation or a folder.
 
     Args:
-        source: a folder, nested or flat, whose first level are the classes if there are any; or a
+        source: a folder, nested or flat, whose first level are the classes if there are any; a
             file: lines of a path, with a label or without, Kinetics' csv, Something-Something's
-            json.
+            json; or one video.
         root: what the list's paths are relative to; the list's own folder if None.
 
     Raises:
@@ -40,6 +40,8 @@ def find_videos(source: Path, root: Path | None = None) -> VideoList:
         return list_folder(source)
     if not source.is_file():
         raise UsageError(f"{source} does not exist: give a folder of videos or a list of them")
+    if source.suffix.lower() in VIDEO_EXTENSIONS:
+        return VideoList(source, [str(source)], [])
     root = root or source.parent
     if not root.is_dir():
         raise UsageError(f"--video_root {root} is not a folder")

@@ -23,7 +23,7 @@ from util.run.resume import BEST, LAST
 from util.run.setup import complete_run, eval_loader, train_loader
 from util.run.start import find_start
 from util.weights.read import Weights
-from VideoConvMAE.args import PROTOCOL, add_clip_args, complete_protocol
+from VideoConvMAE.args import add_clip_args, add_view_args, complete_protocol
 from VideoConvMAE.datasets import LabeledClips, Views
 from VideoConvMAE.lists import VideoList, find_split, find_videos
 from VideoConvMAE.models import CLASSIFIERS
@@ -69,14 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = arguments.add_optim_args(parser, min_blr=1e-6, **recipe)
     arguments.add_layer_args(group, layer_decay=0.75)
     arguments.add_eval_args(parser, "videos to validate and test on, a folder a class or a list")
-    group = parser.add_argument_group("test")
-    for name, what in (("test_clips", "clips of each video"), ("test_crops", "crops of each clip")):
-        group.add_argument(
-            f"--{name}",
-            type=positive_int,
-            metavar="N",
-            help=f"{what} (default: those of the run that is tested, else {PROTOCOL[name]})",
-        )
+    add_view_args(parser.add_argument_group("test"))
     arguments.add_run_args(parser)
     return parser.parse_args(argv)
 
@@ -172,7 +165,7 @@ def main(args: argparse.Namespace) -> Evaluation:
     train(args, device)
     wait_for_all()  # for the last checkpoint
     best = test_of_run(args, device, "best", BEST)
-    test_of_run(args, device, "last", LAST, predictions=None)
+    test_of_run(args, device, "last", LAST, predictions=None, confusion=None)
     return best
 
 

@@ -123,3 +123,14 @@ def test_a_saved_model_is_looked_at_with_chosen_channels(data, pretrained, launc
     done = launcher.run(*flags, program="tools.visualize")
     assert done.code == 0, done.err
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_embedding_and_neighbours_read_as_the_checkpoint_says(data, pretrained, launcher, tmp_path):
+    flags = ["--checkpoint", pretrained / "checkpoint.pth", "--num_workers", 0, "--device", "cpu"]
+    embed = launcher.run(
+        *flags, "--data_path", data / "val", "--output", tmp_path / "a.npz", program="tools.embed"
+    )
+    assert embed.code == 0, embed.err
+    knn = launcher.run(*flags, "--data_path", data, program="tools.knn")
+    assert knn.code == 0, knn.err
+    assert "as arrays" in embed.out and "as arrays" in knn.out

@@ -35,6 +35,7 @@ from tests.checks import (
     same,
     weights,
 )
+from tests.pictures import write_pictures
 from tests.runs import (
     MAIN,
     ROOT,
@@ -47,6 +48,7 @@ from tests.runs import (
     picture,
     write_images,
 )
+from tools import knn
 
 # A tiny model on 24 images, so that a run of 4 epochs of 6 steps takes a second or two.
 DEFAULTS = {
@@ -1039,3 +1041,55 @@ def test_visualize_refuses_an_output_that_it_cannot_write(whole, images, launche
     command = ["--checkpoint", whole / "checkpoint.pth", "--images", images]
     result = visualize(launcher, *command, "--output", tmp_path / name)
     assert_one_line(result, 2, str(tmp_path / name))
+
+
+# --- accuracy as it runs -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def labeled(tmp_path_factory) -> Path:
+    """`train/` and `val/` of two classes."""
+    root = tmp_path_factory.mktemp("labeled")
+    for split, count in (("train", 6), ("val", 3)):
+        for name in ("ant", "bee"):
+            write_pictures(root / split / name, count)
+    return root
+
+
+def stop_within_the_accuracy() -> None:
+    import os
+    import signal
+
+    import engine_knn
+
+    each_output = engine_knn.each_output
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return each_output(*args)
+
+    engine_knn.each_output = stopped
+
+
+def test_measuring_the_accuracy_changes_no_bit_of_a_run_stopped_within_it(
+    images, labeled, whole, launcher, tmp_path
+):
+    line = flags(images, tmp_path, knn_freq=3, knn_path=labeled)
+    result = launcher.run(*line, before=code_of(stop_within_the_accuracy))
+    assert result.code == 0
+    assert "stopped by a signal at the evaluation of epoch 3" in result.out
+    assert_ok(launcher.run(*line))
+    got, want = load(tmp_path / "checkpoint.pth"), load(whole / "checkpoint.pth")
+    for part in want.keys() - {"args"}:
+        assert same(got[part], want[part]), part
+    measured = [line["epoch"] for line in log_lines(tmp_path) if "knn_acc1" in line]
+    assert measured == [2, 3]
+    assert [step for step, _ in curve(tmp_path, "knn_acc1")] == [3000, 4000]
+    found = ["--checkpoint", tmp_path / "checkpoint.pth", "--data_path", labeled]
+    args = knn.parse_args([*map(str, found), "--device", "cpu", "--num_workers", "0"])
+    assert log_lines(tmp_path)[-1]["knn_acc1"] == pytest.approx(knn.main(args)["knn_acc1"])
+
+
+def test_the_accuracy_wants_labelled_images(images, launcher, tmp_path):
+    result = launcher.run(*flags(images, tmp_path, knn_freq=1))
+    assert_one_line(result, 2, "--knn_freq without --knn_path: --data_path", "has no train/")

@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_images", type=positive_int, default=16, help="take no more than so many")
     add("--columns", type=positive_int, default=2, help="images next to each other")
     add("--seed", type=seed, default=0, help="of the masks")
-    add_array_args(parser)
+    add_array_args(parser, training=False)
     parser.set_defaults(max_pixels=MAX_PIXELS)
     return parser.parse_args(argv)
 

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.data.arrays import ARRAY_EXTENSIONS
-from util.data.classes import some
+from util.data.classes import NO_LABEL, some
 from util.data.files import reason_of, retried
 from util.data.folders import ImageFolder, LazyFolder, describe
+from util.data.images import IMAGE_EXTENSIONS
+from util.data.lists import ImageList, is_list
 from util.data.shards import Shards, is_shards
 from util.errors import TrainingError, UsageError
 
@@ -54,8 +56,8 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
-def open_images(root: str | os.PathLike, arrays: bool = False) -> ImageFolder | Shards:
-    """The images of a data path: a folder of them, or shards (see `util.data.shards`).
+def open_images(root: str | os.PathLike, arrays: bool = False) -> ImageFolder | Shards | ImageList:
+    """The images of a data path: a folder, shards (see `util.data.shards`), a list or one image.
 
     Args:
         root: the data path.
@@ -64,6 +66,8 @@ def open_images(root: str | os.PathLike, arrays: bool = False) -> ImageFolder | 
     Raises:
         UsageError: there are none.
     """
+    if is_list(root, ARRAY_EXTENSIONS if arrays else IMAGE_EXTENSIONS):
+        return ImageList(root)
     if is_shards(root):
         return Shards(root)
     return LazyFolder(root, ARRAY_EXTENSIONS) if arrays else ImageFolder(root)
@@ -147,7 +151,7 @@ class ImageFiles(FileDataset):
     An item is `(image, bad)`: what `transform` made of the file, see `FileDataset`.
 
     Args:
-        root: a folder, nested or flat, or shards.
+        root: a folder, nested or flat, shards, a list or one image.
         transform: from an open image file to `[C, H, W]`; may draw from `torch`, `numpy` and
             `random`; raises an OSError for a file that cannot be decoded.
         arrays: take files of arrays, see `open_images`.
@@ -197,11 +201,12 @@ class LabeledImages(ImageFiles):
     Args:
         root: the folder of the class folders, or shards.
         transform: an open image file to a tensor.
+        unlabeled: images without labels are taken too, of any data path of `ImageFiles`.
         arrays: take files of arrays, see `open_images`.
 
     Attributes:
         classes: their names; of folders, sorted.
-        labels: `[num_images]`, int64.
+        labels: `[num_images]`, int64; `NO_LABEL` where there are none to know.
 
     Raises:
         UsageError: no images, or images without labels.
@@ -211,10 +216,16 @@ class LabeledImages(ImageFiles):
         self,
         root: str | os.PathLike,
         transform: Callable[[BinaryIO], Tensor],
+        unlabeled: bool = False,
         arrays: bool = False,
     ) -> None:
         super().__init__(root, transform, arrays)
-        self.classes, self.labels = self.files.read_classes()
+        try:
+            self.classes, self.labels = self.files.read_classes()
+        except UsageError:
+            if not unlabeled:
+                raise
+            self.classes, self.labels = [], np.full(len(self), NO_LABEL)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, tuple[BadFile, ...]]:
         image, index, bad = self.read(*key)

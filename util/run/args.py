@@ -279,6 +279,32 @@ def add_eval_args(
         metavar="CSV",
         help="write path, label, prediction and probability of each image of the last evaluation",
     )
+    group.add_argument(
+        "--confusion",
+        action=PathOrDefault,
+        metavar="CSV",
+        help="write the confusion matrix and each class's accuracy of the last evaluation, and a "
+        "picture beside it",
+    )
+
+
+def add_knn_args(parser: Parser) -> None:
+    """Add the arguments of the k-NN accuracy that is measured as a pretraining runs."""
+    group = parser.add_argument_group("k-NN accuracy")
+    group.add_argument(
+        "--knn_freq",
+        type=non_negative_int,
+        default=0,
+        metavar="EPOCHS",
+        help="measure it every so many epochs, and after the last; 0: never",
+    )
+    group.add_argument(
+        "--knn_path",
+        action=PathOrDefault,
+        metavar="DIR",
+        help="labelled images: a folder with train/ and val/, in each a folder a class or shards "
+        "(default: --data_path)",
+    )
 
 
 def add_optim_args(
@@ -443,6 +469,19 @@ def add_run_args(parser: Parser) -> None:
         metavar="N",
         help="of weights, masks, order and augmentation",
     )
+    add_device_args(group)
+    add_switch(
+        group,
+        "compile",
+        None,
+        "torch.compile the model (default on CUDA)",
+        "run without torch.compile",
+    )
+    _add_original_args(group)
+
+
+def add_device_args(group: argparse._ArgumentGroup) -> None:
+    """Device and precision."""
     group.add_argument(
         "--device",
         type=device_name,
@@ -455,14 +494,6 @@ def add_run_args(parser: Parser) -> None:
         default="auto",
         help="mixed precision; auto: bf16 where the GPU has it, else fp16 on CUDA, none elsewhere",
     )
-    add_switch(
-        group,
-        "compile",
-        None,
-        "torch.compile the model (default on CUDA)",
-        "run without torch.compile",
-    )
-    _add_original_args(group)
 
 
 def _add_original_args(group: argparse._ArgumentGroup) -> None:
@@ -486,15 +517,13 @@ def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> N
     Raises:
         UsageError: values that do not go together.
     """
-    if len(args.input_size) > 2:
-        raise UsageError(f"--input_size takes one or two numbers, not {len(args.input_size)}")
+    derive_loading(args, device_type)
     if "crop_scale" in args and not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         raise UsageError("--crop_scale takes the smaller share first, and more than 0")
     if args.warmup_epochs >= args.epochs:
         raise UsageError(
             f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"
         )
-    args.input_size = tuple(args.input_size if len(args.input_size) == 2 else args.input_size * 2)
     args.effective_batch_size = args.batch_size * args.accum_iter * processes
     derived = f" = --blr {args.blr:g} x effective batch {args.effective_batch_size} / 256"
     if args.lr is None:
@@ -508,12 +537,38 @@ def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> N
             f"--min_lr {args.min_lr:g} must not be above the peak learning rate, {args.lr:g}"
             f"{derived}"
         )
+    if args.compile is None:
+        args.compile = device_type == "cuda"
+    args.log_dir = args.log_dir or args.output_dir
+
+
+def derive_loading(args: argparse.Namespace, device_type: str) -> None:
+    """Fill in what `add_data_args` leaves to the machine: size, workers, memory.
+
+    Raises:
+        UsageError: a size of three numbers.
+    """
+    if len(args.input_size) > 2:
+        raise UsageError(f"--input_size takes one or two numbers, not {len(args.input_size)}")
+    args.input_size = tuple(args.input_size if len(args.input_size) == 2 else args.input_size * 2)
     if args.num_workers is None:
         args.num_workers = min(10, max(1, cores_per_process()))
-    for switch in ("compile", "pin_mem"):
-        if getattr(args, switch) is None:
-            setattr(args, switch, device_type == "cuda")
-    args.log_dir = args.log_dir or args.output_dir
+    if args.pin_mem is None:
+        args.pin_mem = device_type == "cuda"
+
+
+def check_tables(args: argparse.Namespace) -> None:
+    """Refuse tables of an evaluation that could not be written at its end.
+
+    Raises:
+        UsageError: a folder that is not there, or a matrix that is to be no CSV.
+    """
+    for name in ("predictions", "confusion"):
+        path = getattr(args, name, None)
+        if path and not path.absolute().parent.is_dir():
+            raise UsageError(f"the folder of --{name} {path} does not exist")
+    if getattr(args, "confusion", None) and args.confusion.suffix != ".csv":
+        raise UsageError(f"--confusion {args.confusion} must end in .csv; the picture ends in .png")
 
 
 def check_writable(folder: Path, flag: str) -> None:

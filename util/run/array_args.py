@@ -72,8 +72,8 @@ def add_format_args(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_array_args(parser: Parser) -> None:
-    """The flags of a run on arrays."""
+def add_array_args(parser: Parser, *, training: bool = True) -> None:
+    """The flags of a run on arrays; without `training`, those of a frozen model."""
     group = add_format_args(parser)
 
     def add(name: str, help: str) -> None:
@@ -85,12 +85,13 @@ def add_array_args(parser: Parser) -> None:
     add("std", "their standard deviation")
     add("clip_min", "smallest number of the channels: what is below is set to it")
     add("clip_max", "largest number of the channels")
-    group.add_argument(
-        "--rot90",
-        action="store_true",
-        default=None,
-        help="turn by 0, 90, 180 or 270 degrees, for what has no up",
-    )
+    if training:
+        group.add_argument(
+            "--rot90",
+            action="store_true",
+            default=None,
+            help="turn by 0, 90, 180 or 270 degrees, for what has no up",
+        )
     group.add_argument(
         "--rgb",
         type=positive_int,

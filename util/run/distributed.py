@@ -1,6 +1,7 @@
 """Processes and devices of a run: torchrun's or SLURM's environment, NCCL or gloo, signals."""
 
 import hashlib
+import inspect
 import os
 import signal
 import subprocess
@@ -126,11 +127,15 @@ def init_processes(device: str = "auto") -> torch.device:
 def wrap_model(model: nn.Module, device: torch.device, compile_model: bool) -> nn.Module:
     """The model as it is trained: in DDP if there are several processes, compiled if wanted."""
     if world_size() > 1:
-        model = nn.parallel.DistributedDataParallel(
+        kind = nn.parallel.DistributedDataParallel
+        # torch 2.14 has renamed what keeps buffers as they are in each process.
+        names = inspect.signature(kind).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        model = kind(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **{name: False},
         )
     if not compile_model:
         return model

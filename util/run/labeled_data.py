@@ -64,17 +64,55 @@ def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Load
     Raises:
         UsageError: no such images, or images without labels.
     """
-    path, size = _val_path(args), tuple(args.input_size)
+    path = _val_path(args)
     if weights is not None:
         follow_checkpoint(args, weights.args)
         complete_arrays(args)
         tell_kind(args, path)
+    return eval_loader(args, evaluated_images(args, path), args.batch_size)
+
+
+def evaluated_images(
+    args: argparse.Namespace, path: Path, unlabeled: bool = False
+) -> LabeledImages:
+    """Images, or arrays, as they are seen in evaluation.
+
+    Args:
+        args: completed arguments.
+        path: where they are.
+        unlabeled: they may have no labels.
+
+    Raises:
+        UsageError: none there, or none with labels.
+    """
+    size = tuple(args.input_size)
     if args.arrays:
         transform = centre_transform(array_format(args), size, center_share(size))
     else:
         transform = center_crop_transform(size, args.in_chans, args.max_pixels)
-    dataset = LabeledImages(path, transform, arrays=bool(args.arrays))
-    return eval_loader(args, dataset, args.batch_size)
+    return LabeledImages(path, transform, unlabeled, bool(args.arrays))
+
+
+def labeled_splits(args: argparse.Namespace, root: Path, flag: str) -> tuple[Loader, Loader]:
+    """Images of `train/` and of `val/` as they are evaluated, to compare one with the other.
+
+    Args:
+        args: completed arguments.
+        root: the folder that holds both.
+        flag: the option that chose it, for messages.
+
+    Raises:
+        UsageError: folders that are missing, without labels, or whose classes differ.
+    """
+    for path in (root / "train", root / "val"):
+        if not path.is_dir():
+            raise UsageError(
+                f"{flag} {root} has no {path.name}/: k-NN takes train/ and val/, in each a folder "
+                f"a class or shards"
+            )
+    train, val = (evaluated_images(args, root / name) for name in ("train", "val"))
+    check_classes(train.classes, val.classes, train.root, val.root)
+    return tuple(eval_loader(args, dataset, args.batch_size) for dataset in (train, val))
 
 
 def _val_path(args: argparse.Namespace) -> Path:

@@ -11,8 +11,27 @@ from util.run.parser import show_value
 # Flags that a resumed run may change; any other difference is another run. The batch is compared
 # as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
 MAY_CHANGE = frozenset(
-    {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "data_path", "demo", "device"}
-    | {"dist_eval", "log_dir", "max_bad_images", "max_pixels", "nb_classes", "num_workers"}
+    {
+        "accum_iter",
+        "amp",
+        "batch_size",
+        "clip_grad",
+        "compile",
+        "confusion",
+        "data_path",
+        "demo",
+        "device",
+    }
+    | {
+        "dist_eval",
+        "knn_freq",
+        "knn_path",
+        "log_dir",
+        "max_bad_images",
+        "max_pixels",
+        "nb_classes",
+        "num_workers",
+    }
     | {"output_dir", "pin_mem", "predictions", "print_freq", "resume", "save_freq", "save_steps"}
     | {"rgb", "test_clips", "test_crops", "val_path", "video_root"}
 )

@@ -12,7 +12,7 @@ from util.data.loader import Loader
 from util.data.samplers import EvalSampler, StepSampler
 from util.data.shards import is_shards
 from util.errors import UsageError
-from util.run.args import check_writable, derive_args
+from util.run.args import check_tables, check_writable, derive_args
 from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.lock import hold
 from util.run.optim_step import amp_dtype
@@ -41,6 +41,7 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     check_outside_data(args)
     hold_output(args.output_dir)
     check_writable(args.log_dir, "--log_dir")
+    check_tables(args)
 
 
 def hold_output(folder: Path, flag: str = "--output_dir") -> None:
@@ -103,7 +104,7 @@ def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
 
 def eval_loader(args: argparse.Namespace, dataset: FileDataset, batch_size: int) -> Loader:
     """Every sample of a data set once, each in one process."""
-    if args.dist_eval:
+    if getattr(args, "dist_eval", True):  # a flag of the classifiers' mains
         sampler = EvalSampler(len(dataset), batch_size, rank(), world_size())
     else:
         sampler = EvalSampler(len(dataset) * is_main_process(), batch_size)
