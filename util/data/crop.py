@@ -157,8 +157,4 @@ def resize_crop(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> Tensor:
     """A part of an image `[H, W, C]`, uint8, resized by antialiased bicubic to `[C, *size]`."""
     part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
     grid = torch.from_numpy(part).movedim(-1, 0).unsqueeze(0)
-    if box.height * size[1] > box.width * size[0]:
-        # Rows first, as Pillow does it: torch 2.14 may begin with the columns here, and rounds and
-        # clips between the two.
-        grid = F.interpolate(grid, (box.height, size[1]), mode="bicubic", antialias=True)
     return F.interpolate(grid, size, mode="bicubic", antialias=True)[0]
