@@ -25,7 +25,7 @@ $(VENV)/.video: $(VENV)/.run requirements-video.txt
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements-video.txt
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-seg.txt requirements-slurm.txt requirements-video.txt
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-arrays.txt requirements-seg.txt requirements-slurm.txt requirements-video.txt
 	$(VENV)/bin/python -m pip install --quiet $(addprefix --requirement ,$(filter %.txt,$^))
 	touch $@
 

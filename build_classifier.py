@@ -118,7 +118,8 @@ def build_model(
             model = ConvViT(**architecture.kwargs(), **kwargs)
             inflated = inflate_weights(weights, model, args.inflate)
             return model, load_weights(model, inflated, new=NEW_IN_CLASSIFIER)
-        kwargs |= {"img_size": architecture.img_size, "num_heads": architecture.num_heads}
+        kwargs |= {"img_size": architecture.img_size, "in_chans": architecture.in_chans}
+        kwargs |= {"num_heads": architecture.num_heads}
         return convvit_from_weights(weights, **kwargs)
     except UsageError:
         raise

@@ -12,6 +12,7 @@ from torchvision.utils import save_image
 
 from models_convmae import MaskedAutoencoderConvViT
 from models_teacher import Teacher, load_teacher
+from util.data.array_views import split_nodata
 from util.data.loader import Loader
 from util.data.transforms import channel_stats
 from util.errors import UsageError
@@ -128,6 +129,8 @@ def build_teacher(args: argparse.Namespace, device: torch.device) -> Teacher | N
         if given:
             raise UsageError(f"--{given[0]} needs --teacher NAME")
         return None
+    if getattr(args, "arrays", None):
+        raise UsageError("--teacher sees 8-bit pictures: leave it away for arrays")
     teacher = load_teacher(args.teacher, args.teacher_checkpoint)
     args.teacher_digest, args.mimic_dim = teacher.digest(), teacher.width
     args.mimic_weight = 1.0 if args.mimic_weight is None else args.mimic_weight
@@ -237,9 +240,13 @@ def train_one_epoch(
     for step in run.steps(epoch, start_step):
         for (imgs,) in step.micro_batches:
             noise = draw_noise(len(imgs), run.model.geometry.num_mask_units, imgs.device)
+            options = {}
+            if getattr(run.args, "arrays", None):
+                imgs, options["valid"] = split_nodata(imgs)
             with step.autocast():
                 features = teacher(imgs) if teacher else None
-                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise, predict_share, features)
+                options |= {"predict_share": predict_share, "features": features}
+                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise, **options)
             step.backward(loss)
         step.update()
     return run.means(epoch)

@@ -14,15 +14,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import BinaryIO
 
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torchvision.transforms import v2
 
 from build_classifier import build_finetuning, check_mixing
 from engine_evaluate import evaluate_checkpoint
 from engine_finetune import train_classifier
 from models_convvit import MODELS
+from util.data.crop import random_box
 from util.data.transforms import finetune_transform
 from util.errors import UsageError
 from util.run import args as arguments
+from util.run.array_args import add_array_args, random_view
 from util.run.distributed import init_processes
 from util.run.labeled_data import build_data
 from util.run.parser import Parser
@@ -31,6 +35,8 @@ from util.run.setup import complete_run
 from util.run.start import find_start
 
 PROGRAM = "fine-tuning"
+# timm's policy for 8-bit pictures; arrays have none.
+AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,8 +48,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     layout = (
         "folder with train/ and val/, in each a folder a class or shards; or shards to train on"
     )
-    arguments.add_data_args(parser, data=layout, follow_checkpoint=True)
-    arguments.add_recipe_args(parser, crop_scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
+    arguments.add_data_args(parser, data=layout, follow_checkpoint=True, arrays=True)
+    add_array_args(parser)
+    arguments.add_recipe_args(parser, crop_scale=(0.08, 1.0), auto_augment=None)
     arguments.add_finetuning_args(arguments.add_classifier_args(parser, MODELS))
     recipe = dict(batch_size=64, epochs=100, warmup_epochs=5, blr=5e-4, weight_decay=0.05)
     group = arguments.add_optim_args(parser, min_lr=1e-6, **recipe)
@@ -54,14 +61,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_recipe(args: argparse.Namespace) -> None:
-    """Refuse settings that do not go together, before anything is built."""
+    """Fill in the policy of augmentation, and refuse settings that do not go together."""
     check_mixing(args)
+    if args.arrays and (args.aa not in (None, "none") or args.color_jitter):
+        flag = f"--aa {args.aa}" if args.aa not in (None, "none") else "--color_jitter"
+        raise UsageError(
+            f"{flag} changes colours of 8-bit pictures: leave it away for arrays; crop, flip, "
+            f"--rot90, --reprob, --mixup and --cutmix take any channels"
+        )
+    if args.aa is None:
+        args.aa = "none" if args.arrays else AUTO_AUGMENT
     if args.in_chans == 4 and args.aa != "none":
         raise UsageError("--aa knows no images with an alpha channel: give --aa none")
 
 
 def build_transform(args: argparse.Namespace) -> Callable[[BinaryIO], Tensor]:
     """The augmentation of the training images."""
+    if args.arrays:
+        erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device="cpu")
+        return v2.Compose([random_view(args, random_box), erase])
     try:
         return finetune_transform(
             tuple(args.input_size),

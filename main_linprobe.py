@@ -14,9 +14,11 @@ from build_classifier import build_probe
 from engine_evaluate import evaluate_checkpoint
 from engine_finetune import train_classifier
 from models_convvit import MODELS
+from util.data.crop import clamped_box
 from util.data.transforms import probe_transform
 from util.errors import UsageError
 from util.run import args as arguments
+from util.run.array_args import add_array_args, random_view
 from util.run.distributed import init_processes, world_size
 from util.run.labeled_data import build_data
 from util.run.parser import Ignored, Parser
@@ -37,7 +39,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     layout = (
         "folder with train/ and val/, in each a folder a class or shards; or shards to train on"
     )
-    arguments.add_data_args(parser, data=layout, follow_checkpoint=True)
+    arguments.add_data_args(parser, data=layout, follow_checkpoint=True, arrays=True)
+    add_array_args(parser)
     arguments.add_augmentation_args(parser, crop_scale=(0.08, 1.0))
     group = arguments.add_classifier_args(parser, MODELS)
     nothing_kept = "of no effect: a probe keeps nothing of its encoder for a backward pass"
@@ -59,13 +62,16 @@ def main(args: argparse.Namespace) -> None:
     complete_run(args, device)
     if args.batch_size * world_size() == 1:
         raise UsageError("--batch_size 1: a probe's batch norm needs at least two images a step")
-    transform = probe_transform(
-        args.input_size,
-        args.in_chans,
-        hflip=args.hflip,
-        scale=tuple(args.crop_scale),
-        max_pixels=args.max_pixels,
-    )
+    if args.arrays:
+        transform = random_view(args, clamped_box)
+    else:
+        transform = probe_transform(
+            args.input_size,
+            args.in_chans,
+            hflip=args.hflip,
+            scale=tuple(args.crop_scale),
+            max_pixels=args.max_pixels,
+        )
     loader, val_loader = build_data(args, transform)
     build = partial(build_probe, args, device, weights)
     train_classifier(

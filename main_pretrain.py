@@ -13,16 +13,25 @@ from functools import partial
 from engine_knn import knn_accuracy, pooled_latent
 from engine_pretrain import build_run, build_teacher, check_sizes, pretrain
 from models_convmae import MODELS
+from util.data.crop import random_box
 from util.data.datasets import ImageFiles
 from util.data.folders import find_train_folder
 from util.data.loader import Loader
-from util.data.transforms import pretrain_transform
+from util.data.transforms import denormalize, pretrain_transform
 from util.demo.digits import write_digits
+from util.errors import UsageError
 from util.run import args as arguments
+from util.run.array_args import (
+    add_array_args,
+    array_format,
+    complete_arrays,
+    random_view,
+    tell_kind,
+)
 from util.run.distributed import init_processes, is_main_process
 from util.run.labeled_data import labeled_splits
 from util.run.parser import Parser
-from util.run.pictures import load_samples, reconstruction_grid
+from util.run.pictures import load_samples, reconstruction_grid, stretched
 from util.run.program import run_main
 from util.run.setup import complete_run, train_loader
 from util.run.start import find_pretraining_start
@@ -55,7 +64,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         data="folder of images, nested or flat, its train/ if it has one; or its shards, as "
         "'DIR/{000000..000999}.tar'",
         follow_checkpoint=True,
+        arrays=True,
     )
+    add_array_args(parser)
     arguments.add_augmentation_args(parser, crop_scale=(0.2, 1.0))
     arguments.add_autoencoder_args(parser, MODELS, model=MODEL, ratio=0.75)
     arguments.add_teacher_args(parser)
@@ -73,6 +84,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.demo and args.data_path is None:
         parser.error("--data_path is missing: a folder of images (or --demo for embedded ones)")
+    if args.finetune is None:
+        try:
+            complete_arrays(args)
+        except UsageError as error:
+            parser.error(str(error))
     arguments.settle_model(parser, args, MODEL)
     return args
 
@@ -81,14 +97,19 @@ def build_data(args: argparse.Namespace) -> Loader:
     """The images and the order in which steps take them."""
     if args.demo and args.data_path is None:
         args.data_path = write_digits(args.output_dir / "digits")
-    transform = pretrain_transform(
-        args.input_size,
-        args.in_chans,
-        hflip=args.hflip,
-        scale=tuple(args.crop_scale),
-        max_pixels=args.max_pixels,
-    )
-    return train_loader(args, ImageFiles(find_train_folder(args.data_path), transform))
+    root = find_train_folder(args.data_path)
+    tell_kind(args, root)
+    if args.arrays:
+        transform = random_view(args, random_box, keep_nodata=True)
+    else:
+        transform = pretrain_transform(
+            args.input_size,
+            args.in_chans,
+            hflip=args.hflip,
+            scale=tuple(args.crop_scale),
+            max_pixels=args.max_pixels,
+        )
+    return train_loader(args, ImageFiles(root, transform, arrays=bool(args.arrays)))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -109,9 +130,14 @@ def main(args: argparse.Namespace) -> None:
         measure = partial(knn_accuracy, run.model, splits, device, run.optim.dtype, **options)
     if is_main_process():
         samples = load_samples(
-            args.data_path, args.input_size, args.in_chans, max_pixels=args.max_pixels
+            args.data_path,
+            args.input_size,
+            args.in_chans,
+            max_pixels=args.max_pixels,
+            form=array_format(args) if args.arrays else None,
         ).to(device)
-        draw = partial(reconstruction_grid, run.model, samples, args.mask_ratio)
+        show = stretched(samples, args.rgb) if args.arrays else denormalize
+        draw = partial(reconstruction_grid, run.model, samples, args.mask_ratio, show=show)
     pretrain(run, draw, teacher, measure)
 
 

@@ -38,6 +38,17 @@ def running_cells(grid: Sequence[int]) -> Tensor:
     return ((2 * (row % 2) + column % 2 + time) % 4).flatten()
 
 
+def normalize_valid(patches: Tensor, valid: Tensor) -> Tensor:
+    """Patches `[N, B, P]` normalised by mean and variance of their valid values (1, else 0)."""
+    count = valid.sum(dim=-1, keepdim=True)
+    whole = count == patches.shape[-1]  # exactly as without `valid`
+    mean = (patches * valid).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    mean = torch.where(whole, patches.mean(dim=-1, keepdim=True), mean)
+    var = ((patches - mean) ** 2 * valid).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
+    var = torch.where(whole, patches.var(dim=-1, keepdim=True), var)
+    return (patches - mean) / (var + 1e-6) ** 0.5
+
+
 class MaskedAutoencoderConvViT(ConvViTEncoder):
     """Masked autoencoder: encodes the visible blocks only and predicts the removed pixels.
 
@@ -301,7 +312,12 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         return self.decoder_pred(self.decoder_norm(x[:, skip:]))
 
     def forward_loss(
-        self, imgs: Tensor, pred: Tensor, mask: Tensor, ids_predict: Tensor | None = None
+        self,
+        imgs: Tensor,
+        pred: Tensor,
+        mask: Tensor,
+        ids_predict: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error over the removed patches, in float32.
 
@@ -310,19 +326,34 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             pred: `[K * N, L, patch_pixels * C]`; with `ids_predict`, of these patches alone.
             mask: `[K * N, L]`, 1 where removed.
             ids_predict: `[K * N, B]`, see `forward_decoder`.
+            valid: `[N, C, *img_size]`, bool: the values that count; all by default.
 
         Returns:
-            A scalar.
+            A scalar, 0 where nothing counts.
         """
         with torch.autocast(imgs.device.type, enabled=False):
             pred = pred.float().unflatten(0, (-1, len(imgs)))  # [K, N, L or B, patch_pixels * C]
-            target = self.target(imgs.float()).expand(len(pred), -1, -1, -1)
             if ids_predict is not None:
                 mask = mask.gather(1, ids_predict)
                 ids_predict = ids_predict.unflatten(0, (-1, len(imgs)))
-                target = target.gather(2, ids_predict.unsqueeze(-1).expand_as(pred))
-            loss = F.mse_loss(pred, target, reduction="none").mean(dim=-1).flatten(0, 1)
-            return (loss * mask).sum() / mask.sum()
+
+            def predicted(patches: Tensor) -> Tensor:  # [N, L, …] as `pred`
+                patches = patches.expand(len(pred), -1, -1, -1)
+                if ids_predict is None:
+                    return patches
+                return patches.gather(2, ids_predict.unsqueeze(-1).expand_as(pred))
+
+            if valid is not None:
+                valid = self.patchify(valid.float())
+            target = predicted(self.target(imgs.float(), valid))
+            loss = F.mse_loss(pred, target, reduction="none")
+            if valid is None:
+                return (loss.mean(dim=-1).flatten(0, 1) * mask).sum() / mask.sum()
+            # A patch weighs as much as it has values: with all of them, exactly as above.
+            valid = predicted(valid)
+            total = (mask * valid.mean(dim=-1).flatten(0, 1)).sum()
+            loss = (loss * valid).mean(dim=-1).flatten(0, 1)
+            return (loss * mask).sum() / torch.where(total > 0, total, 1.0)
 
     def mimic_loss(self, latent: Tensor, ids_restore: Tensor, features: Tensor) -> Tensor:
         """Mean squared error to a teacher's tokens at the visible places, in float32.
@@ -341,9 +372,15 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             features = torch.cat([features] * (len(latent) // len(features)))
             return F.mse_loss(tokens.float(), gather_tokens(features, ids_keep).float())
 
-    def target(self, imgs: Tensor) -> Tensor:
-        """The values to predict: `[N, C, *img_size]` to `[N, L, patch_pixels * C]`."""
+    def target(self, imgs: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The values to predict: `[N, C, *img_size]` to `[N, L, patch_pixels * C]`.
+
+        With `valid`, of the result's shape, 1 for the values that count and 0 for the others, the
+        others do not count for a patch's mean and variance.
+        """
         patches = self.patchify(imgs)
+        if self.norm_pix_loss and valid is not None:
+            return normalize_valid(patches, valid)
         if self.norm_pix_loss:
             mean = patches.mean(dim=-1, keepdim=True)
             var = patches.var(dim=-1, keepdim=True)
@@ -357,6 +394,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         noise: Tensor | None = None,
         predict_share: float = 1.0,
         features: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pretraining forward pass.
 
@@ -368,6 +406,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             predict_share: share of the removed patches to predict, see `choose_predicted`.
             features: `[N, L, mimic_dim]`, a teacher's tokens of the whole images; with them the
                 loss is that of the pixels and `mimic_weight` times `mimic_loss`.
+            valid: `[N, C, *img_size]`, bool: the values that take part in the loss.
 
         Returns:
             loss: a scalar.
@@ -387,7 +426,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             visible = latent.shape[1] - self.num_prefix_tokens
             ids_predict = self.choose_predicted(ids_restore, visible, predicted)
         pred = self.forward_decoder(latent, ids_restore, ids_predict)
-        loss = self.forward_loss(imgs, pred, mask, ids_predict)
+        loss = self.forward_loss(imgs, pred, mask, ids_predict, valid)
         if features is not None:
             loss = loss + self.mimic_weight * self.mimic_loss(latent, ids_restore, features)
         return loss, pred, mask

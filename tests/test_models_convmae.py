@@ -936,3 +936,71 @@ def test_cuda_equals_cpu():
     assert torch.equal(cuda_mask.cpu(), mask)
     torch.testing.assert_close(cuda_pred.cpu(), pred, rtol=0, atol=1e-10)
     assert_gradients_close({n: g.cpu() for n, g in grads.items()}, expected, 1e-9)
+
+
+# ---- Values without data -------------------------------------------------------------------------
+
+
+def loss_and_gradients(model, imgs, noise, **options):
+    model.zero_grad()
+    loss = model(imgs, noise=noise, **options)[0]
+    loss.backward()
+    return loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_with_all_values_valid_the_loss_is_bit_for_bit_that_without(norm_pix_loss):
+    model = build(norm_pix_loss=norm_pix_loss)
+    imgs, noise = inputs(model)
+    plain = loss_and_gradients(model, imgs, noise)
+    valid = loss_and_gradients(model, imgs, noise, valid=torch.ones_like(imgs, dtype=torch.bool))
+    assert torch.equal(plain[0], valid[0])
+    assert all(torch.equal(valid[1][name], gradient) for name, gradient in plain[1].items())
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_invalid_values_take_no_part_in_the_loss(norm_pix_loss):
+    model = build(norm_pix_loss=norm_pix_loss)
+    imgs, noise = inputs(model)
+    pred = torch.randn(2, 16, 16 * 16 * 3)
+    _, mask, _ = model.random_masking(imgs, 0.75, noise)
+    valid = torch.rand(imgs.shape) < 0.7
+    valid[:, :, :20, :20] = False  # one patch and parts of others
+    losses = [
+        model.forward_loss(torch.where(valid, imgs, other), pred, mask, valid=valid)
+        for other in (0.0, 1e3)
+    ]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+
+    errors, count = 0.0, 0
+    patches, kept = model.patchify(imgs), model.patchify(valid.float()).bool()
+    for n, p in mask.nonzero().tolist():
+        target = patches[n, p][kept[n, p]].double()
+        if norm_pix_loss and len(target):
+            target = (target - target.mean()) / (target.var() + 1e-6) ** 0.5
+        errors += ((pred[n, p][kept[n, p]] - target) ** 2).sum().item()
+        count += len(target)
+    assert losses[0].item() == pytest.approx(errors / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("predict_share", [1.0, 0.5])
+def test_valid_values_are_those_of_the_patches_that_are_predicted(predict_share):
+    model = build(complementary=True)
+    imgs, noise = inputs(model)
+    valid = torch.ones_like(imgs).bool()
+    plain, pred, mask = model(imgs, 0.7, noise, predict_share)
+    assert torch.equal(model(imgs, 0.7, noise, predict_share, valid=valid)[0], plain)
+    # Without the first image only the second's errors count, in all masks.
+    valid[0] = False
+    alone = model(imgs[1:], 0.7, noise[1:], predict_share)[0]
+    loss = model(imgs, 0.7, noise, predict_share, valid=valid)[0]
+    torch.testing.assert_close(loss, alone)
+
+
+def test_a_batch_without_any_data_has_no_loss_and_a_finite_gradient():
+    model = build(norm_pix_loss=True)
+    imgs = torch.zeros(2, 3, 64, 64)
+    noise = torch.rand(2, 16)
+    loss, gradients = loss_and_gradients(model, imgs, noise, valid=torch.zeros_like(imgs).bool())
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients.values())

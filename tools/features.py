@@ -21,10 +21,12 @@ from engine_features import attention_map
 from tools.inference import add_inference_args, open_frozen
 from util.data.datasets import LabeledImages
 from util.data.files import reason_of
+from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run.distributed import print_once
 from util.run.feature_pictures import feature_grid, pca_colors, scale_colors
 from util.run.parser import Parser, positive_int
+from util.run.pictures import stretched
 from util.run.program import run_main
 
 
@@ -68,10 +70,9 @@ def main(args: argparse.Namespace) -> None:
             attention.append(attention_map(model, x).float().cpu())
         stages.append([grid.float().cpu() for grid in maps])
     maps = [pca_colors(torch.cat(grids)) for grids in zip(*stages, strict=True)]
-    save_image(
-        feature_grid(samples, [*maps, scale_colors(torch.cat(attention))], args.columns),
-        args.output,
-    )
+    show = stretched(samples, args.rgb) if args.arrays else denormalize
+    maps.append(scale_colors(torch.cat(attention)))
+    save_image(feature_grid(samples, maps, args.columns, show), args.output)
     print_once(
         f"{len(samples)} {dataset.what}: original, stages 1, 2, 3, attention in {args.output}"
     )

@@ -14,11 +14,18 @@ from models_convvit import ConvViT, convvit_from_weights
 from util.data.datasets import LabeledImages
 from util.data.loader import Loader
 from util.data.samplers import EvalSampler
-from util.data.transforms import center_crop_transform
 from util.errors import UsageError
 from util.run import args as arguments
+from util.run.array_args import (
+    add_array_args,
+    complete_arrays,
+    follow_checkpoint,
+    is_arrays,
+    tell_kind,
+)
 from util.run.distributed import init_processes, print_once
 from util.run.geometry_args import described_architecture, fill_geometry_flags
+from util.run.labeled_data import evaluated_images
 from util.run.optim_step import amp_dtype
 from util.run.parser import Parser, positive_int
 from util.weights.read import KINDS, Weights, read_weights
@@ -45,7 +52,8 @@ def add_inference_args(parser: Parser, *, data: str = DATA, views: int | None = 
         metavar="FILE",
         help="of pretraining, fine-tuning or probing; the published ones too",
     )
-    arguments.add_data_args(parser, data=data, follow_checkpoint=True)
+    arguments.add_data_args(parser, data=data, follow_checkpoint=True, arrays=True)
+    add_array_args(parser, training=False)
     clips = parser.add_argument_group("videos")
     add_reading_args(clips)
     add_view_args(clips, views)
@@ -108,8 +116,7 @@ class Frozen:
         args = self.args
         if self.is_video:
             return _views(args, path, labeled)
-        transform = center_crop_transform(args.input_size, args.in_chans, args.max_pixels)
-        return LabeledImages(path, transform, unlabeled=not labeled)
+        return evaluated_images(args, path, unlabeled=not labeled)
 
     def loader(self, dataset: LabeledImages, sampler: EvalSampler) -> Loader:
         """Samples of `dataset`, as the flags say; tells which files are left out."""
@@ -138,7 +145,14 @@ def open_frozen(args: argparse.Namespace) -> Frozen:
         args.num_frames = None  # the checkpoint's
     elif given := _given_for_videos(args):
         raise UsageError(f"--{given[0]} is for videos, and {weights.path} is an image model")
-    fill_geometry_flags(args, weights.architecture, str(weights.path))
+    if weights.architecture.ndim == 2:
+        follow_checkpoint(args, weights.args)
+    elif is_arrays(args):
+        raise UsageError(f"flags of arrays are for images, and {weights.path} is a video model")
+    fill_geometry_flags(args, weights.architecture, str(weights.path), [*weights.guessed])
+    complete_arrays(args)
+    if args.arrays:
+        tell_kind(args, args.data_path)
     arguments.derive_loading(args, device.type)
     if weights.architecture.ndim == 3:
         complete_protocol(args, weights.args)

@@ -18,6 +18,7 @@ from util.data.datasets import LabeledImages
 from util.data.samplers import EvalSampler
 from util.errors import UsageError
 from util.run.args import check_writable
+from util.run.array_args import FORMAT_FLAGS
 from util.run.distributed import (
     gather_objects,
     is_main_process,
@@ -113,12 +114,13 @@ class PartedJob:
             paths.update(os.fsencode(self.dataset.path(index)) + b"\0")
         args = self.frozen.args
         clips = ("sampling", "stride", "test_clips", "test_crops") if self.frozen.is_video else ()
+        arrays = FORMAT_FLAGS if args.arrays else ()
         job = {
             "files": [len(self.dataset), paths.hexdigest()],
             "checkpoint": [str(self.frozen.weights.path), status.st_size, status.st_mtime_ns],
             "input_size": list(args.input_size),
             "precision": str(self.frozen.dtype),
-            **{name: getattr(args, name) for name in clips},
+            **{name: getattr(args, name) for name in (*clips, *arrays)},
             **settings,
         }
         path = self.folder / _JOB

@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from util.data.arrays import ARRAY_EXTENSIONS
 from util.data.folders import ImageFolder, describe, find_train_folder
+from util.data.images import IMAGE_EXTENSIONS
 from util.data.shard_index import INDEX, known_classes, write_index
 from util.data.shards import UNFINISHED, expand, write_shards
 from util.errors import UsageError
@@ -33,6 +35,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     add("source", type=Path, metavar="DIR", help="of images; its train/ and val/ if it has them")
     add("target", type=Path, metavar="OUT", help="folder for the shards, or for train/ and val/")
     add("--shard_size", type=positive_int, default=1000, metavar="N", help="images of a shard")
+    add(
+        "--arrays",
+        action="store_true",
+        help="take .npy and .npz, too; a file keeps its bytes, whatever they are",
+    )
     add = commands.add_parser("index", help="index shards that came without one").add_argument
     add("shards", nargs="+", type=Path, help="tar files of one folder, or a quoted pattern")
     add(
@@ -53,7 +60,7 @@ def write(args: Namespace) -> None:
         parts = [(args.source / name, args.target / name) for name in ("train", "val")]
     for source, target in parts:
         if source.is_dir() or source == train:
-            images = ImageFolder(source)
+            images = ImageFolder(source, ARRAY_EXTENSIONS if args.arrays else IMAGE_EXTENSIONS)
             count, classes = write_shards(images, target, args.shard_size)
             labels = f"{classes} classes" if classes else "no labels"
             print(f"{len(images)} images, {labels}: {count} shards and their index in {target}")

@@ -17,11 +17,20 @@ from PIL import Image
 from torchvision.utils import save_image
 
 from models_convmae import convmae_from_weights
+from util.data.arrays import ARRAY_EXTENSIONS
 from util.data.files import is_one_of
-from util.data.folders import list_images
+from util.data.folders import scan
+from util.data.images import IMAGE_EXTENSIONS, MAX_PIXELS
+from util.data.transforms import denormalize
 from util.errors import UsageError
+from util.run.array_args import (
+    add_array_args,
+    array_format,
+    complete_arrays,
+    follow_checkpoint,
+)
 from util.run.parser import Parser, mask_ratio, positive_int, seed
-from util.run.pictures import load_images, reconstruction_grid
+from util.run.pictures import load_images, reconstruction_grid, stretched
 from util.run.program import run_main
 from util.weights.describe import guesses
 from util.weights.read import read_weights
@@ -41,6 +50,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_images", type=positive_int, default=16, help="take no more than so many")
     add("--columns", type=positive_int, default=2, help="images next to each other")
     add("--seed", type=seed, default=0, help="of the masks")
+    add_array_args(parser, training=False)
+    parser.set_defaults(max_pixels=MAX_PIXELS)
     return parser.parse_args(argv)
 
 
@@ -53,21 +64,26 @@ def main(args: argparse.Namespace) -> None:
     missing = [str(path) for path in args.images if not path.exists()]
     if missing:
         raise UsageError(f"--images: {', '.join(missing)} does not exist")
-    files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
-    if is_one_of(args.output, files):
-        raise UsageError(f"--output {args.output} is one of the images: give another name")
     weights = read_weights(args.checkpoint)
     model = convmae_from_weights(weights)
+    args.in_chans = model.in_chans
+    follow_checkpoint(args, weights.args)
+    complete_arrays(args)
+    form = array_format(args) if args.arrays else None
+    endings = ARRAY_EXTENSIONS if args.arrays else IMAGE_EXTENSIONS
+    files = [f for p in args.images for f in (scan(p, endings)[0] if p.is_dir() else [p])]
+    if is_one_of(args.output, files):
+        raise UsageError(f"--output {args.output} is one of the images: give another name")
     if taken := guesses(weights):
         print(f"note: {args.checkpoint}: taken are {taken}")
     try:
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--mask_ratio: {error}") from error
-    imgs = load_images(files[: args.max_images], model.geometry.img_size, model.in_chans)
-    save_image(
-        reconstruction_grid(model, imgs, args.mask_ratio, args.seed, args.columns), args.output
-    )
+    imgs = load_images(files[: args.max_images], model.geometry.img_size, model.in_chans, form)
+    show = stretched(imgs, args.rgb) if args.arrays else denormalize
+    grid = reconstruction_grid(model, imgs, args.mask_ratio, args.seed, args.columns, show)
+    save_image(grid, args.output)
     print(f"{len(imgs)} images: original, masked, reconstruction in {args.output}")
 
 

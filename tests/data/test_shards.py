@@ -655,3 +655,17 @@ def test_the_index_holds_where_tar_has_the_files(shards):
             name = files.path(i).split(".tar/")[1]
             assert tar.extractfile(name).read() == files.open(i).read()
             assert Image.open(files.open(i)).size == (40, 24)
+
+
+def test_an_array_is_the_picture_of_a_sample_that_has_no_other(tmp_path):
+    members = {"a.png": picture(0), "a.npy": b"features", "b.npy": b"array", "c.npz": b"array"}
+    folder = write_tar(tmp_path / "s" / "0.tar", members)
+    index(parse_args(["index", str(folder / "0.tar")]))
+    assert names_of(folder) == ["a.png", "b.npy", "c.npz"]
+
+
+def test_arrays_in_shards_keep_their_bytes(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(24).reshape(2, 3, 4))
+    main(parse_args(["write", str(tmp_path), str(tmp_path.parent / "out"), "--arrays"]))
+    with Shards(tmp_path.parent / "out").open(0) as file:
+        assert file.read() == (tmp_path / "a.npy").read_bytes()

@@ -373,3 +373,13 @@ def test_bfloat16_is_close_to_float32(backbone):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for name, feature in model(images).items():
             assert (feature - plain[name]).abs().mean() < 0.03 * plain[name].abs().mean()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_backbone_takes_any_number_of_channels(backbone):
+    model = small(backbone, in_chans=7)
+    with torch.no_grad():
+        features = model(torch.randn(1, 7, 64, 64))
+    assert all(x.isfinite().all() for x in features.values())
+    assert {x.shape[0] for x in features.values()} == {1}
+    assert model.patch_embed1.proj.weight.shape[1] == 7

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 from models_convmae import MaskedAutoencoderConvViT
@@ -15,6 +16,7 @@ from util.run.pictures import (
     reconstruct,
     reconstruction_grid,
     save_loss_curve,
+    stretched,
 )
 from util.run.resume import random_state
 
@@ -205,3 +207,35 @@ def test_the_loss_curve_is_a_picture(losses, tmp_path):
     save_loss_curve(log, output)
     picture = np.asarray(Image.open(output).convert("RGB")).reshape(-1, 3)
     assert len(picture) > 100_000 and len(np.unique(picture, axis=0)) > 10
+
+
+# --- channels of any range -----------------------------------------------------------------------
+
+
+def test_three_channels_are_stretched_by_percentiles():
+    imgs = torch.rand(4, 7, 16, 16, generator=torch.Generator().manual_seed(0)) * 1000 - 300
+    shown = stretched(imgs, (6, 2, 1))(imgs, 1)
+    for place, channel in enumerate((5, 1, 0)):
+        low, high = np.percentile(imgs[:, channel], (2, 98))
+        expected = ((imgs[:, channel] - low) / (high - low)).clamp(0, 1)
+        torch.testing.assert_close(shown[:, place], expected)
+
+
+def test_one_channel_gets_matplotlibs_colours():
+    imgs = torch.linspace(-3, 5, 64).view(1, 1, 8, 8)
+    shown = stretched(imgs)(imgs, 1)
+    low, high = np.percentile(imgs, (2, 98))
+    values = ((imgs[0, 0].numpy() - low) / (high - low)).clip(0, 1)
+    expected = colormaps["viridis"](values)[..., :3]
+    np.testing.assert_allclose(shown[0].movedim(0, -1), expected, atol=0.02)
+
+
+def test_a_channel_that_never_changes_is_shown():
+    shown = stretched(torch.full((1, 3, 8, 8), 2.0))(torch.full((1, 3, 8, 8), 2.0), 1)
+    assert shown.isfinite().all()
+
+
+def test_a_reconstruction_of_seven_channels_has_three_colours():
+    model, imgs = model_of(in_chans=7), torch.randn(2, 7, *SIZE)
+    grid = reconstruction_grid(model, imgs, 0.75, show=stretched(imgs))
+    assert grid.shape[0] == 3 and grid.min() >= 0 and grid.max() <= 1

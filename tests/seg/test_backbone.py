@@ -218,3 +218,14 @@ def test_a_segmentors_encoder_for_another_crop_has_its_tables_resized(tmp_path):
     expected = resize_relative_table(source.state_dict()[name], (4, 4), (6, 4))
     torch.testing.assert_close(model.state_dict()[name], expected)
     assert f"{name} (4x4 to 6x4)" in report.resized
+
+
+def test_the_backbone_takes_any_number_of_channels_and_a_colour_checkpoint(tmp_path):
+    colour = MaskedAutoencoderConvViT(**SIZES, img_size=64, decoder_embed_dim=16, decoder_depth=1)
+    torch.save({"model": colour.state_dict()}, tmp_path / "x.pth")
+    model = small(in_chans=7, pretrained=str(tmp_path / "x.pth"))
+    model.init_weights()
+    kernel = colour.state_dict()["patch_embed1.proj.weight"]
+    torch.testing.assert_close(model.patch_embed1.proj.weight[:, :3], kernel * (3 / 7))
+    with torch.no_grad():
+        assert model.eval()(torch.randn(1, 7, 64, 64))[0].shape == (1, 16, 16, 16)

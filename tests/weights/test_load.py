@@ -275,10 +275,20 @@ def test_gray_pictures_give_the_same_in_colour_and_the_other_way_round(there, he
         torch.testing.assert_close(model(gray.expand(-1, here, -1, -1)), expected)
 
 
-def test_colours_do_not_become_other_colours(tmp_path):
-    weights = read_weights(saved(tmp_path / "a.pth", classifier(in_chans=3)))
-    with pytest.raises(UsageError, match="8x3x4x4 there, 8x4x4x4 in the model"):
-        load_weights(classifier(in_chans=4), weights)
+def test_a_colour_model_becomes_one_of_any_channels_by_timms_rule(tmp_path):
+    source = classifier(in_chans=3)
+    model = classifier(in_chans=7)
+    report = load_weights(model, read_weights(saved(tmp_path / "a.pth", source)))
+    assert report.resized == ["patch_embed1.proj.weight (3 to 7 channels)"]
+    kernel = source.state_dict()["patch_embed1.proj.weight"]
+    expected = torch.cat([kernel, kernel, kernel[:, :1]], dim=1) * (3 / 7)
+    torch.testing.assert_close(model.state_dict()["patch_embed1.proj.weight"], expected)
+
+
+def test_other_channels_do_not_become_colours(tmp_path):
+    weights = read_weights(saved(tmp_path / "a.pth", classifier(in_chans=4)))
+    with pytest.raises(UsageError, match="8x4x4x4 there, 8x3x4x4 in the model"):
+        load_weights(classifier(in_chans=3), weights)
 
 
 def test_a_relative_table_is_resized_and_its_index_is_the_models_own(tmp_path):

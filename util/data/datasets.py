@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from util.data.arrays import ARRAY_EXTENSIONS
 from util.data.classes import NO_LABEL, some, unseen
 from util.data.files import reason_of, retried
-from util.data.folders import ImageFolder, describe
+from util.data.folders import ImageFolder, LazyFolder, describe
+from util.data.images import IMAGE_EXTENSIONS
 from util.data.lists import ImageList, is_list
 from util.data.shards import Shards, is_shards
 from util.errors import TrainingError, UsageError
@@ -54,15 +56,21 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
-def open_images(root: str | os.PathLike) -> ImageFolder | Shards | ImageList:
+def open_images(root: str | os.PathLike, arrays: bool = False) -> ImageFolder | Shards | ImageList:
     """The images of a data path: a folder, shards (see `util.data.shards`), a list or one image.
+
+    Args:
+        root: the data path.
+        arrays: take files of arrays, too, and open them without reading them.
 
     Raises:
         UsageError: there are none.
     """
-    if is_list(root):
+    if is_list(root, ARRAY_EXTENSIONS if arrays else IMAGE_EXTENSIONS):
         return ImageList(root)
-    return Shards(root) if is_shards(root) else ImageFolder(root)
+    if is_shards(root):
+        return Shards(root)
+    return LazyFolder(root, ARRAY_EXTENSIONS) if arrays else ImageFolder(root)
 
 
 class FileDataset(Dataset):
@@ -146,6 +154,7 @@ class ImageFiles(FileDataset):
         root: a folder, nested or flat, shards, a list or one image.
         transform: from an open image file to `[C, H, W]`; may draw from `torch`, `numpy` and
             `random`; raises an OSError for a file that cannot be decoded.
+        arrays: take files of arrays, see `open_images`.
 
     Attributes:
         files: the folder or the shards, as `open_images` finds them.
@@ -160,10 +169,11 @@ class ImageFiles(FileDataset):
         self,
         root: str | os.PathLike,
         transform: Callable[[BinaryIO], Tensor],
+        arrays: bool = False,
     ) -> None:
         self.root = Path(root)
         self.transform = transform
-        self.files = open_images(root)
+        self.files = open_images(root, arrays)
         self.group_sizes = self.files.group_sizes
         if self.files.left_out:
             self.left_out = f"left out of {root}: {describe(self.files.left_out)}"
@@ -192,6 +202,7 @@ class LabeledImages(ImageFiles):
         root: the folder of the class folders, or shards.
         transform: an open image file to a tensor.
         unlabeled: images without labels are taken too, of any data path of `ImageFiles`.
+        arrays: take files of arrays, see `open_images`.
 
     Attributes:
         classes: their names; of folders, sorted.
@@ -206,8 +217,9 @@ class LabeledImages(ImageFiles):
         root: str | os.PathLike,
         transform: Callable[[BinaryIO], Tensor],
         unlabeled: bool = False,
+        arrays: bool = False,
     ) -> None:
-        super().__init__(root, transform)
+        super().__init__(root, transform, arrays)
         try:
             self.classes, self.labels = self.files.read_classes()
         except UsageError:

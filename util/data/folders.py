@@ -1,14 +1,16 @@
 """Folders of images: which files they hold, and the classes that the folders name."""
 
+import io
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from util.data.files import read_file
+from util.data.files import open_regular, read_file, retried
 from util.data.images import IMAGE_EXTENSIONS
 from util.errors import UsageError
 
@@ -33,8 +35,14 @@ def list_images(root: str | os.PathLike) -> list[str]:
     return scan(root)[0]
 
 
-def scan(root: str | os.PathLike) -> tuple[list[str], Counter[str]]:
+def scan(
+    root: str | os.PathLike, endings: tuple[str, ...] = IMAGE_EXTENSIONS
+) -> tuple[list[str], Counter[str]]:
     """The paths of `list_images`, and how many other files there are, by their kinds.
+
+    Args:
+        root: the folder.
+        endings: of the files to list.
 
     Raises:
         UsageError: no such folder, one that cannot be read, or no image in it.
@@ -45,15 +53,16 @@ def scan(root: str | os.PathLike) -> tuple[list[str], Counter[str]]:
     images, left_out = [], Counter()
     for folder, files in walk(root, left_out):
         for name in files:
-            if name.lower().endswith(IMAGE_EXTENSIONS):
+            if name.lower().endswith(endings):
                 images.append(os.path.join(folder, name))
             else:
                 left_out[kind_of(name)] += 1
     if not images:
         only = f"only other files ({describe(left_out)})" if left_out else "no file at all"
+        arrays = left_out["of .npy"] or left_out["of .npz"]
         raise UsageError(
-            f"no image below {root}: looked for files that end in {', '.join(IMAGE_EXTENSIONS)}, "
-            f"but it holds {only}"
+            f"no image below {root}: looked for files that end in {', '.join(endings)}, "
+            f"but it holds {only}{': --arrays reads .npy and .npz' if arrays else ''}"
         )
     return sorted(images), left_out
 
@@ -117,6 +126,7 @@ class ImageFolder:
 
     Args:
         root: a folder, nested or flat.
+        endings: of the files to take.
 
     Attributes:
         group_sizes: None: the files need not be read in groups.
@@ -128,9 +138,11 @@ class ImageFolder:
 
     group_sizes = None
 
-    def __init__(self, root: str | os.PathLike) -> None:
+    def __init__(
+        self, root: str | os.PathLike, endings: tuple[str, ...] = IMAGE_EXTENSIONS
+    ) -> None:
         self.root = Path(root)
-        paths, self.left_out = scan(self.root)
+        paths, self.left_out = scan(self.root, endings)
         # One array, because workers would copy a list bit by bit as they touch its strings.
         self._paths = np.array([os.fsencode(path) for path in paths])
 
@@ -174,3 +186,20 @@ class ImageFolder:
                 f"{self.path(outside[0])}): each belongs in one"
             )
         return classes, labels
+
+
+class LazyFolder(ImageFolder):
+    """The files below a folder, which are opened and not read whole: what takes them reads parts.
+
+    Args: those of `ImageFolder`.
+    """
+
+    def open(self, index: int) -> BinaryIO:
+        """A file, open at its beginning.
+
+        Raises:
+            OSError: the file is to blame.
+            TrainingError: the storage fails, see `retried`.
+        """
+        path = self.path(index)
+        return io.BufferedReader(retried(partial(open_regular, path), path))

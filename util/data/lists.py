@@ -14,9 +14,9 @@ from util.errors import UsageError
 LIST_EXTENSION = ".txt"
 
 
-def is_list(path: str | os.PathLike) -> bool:
-    """True if a data path means a list of images, or one image."""
-    return str(path).lower().endswith((LIST_EXTENSION, *IMAGE_EXTENSIONS)) and Path(path).is_file()
+def is_list(path: str | os.PathLike, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
+    """True if a data path means a list of images, or one image, of one of the endings."""
+    return str(path).lower().endswith((LIST_EXTENSION, *endings)) and Path(path).is_file()
 
 
 class ImageList:

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from util.atomic import write_atomically
+from util.data.arrays import ARRAY_EXTENSIONS
 from util.data.files import MAX_BYTES, open_regular, retried
 from util.data.folders import kind_of
 from util.data.images import IMAGE_EXTENSIONS
@@ -26,6 +27,8 @@ INDEX = "index.npz"
 LABEL = "cls"
 # Names that `webdataset` skips, from their start.
 _META = re.compile(r"__[^/]*__($|/)")
+# Endings of images, then those of arrays.
+_KINDS = (IMAGE_EXTENSIONS, ARRAY_EXTENSIONS)
 # Bytes of a file's header in a tar.
 HEADER = 512
 # More classes than anybody has: a label beyond is a mistake.
@@ -241,8 +244,12 @@ def _group(
 def _sample_of(
     files: dict[str, tarfile.TarInfo], tar: BinaryIO, left_out: Counter[str]
 ) -> _Sample | None:
-    """The image of a sample: the first, but one of a plain ending before `.left.jpg`."""
-    endings = [e for e in files if f".{e.rpartition('.')[2]}" in IMAGE_EXTENSIONS]
+    """The image of a sample: the first, but one of a plain ending before `.left.jpg`.
+
+    A file of an array counts only where there is no image.
+    """
+    known = [[e for e in files if f".{e.rpartition('.')[2]}" in k] for k in _KINDS]
+    endings = known[0] or known[1]
     endings.sort(key=lambda ending: "." in ending)
     label = None
     if endings:

@@ -173,12 +173,17 @@ def center_crop_transform(
     transform = create_transform(
         (in_chans, *img_size),
         interpolation="bicubic",
-        crop_pct=224 / 256 if max(img_size) <= 224 else 1.0,
+        crop_pct=center_share(img_size),
         mean=mean,
         std=std,
     )
     load = partial(load_image, in_chans=in_chans, max_pixels=max_pixels)
     return v2.Compose([load, cut_ends, transform])
+
+
+def center_share(img_size: tuple[int, int]) -> float:
+    """Share of a picture's sides that a classifier is evaluated on, for an input of (H, W)."""
+    return 224 / 256 if max(img_size) <= 224 else 1.0
 
 
 def cut_ends(image: Image.Image) -> Image.Image:

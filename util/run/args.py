@@ -33,13 +33,17 @@ _DEFAULT = Architecture()
 _INPUT_SIZE, _PATCH_SIZE = _DEFAULT.img_size[0], _DEFAULT.flags()["patch_size"]
 
 
-def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False) -> None:
+def add_data_args(
+    parser: Parser, *, data: str, follow_checkpoint: bool = False, arrays: bool = False
+) -> None:
     """Add the arguments of the data path and of loading.
 
     Args:
         parser: gets the arguments.
         data: what `--data_path` is.
         follow_checkpoint: size and channels are by default those of the checkpoint to start from.
+        arrays: any number of channels, for a parser that gets the flags of arrays, too, and fills
+            in their number (see `complete_arrays`).
     """
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", action=PathOrDefault, help=data)
@@ -53,12 +57,16 @@ def add_data_args(parser: Parser, *, data: str, follow_checkpoint: bool = False)
         help="size of the model's input: one number, or height and width"
         + default.format(_INPUT_SIZE),
     )
+    follows = follow_checkpoint or arrays
     group.add_argument(
         "--in_chans",
-        type=int,
-        choices=(1, 3, 4),
-        default=None if follow_checkpoint else _DEFAULT.in_chans,
-        help="channels: 1 gray, 3 RGB, 4 RGBA" + default.format(_DEFAULT.in_chans),
+        type=positive_int if arrays else int,
+        choices=None if arrays else (1, 3, 4),
+        default=None if follows else _DEFAULT.in_chans,
+        metavar="N" if arrays else None,
+        help="channels: 1 gray, 3 RGB, 4 RGBA"
+        + (", others of arrays" if arrays else "")
+        + (default or (" (default: {})" if arrays else "")).format(_DEFAULT.in_chans),
     )
     group.add_argument(
         "--max_bad_images",
@@ -108,15 +116,19 @@ def add_augmentation_args(
 
 
 def add_recipe_args(
-    parser: Parser, *, crop_scale: tuple[float, float], auto_augment: str
+    parser: Parser, *, crop_scale: tuple[float, float], auto_augment: str | None
 ) -> argparse._ArgumentGroup:
-    """Augmentation and regularisation of a fine-tuning, with a recipe's defaults."""
+    """Augmentation and regularisation of a fine-tuning, with a recipe's defaults.
+
+    Without `auto_augment` the policy depends on the data, and is filled in later.
+    """
     group = add_augmentation_args(parser, crop_scale)
     group.add_argument(
         "--aa",
         default=auto_augment,
         metavar="POLICY",
-        help="timm's auto-augment policy; none for none",
+        help="timm's auto-augment policy; none for none"
+        + ("" if auto_augment else " (default: rand-m9-mstd0.5-inc1, for arrays none)"),
     )
 
     def add(name: str, default: float, help: str, kind: Callable = share) -> None:

@@ -1,6 +1,6 @@
 """Feature maps as pictures: principal components as colours, scalar maps by a colour scale."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -50,19 +50,25 @@ def scale_colors(maps: Tensor) -> Tensor:
     return torch.from_numpy(colormaps["viridis"](scaled.numpy())[..., :3]).float().movedim(-1, 1)
 
 
-def feature_grid(samples: Tensor, maps: Sequence[Tensor], columns: int = 8) -> Tensor:
+def feature_grid(
+    samples: Tensor,
+    maps: Sequence[Tensor],
+    columns: int = 8,
+    show: Callable[[Tensor, int], Tensor] = denormalize,
+) -> Tensor:
     """Samples beside their maps: of images a row each; of clips the frames as columns.
 
     Args:
         samples: `[N, C, *size]`, images or clips, normalised.
         maps: each `[N, 3, *grid]` in [0, 1].
         columns: frames of a clip to show, at equal distances.
+        show: from samples, and the dimension of their channels, to pictures in [0, 1].
 
     Returns:
         `[3, height, width]` in [0, 1].
     """
     size = samples.shape[2:]
-    originals = denormalize(samples, 1)[:, :3].expand(-1, 3, *[-1] * len(size))
+    originals = show(samples, 1)[:, :3].expand(-1, 3, *[-1] * len(size))
     rows = [originals, *(F.interpolate(m, size, mode="nearest") for m in maps)]
     # Small pictures are enlarged so that a person sees them.
     scale = max(1, 96 // size[-1])

@@ -1,7 +1,7 @@
 """Command lines: the flags of a model's geometry, and the checkpoint that decides them."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from util.errors import UsageError
@@ -48,7 +48,7 @@ def fill_geometry_flags(
     args: argparse.Namespace,
     found: Architecture | None,
     source: str = "",
-    guessed: Sequence[str] = (),
+    free: Collection[str] = (),
 ) -> None:
     """Fill in the flags of a model's geometry; those of a video's clips if there are such.
 
@@ -56,7 +56,8 @@ def fill_geometry_flags(
         args: those that were given stay.
         found: read off the checkpoint to start from; None for random weights.
         source: the file it was read off, for messages.
-        guessed: flags of which the file says nothing, see `Weights.guessed`: those given count.
+        free: flags that may differ from the checkpoint: it says nothing of them, see
+            `Weights.guessed`, or its weights are adapted.
 
     Raises:
         UsageError: flags that describe another model than the checkpoint's, or no model.
@@ -83,7 +84,7 @@ def fill_geometry_flags(
         if name not in args:
             continue
         given = getattr(args, name)
-        fixed = name in there and name not in (*_RESIZABLE, *guessed)
+        fixed = name in there and name not in (*_RESIZABLE, *free)
         if fixed and given not in (None, there[name]):
             raise UsageError(
                 f"--{name} {show_value(given)} is not what {source} holds: "

@@ -7,12 +7,19 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from util.data.array_views import centre_transform
 from util.data.classes import check_classes
 from util.data.datasets import LabeledImages
 from util.data.loader import Loader
 from util.data.shards import is_shards
-from util.data.transforms import center_crop_transform
+from util.data.transforms import center_crop_transform, center_share
 from util.errors import UsageError
+from util.run.array_args import (
+    array_format,
+    complete_arrays,
+    follow_checkpoint,
+    tell_kind,
+)
 from util.run.setup import eval_loader, train_loader
 from util.weights.read import Weights
 
@@ -39,7 +46,8 @@ def build_data(
                 f"--data_path {args.data_path} has no {path.name}/: it takes train/ and val/, with "
                 f"the images of each class in a folder of its own (or shards, see --val_path)"
             )
-    dataset = LabeledImages(train, transform)
+    tell_kind(args, train)
+    dataset = LabeledImages(train, transform, arrays=bool(args.arrays))
     dataset.check_complete()
     val = val_images(args)
     check_classes(dataset.classes, val.dataset.classes, dataset.root, val.dataset.root)
@@ -49,11 +57,40 @@ def build_data(
 def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Loader:
     """The images to evaluate on; their classes are what is there, whatever they should be.
 
+    Args:
+        args: completed; with `weights` but for the flags of arrays.
+        weights: those to evaluate, whose run says how to read arrays.
+
     Raises:
         UsageError: no such images, or images without labels.
     """
-    transform = center_crop_transform(tuple(args.input_size), args.in_chans, args.max_pixels)
-    return eval_loader(args, LabeledImages(_val_path(args), transform), args.batch_size)
+    path = _val_path(args)
+    if weights is not None:
+        follow_checkpoint(args, weights.args)
+        complete_arrays(args)
+        tell_kind(args, path)
+    return eval_loader(args, evaluated_images(args, path), args.batch_size)
+
+
+def evaluated_images(
+    args: argparse.Namespace, path: Path, unlabeled: bool = False
+) -> LabeledImages:
+    """Images, or arrays, as they are seen in evaluation.
+
+    Args:
+        args: completed arguments.
+        path: where they are.
+        unlabeled: they may have no labels.
+
+    Raises:
+        UsageError: none there, or none with labels.
+    """
+    size = tuple(args.input_size)
+    if args.arrays:
+        transform = centre_transform(array_format(args), size, center_share(size))
+    else:
+        transform = center_crop_transform(size, args.in_chans, args.max_pixels)
+    return LabeledImages(path, transform, unlabeled, bool(args.arrays))
 
 
 def labeled_splits(args: argparse.Namespace, root: Path, flag: str) -> tuple[Loader, Loader]:
@@ -73,8 +110,7 @@ def labeled_splits(args: argparse.Namespace, root: Path, flag: str) -> tuple[Loa
                 f"{flag} {root} has no {path.name}/: k-NN takes train/ and val/, in each a folder "
                 f"a class or shards"
             )
-    transform = center_crop_transform(tuple(args.input_size), args.in_chans, args.max_pixels)
-    train, val = (LabeledImages(root / name, transform) for name in ("train", "val"))
+    train, val = (evaluated_images(args, root / name) for name in ("train", "val"))
     check_classes(train.classes, val.classes, train.root, val.root)
     return tuple(eval_loader(args, dataset, args.batch_size) for dataset in (train, val))
 

@@ -29,6 +29,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs) -> None:
         super().__init__(formatter_class=_Formatter, allow_abbrev=False, **kwargs)
         self.notes: dict[str, list[str]] = {}
+        # argparse's own takes -3.4e+38 for a flag before Python 3.14.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.I)
 
     def note(self, flag: str, what: str) -> None:
         """Have a line printed after parsing; flags of which the same is to say share it."""

@@ -1,14 +1,18 @@
 """Pictures of a run: reconstructions of a masked autoencoder, and the loss curve."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from util.data.array_views import ArrayFormat, centre_transform
 from util.data.datasets import open_images
+from util.data.files import open_regular
 from util.data.folders import find_train_folder
 from util.data.images import MAX_PIXELS
 from util.data.transforms import denormalize, eval_transform
@@ -16,11 +20,18 @@ from util.errors import UsageError
 from util.run.run_log import read_log
 
 GRAY = 0.5  # what a removed patch looks like
+PERCENTILES = (2, 98)  # of channels of any range, shown as black and white
+# From inputs and the dimension of their channels to pictures in [0, 1].
+Show = Callable[[Tensor, int], Tensor]
 
 
 @torch.no_grad()
 def reconstruct(
-    model: nn.Module, imgs: Tensor, mask_ratio: float, seed: int = 0
+    model: nn.Module,
+    imgs: Tensor,
+    mask_ratio: float,
+    seed: int = 0,
+    show: Show = denormalize,
 ) -> tuple[Tensor, Tensor]:
     """Mask images and fill them in again.
 
@@ -31,10 +42,11 @@ def reconstruct(
         imgs: `[N, C, *img_size]`, pictures or clips, normalised.
         mask_ratio: share of patches to remove.
         seed: of the masks.
+        show: from inputs, and the dimension of their channels, to pictures.
 
     Returns:
-        masked: as `imgs`, in [0, 1], removed patches gray.
-        filled: as `imgs`, in [0, 1], removed patches predicted, visible ones as they were.
+        masked: pictures of `imgs`, in [0, 1], removed patches gray.
+        filled: the same with removed patches predicted, visible ones as they were.
     """
     noise = torch.rand(
         len(imgs), model.geometry.num_mask_units, generator=torch.Generator().manual_seed(seed)
@@ -50,14 +62,20 @@ def reconstruct(
         mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
         pred = pred * (var + 1e-6) ** 0.5 + mean
     removed = model.unpatchify(mask.unsqueeze(-1).expand_as(patches)).bool()
-    originals = denormalize(imgs, 1)
+    originals = show(imgs, 1)
+    removed = removed[:, :1]
     masked = originals.masked_fill(removed, GRAY)
-    filled = torch.where(removed, denormalize(model.unpatchify(pred), 1), originals)
+    filled = torch.where(removed, show(model.unpatchify(pred), 1), originals)
     return masked, filled
 
 
 def reconstruction_grid(
-    model: nn.Module, imgs: Tensor, mask_ratio: float, seed: int = 0, columns: int = 2
+    model: nn.Module,
+    imgs: Tensor,
+    mask_ratio: float,
+    seed: int = 0,
+    columns: int = 2,
+    show: Show = denormalize,
 ) -> Tensor:
     """Original, masked and filled side by side for each image.
 
@@ -67,12 +85,13 @@ def reconstruction_grid(
         mask_ratio: share of patches to remove.
         seed: of the masks.
         columns: triples next to each other.
+        show: see `reconstruct`.
 
     Returns:
         `[3, height, width]` in [0, 1], on the CPU.
     """
-    masked, filled = reconstruct(model, imgs, mask_ratio, seed)
-    triples = torch.stack([denormalize(imgs), masked, filled], dim=1)  # [N, 3, C, H, W]
+    masked, filled = reconstruct(model, imgs, mask_ratio, seed, show)
+    triples = torch.stack([show(imgs, 1), masked, filled], dim=1)  # [N, 3, C, H, W]
     triples = triples.flatten(0, 1)[:, :3].cpu()  # without alpha
     # Small pictures are enlarged so that a person sees them.
     scale = max(1, 96 // triples.shape[-1])
@@ -81,17 +100,66 @@ def reconstruction_grid(
     return make_grid(rows, nrow=columns, padding=8, pad_value=1)
 
 
-def load_images(paths: Sequence[Path], img_size: tuple[int, int], in_chans: int) -> Tensor:
+def stretched(imgs: Tensor, rgb: Sequence[int] | None = None) -> Show:
+    """A way to look at channels of any range: from `PERCENTILES` of them, dark, to bright.
+
+    Args:
+        imgs: `[N, C, H, W]`, normalised, whose range counts.
+        rgb: channels to show as red, green and blue, counted from 1; by default the first three,
+            and of one or two channels the first in false colours.
+
+    Returns:
+        From `[N, C, H, W]` to `[N, 3, H, W]` in [0, 1].
+    """
+    chosen = [number - 1 for number in rgb or (range(1, 4) if imgs.shape[1] > 2 else [1])]
+    values = imgs[:, chosen].transpose(0, 1).flatten(1).cpu().numpy()
+    low, high = np.percentile(values, PERCENTILES, axis=1)[..., None, None]
+    span = np.where(high > low, high - low, 1.0)
+
+    def show(inputs: Tensor, dim: int = 1) -> Tensor:
+        values = inputs.movedim(dim, 1)[:, chosen]
+        low_, span_ = (values.new_tensor(v) for v in (low, span))
+        values = ((values - low_) / span_).clamp(0, 1)
+        return values if len(chosen) == 3 else _false_colours(values)
+
+    return show
+
+
+def _false_colours(values: Tensor) -> Tensor:
+    """Numbers in [0, 1], `[N, 1, H, W]`, as colours `[N, 3, H, W]`."""
+    from matplotlib import colormaps
+
+    table = torch.tensor(colormaps["viridis"].colors, dtype=values.dtype, device=values.device)
+    steps = (values[:, 0] * (len(table) - 1)).round().long()
+    return table[steps].movedim(-1, 1)
+
+
+def load_images(
+    paths: Sequence[Path],
+    img_size: tuple[int, int],
+    in_chans: int,
+    form: ArrayFormat | None = None,
+) -> Tensor:
     """Files as a normalised batch `[N, C, H, W]`, resized and cropped from the centre.
+
+    Args:
+        paths: of the files.
+        img_size: (H, W).
+        in_chans: channels of the images.
+        form: of files of arrays; 8-bit pictures by default.
 
     Raises:
         UsageError: a file that cannot be decoded.
     """
-    transform = eval_transform(img_size, in_chans)
+    transform = _whole_view(img_size, in_chans, MAX_PIXELS, form)
     images = []
     for path in paths:
         try:
-            images.append(transform(path))
+            if form is None:
+                images.append(transform(path))
+                continue
+            with open_regular(path) as file:
+                images.append(transform(file))
         except OSError as error:
             raise UsageError(str(error)) from error
     return torch.stack(images)
@@ -103,8 +171,17 @@ def load_samples(
     in_chans: int,
     count: int = 16,
     max_pixels: int = MAX_PIXELS,
+    form: ArrayFormat | None = None,
 ) -> Tensor:
     """Images to watch a run by: spread over `val/`, else over the training images.
+
+    Args:
+        data_path: of the run.
+        img_size: (H, W).
+        in_chans: channels of the images.
+        count: the most images.
+        max_pixels: a larger image is left out.
+        form: of files of arrays; 8-bit pictures by default.
 
     Returns:
         `[N, C, H, W]`, at most `count`; files that cannot be decoded are left out.
@@ -112,11 +189,11 @@ def load_samples(
     Raises:
         UsageError: not one can be decoded.
     """
-    transform = eval_transform(img_size, in_chans, max_pixels)
+    transform = _whole_view(img_size, in_chans, max_pixels, form)
     for source in (data_path / "val", find_train_folder(data_path)):
         images = []
         with contextlib.suppress(UsageError):  # no such folder, or no image in it
-            files = open_images(source)
+            files = open_images(source, arrays=form is not None)
             count = min(count, len(files))
             for i in range(count):
                 with contextlib.suppress(OSError), files.open(i * len(files) // count) as file:
@@ -124,6 +201,15 @@ def load_samples(
         if images:
             return torch.stack(images)
     raise UsageError(f"none of the images tried below {data_path} can be decoded")
+
+
+def _whole_view(
+    img_size: tuple[int, int], in_chans: int, max_pixels: int, form: ArrayFormat | None
+) -> Callable[[BinaryIO], Tensor]:
+    """As much of a picture as the proportions allow, normalised."""
+    if form is None:
+        return eval_transform(img_size, in_chans, max_pixels)
+    return centre_transform(form, tuple(img_size))
 
 
 def save_loss_curve(log: Path, output: Path) -> None:

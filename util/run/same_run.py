@@ -18,8 +18,8 @@ MAY_CHANGE = frozenset(
     {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "confusion", "data_path", "demo"}
     | {"device", "dist_eval", "grad_checkpointing", "inflate", "knn_freq", "knn_path", "log_dir"}
     | {"max_bad_images", "max_pixels", "nb_classes", "num_workers", "output_dir", "pin_mem"}
-    | {"predictions", "print_freq", "resume", "save_freq", "save_steps", "teacher_checkpoint"}
-    | {"test_clips", "test_crops", "val_path", "video_root"}
+    | {"predictions", "print_freq", "resume", "rgb", "save_freq", "save_steps"}
+    | {"teacher_checkpoint", "test_clips", "test_crops", "val_path", "video_root"}
 )
 # The flags of a model's size, which `--model` stands for.
 GEOMETRY = (*BLOCK_FLAGS, *(field.name for field in fields(Decoder)))

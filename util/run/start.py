@@ -7,6 +7,7 @@ from dataclasses import asdict
 from util.data.classes import check_classes
 from util.data.datasets import LabeledImages
 from util.errors import UsageError
+from util.run.array_args import complete_arrays, follow_checkpoint, is_arrays
 from util.run.geometry_args import fill_geometry_flags
 from util.run.resume import LAST, find_resumable
 from util.run.same_run import check_program, check_state
@@ -30,10 +31,7 @@ def find_start(args: argparse.Namespace, program: str) -> tuple[dict | None, Wei
     """
     content = _find_resumed(args, program)
     weights = _weights(args, content)
-    if weights:
-        fill_geometry_flags(args, weights.architecture, str(weights.path), [*weights.guessed])
-    else:
-        fill_geometry_flags(args, None)
+    _complete(args, content, weights)
     return content, weights
 
 
@@ -53,7 +51,7 @@ def find_pretraining_start(
         return content, None
     weights = _weights(args, content)
     architecture = weights.architecture
-    fill_geometry_flags(args, architecture, str(weights.path), [*weights.guessed])
+    _complete(args, content, weights)
     if weights.kind == "autoencoder" and architecture.ndim == (3 if "num_frames" in args else 2):
         for name, value in asdict(weights.decoder).items():
             if getattr(args, name) is None:
@@ -91,6 +89,20 @@ def _weights(args: argparse.Namespace, content: dict | None) -> Weights | None:
             f"pretraining, or of a classifier"
         )
     return weights
+
+
+def _complete(args: argparse.Namespace, content: dict | None, weights: Weights | None) -> None:
+    """Fill in the flags of the geometry and of arrays."""
+    free = [*weights.guessed] if weights else []
+    if "arrays" in args:
+        follow_checkpoint(args, weights.args if weights else {})
+        free += ["in_chans"] if is_arrays(args) and not content else []
+    if weights:
+        fill_geometry_flags(args, weights.architecture, str(weights.path), free)
+    else:
+        fill_geometry_flags(args, None)
+    if "arrays" in args:
+        complete_arrays(args)
 
 
 def check_resumed(content: dict | None, args: argparse.Namespace, dataset: LabeledImages) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from util.errors import UsageError, printable
@@ -73,7 +74,7 @@ def load_weights(
 
     Position tables (absolute, names that end in `pos_embed`, and relative ones) are resized to
     the model's grid; the row for a class token is dropped or added as the model has one. The
-    first convolution is adapted from gray to colour, or from colour to gray.
+    first convolution is adapted to another number of channels, see `_adapt_channels`.
 
     Args:
         model: the `geometry` of the module that holds a table says the grid, its
@@ -151,16 +152,22 @@ def _fit(
 
 
 def _adapt_channels(kernel: Tensor, channels: int) -> Tensor:
-    """A kernel `[C_out, C_in, *size]` for colour instead of gray, or for gray instead of colour.
+    """A kernel `[C_out, C_in, *size]` for another number of channels.
 
-    Its output stays the same for gray pictures. Between two numbers of colours there is no such
-    kernel: then it stays as it is.
+    From one channel or to one its output stays the same for gray pictures. From colour the
+    channels get the kernels of red, green and blue by turns, scaled (timm's rule). From any other
+    number to another there is no rule: then it stays as it is.
     """
-    if channels == 1:
-        return kernel.sum(dim=1, keepdim=True)
+    if kernel.shape[1] == channels:
+        return kernel
     if kernel.shape[1] == 1:
         return kernel.expand(-1, channels, *kernel.shape[2:]) / channels
-    return kernel
+    if channels == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    if kernel.shape[1] != 3:
+        return kernel
+    flat = kernel.flatten(2, -2)  # a clip's kernel has another dimension
+    return adapt_input_conv(channels, flat).view(-1, channels, *kernel.shape[2:])
 
 
 def _table_grid(table: Tensor, weights: Weights) -> tuple[int, int]:

@@ -21,7 +21,8 @@ def start_from(model: nn.Module, weights: Weights, inflate: str | None = None) -
     """Fill a masked autoencoder with what weights of any kind have of it.
 
     The encoder must be there whole and fit. The decoder is taken whole, or begins anew if it has
-    another size. Position tables are not resized, as they are computed for any grid.
+    another size; its last layer does if the channels are others. Position tables are not resized,
+    as they are computed for any grid.
 
     Args:
         model: freshly made; what is not there keeps its values.
@@ -38,6 +39,8 @@ def start_from(model: nn.Module, weights: Weights, inflate: str | None = None) -
         taken = inflate_weights(weights, model, inflate)
     if not _has_decoder_of(taken, model):
         taken = taken.without("decoder_*", "mask_token")
+    elif taken.state["decoder_pred.weight"].shape != model.decoder_pred.weight.shape:
+        taken = taken.without("decoder_pred.*")  # of other channels
     report = load_weights(model, taken, new=(*_NEW, "pos_embed"))
     model.load_state_dict(tables, strict=False)
     kept = _TABLES & {"pos_embed", *taken.state}
