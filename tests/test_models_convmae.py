@@ -988,7 +988,7 @@ def test_valid_values_are_those_of_the_patches_that_are_predicted(predict_share)
     model = build(complementary=True)
     imgs, noise = inputs(model)
     valid = torch.ones_like(imgs).bool()
-    plain, pred, mask = model(imgs, 0.7, noise, predict_share)
+    plain = model(imgs, 0.7, noise, predict_share)[0]
     assert torch.equal(model(imgs, 0.7, noise, predict_share, valid=valid)[0], plain)
     # Without the first image only the second's errors count, in all masks.
     valid[0] = False
