@@ -21,7 +21,7 @@ from util.demo.digits import write_digits
 from util.run import args as arguments
 from util.run.distributed import init_processes, is_main_process
 from util.run.labeled_data import labeled_splits
-from util.run.parser import Parser
+from util.run.parser import Parser, RecipeValue
 from util.run.pictures import load_samples, reconstruction_grid
 from util.run.program import run_main
 from util.run.setup import complete_run, train_loader
@@ -35,7 +35,7 @@ DEMO = dict(
     patch_size=[2, 2, 1],
     batch_size=64,
     epochs=40,
-    warmup_epochs=5,
+    warmup_epochs=RecipeValue(5),
     blr=8e-3,
     num_workers=0,
     print_freq=100,

@@ -24,6 +24,7 @@ MAY_CHANGE = frozenset(
     }
     | {
         "dist_eval",
+        "keep",
         "knn_freq",
         "knn_path",
         "log_dir",

@@ -224,19 +224,28 @@ def _are(fits: Callable[[object], bool], *lengths: int) -> Callable[[object], bo
     return check
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+# Arguments of a run that people ask for first.
+RECIPE = ("epochs", "warmup_epochs", "effective_batch_size", "lr", "weight_decay", "mask_ratio")
+RECIPE += ("layer_decay", "drop_path", "seed")
 # What entries and arguments must be for anything to be concluded from them.
 _INFO = {"epoch": _is_count, "step": _is_count, "program": _is_text, "classes": _are(_is_text)}
+_INFO["best"] = lambda v: isinstance(v, Mapping) and _is_number(v.get("acc1"))
 _ARGS = {
     "input_size": lambda v: _is_size(v) or _are(_is_size, 1, 2)(v),
     "patch_size": lambda v: _are(lambda p: _is_size(p) or _are(_is_size, 2)(p), 3)(v),
     **dict.fromkeys(("in_chans", "num_frames", "tubelet", "temporal_kernel"), _is_size),
     **dict.fromkeys(("model", "teacher", "teacher_digest"), _is_text),
     "mimic_dim": _is_size,
-    "complementary": lambda v: isinstance(v, bool),
+    **dict.fromkeys(("complementary", "norm_pix_loss"), lambda v: isinstance(v, bool)),
+    **dict.fromkeys(RECIPE, _is_number),
 }
 
 
