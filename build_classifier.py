@@ -57,6 +57,7 @@ def build_finetuning(
     model, report = build_model(args, weights, classes, models, drop_path_rate=args.drop_path)
     if report and "head.weight" in report.missing:
         trunc_normal_(model.head.weight, std=2e-5)
+    model.set_grad_checkpointing(args.grad_checkpointing)
     model.to(device)
     criterion, mixup = build_criterion(args, len(classes))
     ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=True) if args.model_ema else None
@@ -117,7 +118,8 @@ def build_model(
             model = ConvViT(**architecture.kwargs(), **kwargs)
             inflated = inflate_weights(weights, model, args.inflate)
             return model, load_weights(model, inflated, new=NEW_IN_CLASSIFIER)
-        return convvit_from_weights(weights, img_size=architecture.img_size, **kwargs)
+        kwargs |= {"img_size": architecture.img_size, "num_heads": architecture.num_heads}
+        return convvit_from_weights(weights, **kwargs)
     except UsageError:
         raise
     except ValueError as error:

@@ -244,7 +244,7 @@ def evaluate_checkpoint(
             f"--eval: {weights.path} is {KINDS[weights.kind]}: it has no trained head; "
             f"fine-tune or probe it first, and evaluate the checkpoint of that run"
         )
-    fill_geometry_flags(args, weights.architecture, str(weights.path))
+    fill_geometry_flags(args, weights.architecture, str(weights.path), [*weights.guessed])
     derive_args(args, device.type, world_size())
     dtype = amp_dtype(args.amp, device)
     architecture = described_architecture(args, weights.architecture)
@@ -253,7 +253,8 @@ def evaluate_checkpoint(
     loader = load(args, weights)
     check_nb_classes(args, loader.dataset)
     check_outputs(weights, loader.dataset)
-    model, report = convvit_from_weights(weights, img_size=architecture.img_size)
+    given = dict(img_size=architecture.img_size, num_heads=architecture.num_heads)
+    model, report = convvit_from_weights(weights, **given)
     print_once(report)
     model.to(device)
     evaluation = evaluate(model, loader, device, dtype, args.max_bad_images, predict)

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import asdict, fields
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -15,14 +16,17 @@ from util.data.loader import Loader
 from util.data.transforms import channel_stats
 from util.errors import UsageError
 from util.layers.architecture import Architecture
+from util.layers.decoder import Decoder
 from util.run.distributed import is_main_process, print_once, rank, world_size
+from util.run.geometry_args import described_architecture
 from util.run.logger import count_parameters
 from util.run.pictures import save_loss_curve
 from util.run.program import Stopped
-from util.run.resume import find_resumable
 from util.run.run import Run
-from util.run.same_run import check_program, check_state
+from util.run.same_run import check_state
 from util.run.setup import seed_everything
+from util.weights.read import Weights
+from util.weights.start import start_from
 
 Factory = Callable[..., MaskedAutoencoderConvViT]
 
@@ -35,27 +39,34 @@ def build_model(
     Raises:
         UsageError: a geometry that the model cannot have.
     """
-    kwargs = {"norm_pix_loss": args.norm_pix_loss}
     names = ("masking", "complementary", "class_token", "mimic_dim", "mimic_weight")
+    names += tuple(field.name for field in fields(Decoder))
     flags = {name: vars(args).get(name) for name in names}
-    kwargs |= {name: value for name, value in flags.items() if value is not None}
+    kwargs = {name: value for name, value in flags.items() if value is not None}
+    kwargs["norm_pix_loss"] = args.norm_pix_loss
+    architecture = described_architecture(args, Architecture.named(args.model))
     try:
-        architecture = Architecture.named(args.model).with_flags(vars(args))
         return models[args.model](**architecture.encoder_kwargs(), **kwargs)
     except ValueError as error:
-        raise UsageError(f"--model {args.model}, --input_size, --patch_size: {error}") from error
+        raise UsageError(f"--model {args.model} with the sizes given: {error}") from error
 
 
 def check_sizes(args: argparse.Namespace, models: Mapping[str, Factory]) -> None:
     """Refuse sizes that do not fit each other, before anything is read or built.
 
-    `--complementary` becomes what the model is. None stands for no and for all patches to predict,
-    as in older checkpoints.
+    The flags of the model that were not given become the model's. `--complementary` becomes what
+    it is; None stands for no and for all patches to predict, as in older checkpoints.
     """
     with torch.device("meta"):
         model = build_model(args, models)
     args.complementary = model.complementary or None
     args.class_token = args.class_token or None
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    decoder = Decoder.from_shapes(shapes, {"decoder_num_heads": model.decoder_num_heads})
+    architecture = described_architecture(args, Architecture.named(args.model))
+    for name, value in {**architecture.flags(), **asdict(decoder)}.items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
     try:
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:
@@ -75,6 +86,7 @@ def build_run(
     loader: Loader,
     models: Mapping[str, Factory],
     program: str,
+    start: tuple[Mapping | None, Weights | None] = (None, None),
 ) -> Run:
     """Model, optimizer and logs, set to the state to go on from.
 
@@ -84,13 +96,21 @@ def build_run(
         loader: the training data.
         models: what `--model` names.
         program: what kind of run this is.
+        start: the checkpoint to resume, or weights to start from, see `find_pretraining_start`.
+
+    Raises:
+        UsageError: a checkpoint of another run, or weights that do not fit.
     """
-    content = find_resumable(args.resume, args.output_dir)
+    content, weights = start
     if content:
-        check_program(content, program)
         check_state(content, args, len(loader.dataset))
     seed_everything(args.seed)
-    model = build_model(args, models).to(device)
+    model = build_model(args, models)
+    if weights and not content:
+        print_once(start_from(model, weights, getattr(args, "inflate", None)))
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    model.to(device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     return Run.prepare(args, device, loader, model, optimizer, content, program=program)

@@ -44,17 +44,21 @@ with _this_util():
     import models_convvit
     from util.errors import UsageError
     from util.weights.read import read_weights
+    from VideoConvMAE import models as models_video
 
 dependencies = ["torch", "timm", "safetensors"]
 
 
 def _entry(
-    factory: Callable[..., nn.Module], from_checkpoint: Callable[..., nn.Module]
+    factory: Callable[..., nn.Module], from_checkpoint: Callable[..., nn.Module], ndim: int
 ) -> Callable[..., nn.Module]:
     def entry(checkpoint: str | None = None, **kwargs) -> nn.Module:
         if checkpoint is None:
             return factory(**kwargs)
-        size = read_weights(checkpoint).architecture.size_name
+        architecture = read_weights(checkpoint).architecture
+        size, kind = architecture.size_name, {2: "image", 3: "video"}[architecture.ndim]
+        if architecture.ndim != ndim:
+            raise UsageError(f"{checkpoint} holds a model of {kind}s, not a {factory.__name__}")
         if size and f"_{size}_" not in factory.__name__:
             raise UsageError(f"{checkpoint} holds a {size} model, not a {factory.__name__}")
         return from_checkpoint(checkpoint, **kwargs)
@@ -68,11 +72,19 @@ def _entry(
 
 
 def _classifier(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    return _entry(factory, models_convvit.convvit_from_checkpoint)
+    return _entry(factory, models_convvit.convvit_from_checkpoint, 2)
 
 
 def _autoencoder(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    return _entry(factory, models_convmae.convmae_from_checkpoint)
+    return _entry(factory, models_convmae.convmae_from_checkpoint, 2)
+
+
+def _video_classifier(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    return _entry(factory, models_convvit.convvit_from_checkpoint, 3)
+
+
+def _video_autoencoder(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    return _entry(factory, models_video.videoconvmae_from_checkpoint, 3)
 
 
 convvit_tiny_patch16 = _classifier(models_convvit.convvit_tiny_patch16)
@@ -92,3 +104,18 @@ fastconvmae_convvit_base_patch16 = _autoencoder(models_convmae.fastconvmae_convv
 fastconvmae_convvit_base_patch16_dec512d8b = _autoencoder(
     models_convmae.fastconvmae_convvit_base_patch16_dec512d8b
 )
+videoconvvit_tiny_patch16 = _video_classifier(models_video.videoconvvit_tiny_patch16)
+videoconvvit_small_patch16 = _video_classifier(models_video.videoconvvit_small_patch16)
+videoconvvit_base_patch16 = _video_classifier(models_video.videoconvvit_base_patch16)
+videoconvvit_large_patch16 = _video_classifier(models_video.videoconvvit_large_patch16)
+videoconvvit_huge_patch16 = _video_classifier(models_video.videoconvvit_huge_patch16)
+videoconvmae_tiny_patch16 = _video_autoencoder(models_video.videoconvmae_tiny_patch16)
+videoconvmae_small_patch16 = _video_autoencoder(models_video.videoconvmae_small_patch16)
+videoconvmae_base_patch16 = _video_autoencoder(models_video.videoconvmae_base_patch16)
+videoconvmae_large_patch16 = _video_autoencoder(models_video.videoconvmae_large_patch16)
+videoconvmae_huge_patch16 = _video_autoencoder(models_video.videoconvmae_huge_patch16)
+videoconvmae_tiny_patch16_msd = _video_autoencoder(models_video.videoconvmae_tiny_patch16_msd)
+videoconvmae_small_patch16_msd = _video_autoencoder(models_video.videoconvmae_small_patch16_msd)
+videoconvmae_base_patch16_msd = _video_autoencoder(models_video.videoconvmae_base_patch16_msd)
+videoconvmae_large_patch16_msd = _video_autoencoder(models_video.videoconvmae_large_patch16_msd)
+videoconvmae_huge_patch16_msd = _video_autoencoder(models_video.videoconvmae_huge_patch16_msd)

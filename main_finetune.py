@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     arguments.add_data_args(parser, data=layout, follow_checkpoint=True)
     arguments.add_recipe_args(parser, crop_scale=(0.08, 1.0), auto_augment="rand-m9-mstd0.5-inc1")
-    arguments.add_drop_path_arg(arguments.add_classifier_args(parser, MODELS))
+    arguments.add_finetuning_args(arguments.add_classifier_args(parser, MODELS))
     recipe = dict(batch_size=64, epochs=100, warmup_epochs=5, blr=5e-4, weight_decay=0.05)
     group = arguments.add_optim_args(parser, min_lr=1e-6, **recipe)
     arguments.add_layer_args(group, layer_decay=0.65)

@@ -19,7 +19,7 @@ from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes, world_size
 from util.run.labeled_data import build_data
-from util.run.parser import Parser
+from util.run.parser import Ignored, Parser
 from util.run.program import run_main
 from util.run.setup import complete_run
 from util.run.start import find_start
@@ -39,7 +39,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     arguments.add_data_args(parser, data=layout, follow_checkpoint=True)
     arguments.add_augmentation_args(parser, crop_scale=(0.08, 1.0))
-    arguments.add_classifier_args(parser, MODELS)
+    group = arguments.add_classifier_args(parser, MODELS)
+    nothing_kept = "of no effect: a probe keeps nothing of its encoder for a backward pass"
+    group.add_argument("--grad_checkpointing", action=Ignored, nargs=0, note=nothing_kept)
     recipe = dict(batch_size=512, epochs=90, warmup_epochs=10, blr=0.1, weight_decay=0.0)
     arguments.add_optim_args(parser, optimizer="LARS", **recipe)
     arguments.add_eval_args(parser)

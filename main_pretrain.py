@@ -25,8 +25,9 @@ from util.run.parser import Parser, RecipeValue
 from util.run.pictures import load_samples, reconstruction_grid
 from util.run.program import run_main
 from util.run.setup import complete_run, train_loader
+from util.run.start import find_pretraining_start
 
-PROGRAM = "pretraining"
+PROGRAM, MODEL = "pretraining", "convmae_convvit_base_patch16"
 # Settings of --demo: a tiny model on 32x32 digits with 4-pixel patches, minutes on two cores.
 DEMO = dict(
     model="convmae_convvit_tiny_patch16",
@@ -53,9 +54,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser,
         data="folder of images, nested or flat, its train/ if it has one; or its shards, as "
         "'DIR/{000000..000999}.tar'",
+        follow_checkpoint=True,
     )
     arguments.add_augmentation_args(parser, crop_scale=(0.2, 1.0))
-    arguments.add_autoencoder_args(parser, MODELS, model="convmae_convvit_base_patch16", ratio=0.75)
+    arguments.add_autoencoder_args(parser, MODELS, model=MODEL, ratio=0.75)
     arguments.add_teacher_args(parser)
     recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, **recipe)
@@ -71,6 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.demo and args.data_path is None:
         parser.error("--data_path is missing: a folder of images (or --demo for embedded ones)")
+    arguments.settle_model(parser, args, MODEL)
     return args
 
 
@@ -91,6 +94,7 @@ def build_data(args: argparse.Namespace) -> Loader:
 def main(args: argparse.Namespace) -> None:
     """Build everything, then run the epochs."""
     device = init_processes(args.device)
+    start = find_pretraining_start(args, PROGRAM, MODELS, MODEL)
     complete_run(args, device)
     check_sizes(args, MODELS)
     loader, splits = build_data(args), None
@@ -98,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
         flag = "--knn_path" if args.knn_path else "--knn_freq without --knn_path: --data_path"
         splits = labeled_splits(args, args.knn_path or args.data_path, flag)
     teacher = build_teacher(args, device)
-    run = build_run(args, device, loader, MODELS, PROGRAM)
+    run = build_run(args, device, loader, MODELS, PROGRAM, start)
     draw = measure = None
     if splits:
         options = {"predict": pooled_latent, "max_bad_images": args.max_bad_images}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from util.layers.convolution import strided_conv
 from util.layers.geometry import Geometry, to_nested_blocks
 from util.layers.pos_embed import get_sincos_pos_embed
 from util.weights.load import load_weights
-from util.weights.read import KINDS, read_weights
+from util.weights.read import KINDS, Weights, read_weights
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
@@ -96,7 +97,13 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             temporal_kernel=temporal_kernel,
             norm_layer=norm_layer,
         )
+        if decoder_embed_dim % decoder_num_heads:
+            raise ValueError(
+                f"decoder_embed_dim {decoder_embed_dim} is not divisible by decoder_num_heads "
+                f"{decoder_num_heads}"
+            )
         self.geometry = geometry = Geometry.of(img_size, patch_size, mask_unit)
+        self.decoder_num_heads = decoder_num_heads
         self.multi_scale = multi_scale
         self.norm_pix_loss = norm_pix_loss
         self.complementary = complementary
@@ -290,7 +297,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             skip += visible
         x = torch.cat([prefix, x], dim=1) if self.num_prefix_tokens else x
         for block in self.decoder_blocks:
-            x = block(x)
+            x = self._call(block, x)
         return self.decoder_pred(self.decoder_norm(x[:, skip:]))
 
     def forward_loss(
@@ -434,21 +441,23 @@ MODELS = {
 }
 
 
-def convmae_from_checkpoint(
-    path: str | Path, models: Mapping[str, Callable[..., MaskedAutoencoderConvViT]] = MODELS
+def convmae_from_weights(
+    weights: Weights,
+    models: Mapping[str, Callable[..., MaskedAutoencoderConvViT]] = MODELS,
+    ndim: int = 2,
 ) -> MaskedAutoencoderConvViT:
-    """The masked autoencoder of a pretraining checkpoint, with its weights.
+    """The masked autoencoder that weights belong to, read off their shapes and arguments, filled.
 
     Args:
-        path: a file of this framework or of the original code; its arguments name the model.
+        weights: of a pretraining; where its arguments name no model, see `Weights.guessed`.
         models: the names that are known.
+        ndim: dimensions of its input, 2 for pictures.
 
     Raises:
-        UsageError: a file that cannot be read, an unknown model, or weights that are not a whole
-            autoencoder.
+        UsageError: an unknown model, or weights that are not a whole autoencoder.
     """
-    weights = read_weights(path)
-    name, args = weights.args.get("model"), weights.args
+    path, args = weights.path, weights.args
+    name = args.get("model", next(iter(models)))  # of any size: all sizes are given
     if weights.kind != "autoencoder":
         raise UsageError(
             f"checkpoint {path} is {KINDS[weights.kind]}: only a whole autoencoder can reconstruct"
@@ -458,10 +467,17 @@ def convmae_from_checkpoint(
             f"checkpoint {path}: it is no pretraining checkpoint: its model is {name!r}, not one "
             f"of {', '.join(models)}"
         )
+    if weights.architecture.ndim != ndim:
+        kinds = {2: "pictures", 3: "videos"}
+        raise UsageError(
+            f"checkpoint {path} is a model of {kinds[weights.architecture.ndim]}, not of "
+            f"{kinds[ndim]}"
+        )
     settings = ("norm_pix_loss", "masking", "complementary", "mimic_dim")
     known = {name: args[name] for name in settings if args.get(name) is not None}
+    kwargs = {**weights.architecture.kwargs(), **asdict(weights.decoder), **known}
     try:
-        model = models[name](**weights.architecture.kwargs(), **known)
+        model = models[name](**kwargs)
     except ValueError as error:
         raise UsageError(f"checkpoint {path}: {error}") from error
     more = load_weights(model, weights).unexpected
@@ -470,3 +486,15 @@ def convmae_from_checkpoint(
             f"checkpoint {path} holds {len(more)} weights that a {name} does not have: {more[0]}, …"
         )
     return model
+
+
+def convmae_from_checkpoint(path: str | Path) -> MaskedAutoencoderConvViT:
+    """The masked autoencoder of a pretraining checkpoint, with its weights.
+
+    Args:
+        path: a file of this framework or of the original code, or safetensors.
+
+    Raises:
+        UsageError: a file that cannot be read, or see `convmae_from_weights`.
+    """
+    return convmae_from_weights(read_weights(path))

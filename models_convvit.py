@@ -14,7 +14,7 @@ A tensor of this file has one of two layouts:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
 )
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor
 
 from util.errors import UsageError
@@ -238,6 +238,7 @@ class ConvViTEncoder(nn.Module):
                 f"temporal_kernel {temporal_kernel} is longer than a clip of "
                 f"{geometry.img_size[0]} frames in {geometry.grid(1)[0]} cubes"
             )
+        self.grad_checkpointing = False
         self.in_chans = in_chans
         self.embed_dim = tuple(embed_dim)
         self.kernel = kernel = (temporal_kernel, kernel_size, kernel_size)[-geometry.ndim :]
@@ -275,6 +276,17 @@ class ConvViTEncoder(nn.Module):
         self.num_prefix_tokens = 1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.geometry.num_patches, dim))
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory: recompute each block's activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def _call(self, block: nn.Module, *args: object) -> Tensor:
+        """A block's output; its activations are kept, or computed again in the backward pass."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args)
+        return block(*args)
 
     def check_input(self, x: Tensor) -> None:
         """Raise a ValueError unless `x` is `[N, in_chans, *img_size]`."""
@@ -328,13 +340,13 @@ class ConvViTEncoder(nn.Module):
         x = self.patch_embed1(self.under_patches(self.visible_blocks(imgs, ids_keep), 1))
         visible = self.visible_grid(ids_keep, 1)
         for block in self.blocks1:
-            x = block(x, visible)
+            x = self._call(block, x, visible)
         stage1 = x
 
         x = self.patch_embed2(self.under_patches(x, 2))
         visible = self.visible_grid(ids_keep, 2)
         for block in self.blocks2:
-            x = block(x, visible)
+            x = self._call(block, x, visible)
         stage2 = x
 
         x = self.patch_embed4(self.patch_embed3(self.under_patches(x, 3))).flatten(1, 2)
@@ -343,7 +355,7 @@ class ConvViTEncoder(nn.Module):
             token = self.cls_token + self.pos_embed[:, :1]
             x = torch.cat([token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks3:
-            x = block(x)
+            x = self._call(block, x)
         return stage1, stage2, x
 
 
@@ -377,7 +389,6 @@ class ConvViT(ConvViTEncoder):
         super().__init__(norm_layer=norm_layer, **encoder)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim[2]
-        self.grad_checkpointing = False
         self.num_stages = 3
         self._norm_layer = norm_layer
         self.feature_info = [
@@ -425,11 +436,6 @@ class ConvViT(ConvViTEncoder):
         }
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory: recompute each block's activations in the backward pass."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
@@ -445,11 +451,6 @@ class ConvViT(ConvViTEncoder):
     def add_probe_norm(self, norm: type[nn.BatchNorm1d] = nn.BatchNorm1d) -> None:
         """Put a batch norm without affine before the head: a linear probe's (MAE, appendix A)."""
         self.head = nn.Sequential(norm(self.num_features, affine=False, eps=1e-6), self.head)
-
-    def _call(self, block: nn.Module, *args: object) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args)
-        return block(*args)
 
     def position_embedding(self, grid: Sequence[int]) -> Tensor:
         """The table `[1, tokens, C]`, resized if the grid is not the one it was made for."""
@@ -638,8 +639,8 @@ def convvit_from_checkpoint(path: str | Path, **kwargs) -> ConvViT:
     return convvit_from_weights(read_weights(path), **kwargs)[0]
 
 
-def _cfg(**kwargs) -> dict:
-    """A model's pretrained configuration in timm's format."""
+def pretrained_cfg(**kwargs) -> dict:
+    """A classifier's pretrained configuration in timm's format."""
     return {
         "url": "",
         "num_classes": 1000,
@@ -656,45 +657,74 @@ def _cfg(**kwargs) -> dict:
 
 
 default_cfgs = generate_default_cfgs(
-    {f"convvit_{size}_patch16": _cfg() for size in ("tiny", "small", "base", "large", "huge")}
+    {f"convvit_{size}_patch16": pretrained_cfg() for size in SIZES}
 )
 
 
-def _create(variant: str, pretrained: bool, sizes: dict, kwargs: dict) -> ConvViT:
-    features = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
-    return build_model_with_cfg(
-        ConvViT, variant, pretrained, feature_cfg=features, **{**sizes, **kwargs}
-    )
+class FeatureMaps(FeatureGetterNet):
+    """The maps of the stages, which `timm.create_model(…, features_only=True)` gives.
+
+    It takes the weights of a file as they are: what it has no use for is left aside.
+    """
+
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """Load weights by the names of the encoder, or by the module's own.
+
+        Raises:
+            RuntimeError: some of the encoder's are missing or have another shape.
+        """
+        own = self.state_dict()
+        if not own.keys() & state_dict.keys():
+            there = {f"model.{name}": tensor for name, tensor in state_dict.items()}
+            state_dict = {name: tensor for name, tensor in there.items() if name in own}
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def create_classifier(variant: str, pretrained: bool, sizes: dict, kwargs: dict) -> ConvViT:
+    """A model as timm creates it; with `features_only` it gives the maps of the three stages.
+
+    Args:
+        variant: its name, one of the registered ones.
+        pretrained: see `timm.create_model`.
+        sizes: arguments of `ConvViT` that the name stands for.
+        kwargs: override them.
+    """
+    kwargs, model = {**sizes, **kwargs}, ConvViT
+    size = kwargs.get("img_size")
+    if isinstance(size, Sequence) and len(size) == 3:  # timm's notes on a model know no frames
+        model = partial(ConvViT, img_size=kwargs.pop("img_size"))
+    features = {"out_indices": (0, 1, 2), "feature_cls": FeatureMaps}
+    return build_model_with_cfg(model, variant, pretrained, feature_cfg=features, **kwargs)
 
 
 @register_model
 def convvit_tiny_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """Ours, for the demo and the tests. `kwargs` override any argument of `ConvViT`."""
-    return _create("convvit_tiny_patch16", pretrained, SIZES["tiny"], kwargs)
+    return create_classifier("convvit_tiny_patch16", pretrained, SIZES["tiny"], kwargs)
 
 
 @register_model
 def convvit_small_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """ConvViT-S. `kwargs` override any argument of `ConvViT`."""
-    return _create("convvit_small_patch16", pretrained, SIZES["small"], kwargs)
+    return create_classifier("convvit_small_patch16", pretrained, SIZES["small"], kwargs)
 
 
 @register_model
 def convvit_base_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """ConvViT-B, the paper's main model. `kwargs` override any argument of `ConvViT`."""
-    return _create("convvit_base_patch16", pretrained, SIZES["base"], kwargs)
+    return create_classifier("convvit_base_patch16", pretrained, SIZES["base"], kwargs)
 
 
 @register_model
 def convvit_large_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """ConvViT-L. `kwargs` override any argument of `ConvViT`."""
-    return _create("convvit_large_patch16", pretrained, SIZES["large"], kwargs)
+    return create_classifier("convvit_large_patch16", pretrained, SIZES["large"], kwargs)
 
 
 @register_model
 def convvit_huge_patch16(pretrained: bool = False, **kwargs) -> ConvViT:
     """ConvViT-H. `kwargs` override any argument of `ConvViT`."""
-    return _create("convvit_huge_patch16", pretrained, SIZES["huge"], kwargs)
+    return create_classifier("convvit_huge_patch16", pretrained, SIZES["huge"], kwargs)
 
 
 # Model name to factory, for command lines.

@@ -11,6 +11,7 @@ from models_convvit import ConvViT
 from util.atomic import write_atomically
 from util.errors import UsageError
 from util.run.resume import random_state, set_random_state
+from util.run.states import compare_moments, compare_state
 from util.weights.checkpoint import load_file, save_atomically
 from util.weights.load import Report, load_weights
 from util.weights.read import KINDS, Weights, read_weights
@@ -44,6 +45,9 @@ class Checkpointer(DetectionCheckpointer):
         run: plain values that make the run what it is; one that differs is not gone on from.
         classes: their names, for whoever uses the model.
         **parts: further things to save and restore.
+
+    Attributes:
+        iteration: the last that is saved; None before.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Checkpointer(DetectionCheckpointer):
     ) -> None:
         super().__init__(model, folder, **parts)
         self.run, self.classes = dict(run), classes
+        self.iteration: int | None = None
 
     def save(self, name: str, **extra: object) -> None:
         """Write `name`.pth and make it the one to go on from.
@@ -66,6 +71,7 @@ class Checkpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         save_atomically({**state, "args": self.run, "classes": self.classes}, path)
         self.tag_last_checkpoint(path.name)
+        self.iteration = extra.get("iteration")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Note which file is the last."""
@@ -73,8 +79,13 @@ class Checkpointer(DetectionCheckpointer):
         path = Path(self.save_dir) / "last_checkpoint"
         write_atomically(path, lambda file: file.write(name))
 
-    def resume(self) -> int:
-        """Go on from the last checkpoint of the folder, if there is one.
+    def resume(self, which: str = "auto") -> int:
+        """Go on from a checkpoint.
+
+        Args:
+            which: "none", "auto" (the last of the folder, if there is one), or a file. A file of
+                another folder counts only until this one has a checkpoint of its own, so that the
+                same command can be repeated.
 
         Returns:
             The iterations that are done.
@@ -82,9 +93,9 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             UsageError: a checkpoint that cannot be read, or of another run.
         """
-        if not self.has_checkpoint():
+        path = self._resumable(which)
+        if path is None:
             return 0
-        path = self._last_checkpoint()
         content = load_file(path)
         there = content.get("args")
         if not isinstance(there, Mapping) or not isinstance(content.get("iteration"), int):
@@ -105,11 +116,17 @@ class Checkpointer(DetectionCheckpointer):
                 f"train.output_dir and train.init_checkpoint={path}"
             )
         try:
-            self.model.load_state_dict(content["model"])
-        except (RuntimeError, TypeError, KeyError) as error:
-            raise UsageError(f"{path} holds another model than the recipe describes") from error
+            compare_state("model", content.get("model"), self.model.state_dict())
+        except ValueError as error:
+            raise UsageError(
+                f"{path} holds another model than the recipe describes: {error}"
+            ) from error
+        self.model.load_state_dict(content["model"])
         try:
             for name, part in self.checkpointables.items():
+                if optimizer := getattr(part, "optimizer", None):  # torch's takes any shape
+                    moments = content[name]["optimizer"]["state"]
+                    compare_moments("optimizer", moments, optimizer, started=False)
                 part.load_state_dict(content[name])
         except Exception as error:  # parts of another form raise nearly anything
             raise UsageError(
@@ -118,6 +135,18 @@ class Checkpointer(DetectionCheckpointer):
             ) from error
         self.logger.info("Going on from %s", path)
         return content["iteration"] + 1
+
+    def _resumable(self, which: str) -> Path | None:
+        """The file to go on from, see `resume`."""
+        if which == "none":
+            return None
+        here, last = self.has_checkpoint(), Path(self.save_dir)
+        if which == "auto":
+            return self._last_checkpoint() if here else None
+        if here and Path(which).absolute().parent != last.absolute():
+            self.logger.info("Not from --resume %s, which the run began with", which)
+            return self._last_checkpoint()
+        return Path(which)
 
     def _last_checkpoint(self) -> Path:
         """The file that the folder's `last_checkpoint` names."""

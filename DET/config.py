@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch.nn.parallel import DistributedDataParallel
 
 from DET.settings import check_settings
 from util.errors import UsageError
@@ -106,7 +107,11 @@ def _check_override(cfg: DictConfig, override: Override) -> None:
     *parents, last = key.split(".")
     for part in parents:
         node = _child(node, part, key)
-    if isinstance(node, DictConfig) and "_target_" in node and last not in node:
+    if parents == ["train", "ddp"] and last not in node:
+        names = {*inspect.signature(DistributedDataParallel).parameters}
+        if last not in names:
+            raise _unknown(key, last, sorted({*names, *map(str, node)} - {"module", "device_ids"}))
+    elif isinstance(node, DictConfig) and "_target_" in node and last not in node:
         names = _arguments(node["_target_"])
         if names is not None and last not in names:
             raise _unknown(key, last, sorted({*names, *map(str, node)} - {"_target_", "self"}))
@@ -136,7 +141,9 @@ def _child(node: object, part: str, key: str) -> object:
         return node[part]
     if isinstance(node, ListConfig) and part.isdecimal() and int(part) < len(node):
         return node[int(part)]
-    raise _unknown(key, part, [str(name) for name in node] if isinstance(node, DictConfig) else [])
+    names = range(len(node)) if isinstance(node, ListConfig) else node
+    known = isinstance(node, DictConfig | ListConfig)
+    raise _unknown(key, part, [str(name) for name in names] if known else [])
 
 
 def _unknown(key: str, part: str, names: Sequence[str]) -> UsageError:

@@ -3,9 +3,10 @@
 import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import detectron2.data.detection_utils as utils
 import detectron2.data.transforms as T
@@ -22,11 +23,13 @@ from DET.checkpoint import boxes_only
 from DET.coco import Coco, read_coco
 from DET.settings import CHANNELS
 from util.atomic import write_atomically
-from util.data.images import load_image, orientation
+from util.data.files import open_regular, reason_of, retried
+from util.data.images import load_image, open_image, orientation
 from util.errors import TrainingError, UsageError
 from util.run.distributed import gather_objects, is_main_process, rank
 
 logger = logging.getLogger("DET")
+Found = TypeVar("Found")
 
 # How a picture turned upright is turned back to how it is stored, by its EXIF orientation.
 _TURN_BACK = {
@@ -121,10 +124,12 @@ def _check_readable(coco: Coco, folder: Path) -> None:
         path = folder / image["file_name"]
         size = (image["width"], image["height"])
         try:
-            with Image.open(path) as file:
-                found = file.size
+            found = _header(path, lambda picture: picture.size)
+        except TrainingError:
+            raise
         except Exception as error:  # a damaged file can raise nearly anything
-            faults.append(f"{path} cannot be read: {' '.join(str(error).split())}")
+            why = reason_of(error, path) if isinstance(error, OSError) else error
+            faults.append(f"{path} cannot be read: {' '.join(str(why).split())}")
             continue
         if size not in (found, found[::-1]):
             faults.append(f"{path} has {found[0]}x{found[1]} pixels, not {size[0]}x{size[1]}")
@@ -243,10 +248,24 @@ class Mapper(DatasetMapper):
         return utils.filter_empty_instances(instances)
 
 
+def _header(path: str | Path, look: Callable[[Image.Image], Found]) -> Found:
+    """What `look` finds in an image file's header, which alone is decoded.
+
+    Raises:
+        OSError: no sound file of an image.
+        TrainingError: the storage fails.
+    """
+
+    def once() -> Found:
+        with open_regular(path) as file, open_image(file) as picture:
+            return look(picture)
+
+    return retried(once, path)
+
+
 def _as_stored(image: np.ndarray, path: str) -> np.ndarray:
     """An upright picture `[H, W, C]` as its file stores it, if that is turned by a quarter."""
-    with Image.open(path) as file:
-        turn = _TURN_BACK.get(orientation(file))
+    turn = _TURN_BACK.get(_header(path, orientation))
     return turn(image) if turn else image
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
+from torch.utils.data import DataLoader
 
 from DET.checkpoint import (
     Checkpointer,
@@ -24,9 +25,9 @@ from DET.config import build, load_config
 from DET.data import prepare_data
 from DET.rcnn import norms_in_float32
 from DET.schedule import Schedule
-from DET.trainer import SaveOnSignal, ShuffledStream, Trainer
+from DET.trainer import PeriodicEvaluation, SaveOnSignal, ShuffledStream, Trainer
 from util.errors import UsageError
-from util.run.distributed import is_main_process, rank, world_size
+from util.run.distributed import StopSignal, is_main_process, rank, shield_workers, world_size
 from util.run.optim_step import OptimStep, amp_dtype
 from util.run.setup import hold_output, seed_everything
 from util.weights.load import load_weights
@@ -78,9 +79,18 @@ def evaluate_checkpoint(cfg: DictConfig, device: torch.device) -> dict:
     return evaluate(cfg, model)
 
 
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
-    """COCO's numbers on `data.val`, of boxes and, if there are any, of masks."""
-    results = inference_on_dataset(model, *build_evaluation(cfg))
+def evaluate(
+    cfg: DictConfig, model: nn.Module, watch: Callable[[Iterable], Iterable] = lambda loader: loader
+) -> dict:
+    """COCO's numbers on `data.val`, of boxes and, if there are any, of masks.
+
+    Args:
+        cfg: the configuration.
+        model: the detector.
+        watch: what the loader is put in, to look at its batches.
+    """
+    loader, evaluator = build_evaluation(cfg)
+    results = inference_on_dataset(model, watch(loader), evaluator)
     if is_main_process():
         print_csv_format(results)
     return results
@@ -89,7 +99,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict:
 def build_evaluation(cfg: DictConfig) -> tuple[Iterable, DatasetEvaluator]:
     """The images of `data.val` and what judges detections in them."""
     loader = build(cfg.dataloader.test, "dataloader.test")
-    return loader, build(cfg.dataloader.evaluator, "dataloader.evaluator")
+    return _shielded(loader), build(cfg.dataloader.evaluator, "dataloader.evaluator")
 
 
 def plan(cfg: DictConfig, images: int) -> Schedule:
@@ -130,8 +140,14 @@ def plan(cfg: DictConfig, images: int) -> Schedule:
     return schedule
 
 
-def train(cfg: DictConfig, device: torch.device, resume: bool) -> None:
-    """Train a detector, with checkpoints and evaluation on the way."""
+def train(cfg: DictConfig, device: torch.device, resume: str) -> None:
+    """Train a detector, with checkpoints and evaluation on the way.
+
+    Args:
+        cfg: the configuration.
+        device: where to run.
+        resume: see `Checkpointer.resume`.
+    """
     options = cfg.train
     dtype = amp_dtype(options.amp, device)
     split = prepare_data(cfg, training=True)
@@ -155,7 +171,7 @@ def train(cfg: DictConfig, device: torch.device, resume: bool) -> None:
     checkpointer = Checkpointer(
         model, options.output_dir, describe_run(cfg, schedule), split.classes, **parts
     )
-    start = checkpointer.resume() if resume else 0
+    start = checkpointer.resume(resume)
     if start == 0:
         begin(cfg, model)
     elif world_size() > 1:  # the file has the random state of the main process alone
@@ -181,7 +197,18 @@ def build_loader(
         # Its own generator, because an iterator draws a number where it begins.
         "seed": cfg.train.seed + start + rank(),
     }
-    return build({**cfg.dataloader.train, **options}, "dataloader.train")
+    loader = build({**cfg.dataloader.train, **options}, "dataloader.train")
+    return _shielded(loader)
+
+
+def _shielded(loader: Iterable) -> Iterable:
+    """A loader of Detectron2 whose workers leave signals to the run."""
+    inner = loader
+    while not isinstance(inner, DataLoader) and hasattr(inner, "dataset"):
+        inner = inner.dataset
+    if isinstance(inner, DataLoader):
+        shield_workers(inner)
+    return loader
 
 
 def begin(cfg: DictConfig, model: nn.Module) -> None:
@@ -220,7 +247,10 @@ def register_hooks(
         checkpointer, save_period, max_to_keep=options.checkpoints_kept
     )
     eval_period = schedule.iterations_of(options.eval_epochs)
-    evaluating = hooks.EvalHook(eval_period, lambda: evaluate(cfg, model))
+    stop, device = StopSignal(), trainer.step.device
+    evaluating = PeriodicEvaluation(
+        eval_period, lambda watch: evaluate(cfg, model, watch), checkpointer, stop, device
+    )
     writing = hooks.PeriodicWriter(
         default_writers(options.output_dir, schedule.iterations), options.log_period
     )
@@ -234,6 +264,6 @@ def register_hooks(
             saving if main else None,
             evaluating if cfg.data.val.json else None,
             writing if main else None,
-            SaveOnSignal(checkpointer, trainer.step.device, options.log_period),
+            SaveOnSignal(checkpointer, stop, device, options.log_period),
         ]
     )

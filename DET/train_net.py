@@ -3,7 +3,7 @@
 from util.signals import leave_on_signals
 
 if __name__ == "__main__":  # from here on, while the rest is imported
-    leave_on_signals()
+    leave_on_signals(is_run=True)
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ from types import FrameType
 import torch
 
 from util.errors import UsageError
-from util.run.parser import Parser, non_negative_int, positive_int
+from util.run.parser import Parser, complete_resume, non_negative_int, positive_int
 from util.run.program import run_main
 
 INSTALL = (
@@ -39,7 +39,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a recipe, such as those in DET/configs",
     )
     add("--eval-only", action="store_true", help="evaluate the detector train.init_checkpoint")
-    add("--resume", action="store_true", help="go on from the last checkpoint in train.output_dir")
+    add(
+        "--resume",
+        default="none",
+        metavar="FILE",
+        help="checkpoint to go on from; auto, or no value: the last in train.output_dir, if any; "
+        "none: begin anew",
+    )
+    add(
+        "--output_dir",
+        metavar="DIR",
+        help="checkpoints and logs, the same as train.output_dir=DIR",
+    )
     add(
         "--num-gpus",
         type=non_negative_int,
@@ -66,7 +77,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="key=value",
         help="settings of the recipe, such as train.output_dir=output/det train.epochs=50",
     )
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(complete_resume(argv))
+    if args.output_dir is not None:
+        if any(text.startswith("train.output_dir=") for text in args.overrides):
+            parser.error("--output_dir and train.output_dir say the same: give one of them")
+        quoted = args.output_dir.replace("'", "\\'")
+        args.overrides.append(f"train.output_dir='{quoted}'")
+    return args
 
 
 def check_installed() -> None:
@@ -115,7 +132,7 @@ def work(args: argparse.Namespace) -> None:
     """Entry point of each process of a run; exits with its code."""
     from DET.engine import run
 
-    code = run_main(run, args)
+    code = run_main(run, args, is_run=True)
     if code:
         raise SystemExit(code)
 
@@ -138,4 +155,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

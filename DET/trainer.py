@@ -1,19 +1,21 @@
 """Detectron2's training loop with this project's step, and the hooks of a run."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import torch
 from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.engine.hooks import EvalHook
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from DET.checkpoint import Checkpointer
 from util.errors import TrainingError
-from util.run.distributed import StopSignal, print_once, rank, world_size
+from util.run.distributed import StopSignal, rank, world_size
 from util.run.logger import Meters
 from util.run.optim_step import MAX_SKIPPED_IN_A_ROW, OptimStep
+from util.run.program import Stopped
 
 DIVERGED = (
     "the last checkpoint is intact. Go on from it with train.clip_grad=1 or train.amp=bf16; or "
@@ -126,11 +128,12 @@ class ShuffledStream(Sampler[int]):
 
 
 class SaveOnSignal(HookBase):
-    """Save and leave with exit code 0 when SIGTERM or SIGUSR1 comes."""
+    """Save and leave when SIGTERM or SIGUSR1 comes."""
 
-    def __init__(self, checkpointer: Checkpointer, device: torch.device, period: int) -> None:
-        self.checkpointer, self.device, self.period = checkpointer, device, period
-        self.stop = StopSignal()
+    def __init__(
+        self, checkpointer: Checkpointer, stop: StopSignal, device: torch.device, period: int
+    ) -> None:
+        self.checkpointer, self.stop, self.device, self.period = checkpointer, stop, device, period
 
     def after_step(self) -> None:
         """Look whether a signal came: on several GPUs only with the log lines, as it waits."""
@@ -140,8 +143,80 @@ class SaveOnSignal(HookBase):
             return
         if self.stop.agreed(self.device):
             self.checkpointer.save("model_stopped", iteration=self.trainer.iter)
-            print_once(
-                f"stopped by a signal after {done} of {self.trainer.max_iter} iterations: saved in "
-                f"{self.checkpointer.save_dir}; the same command with --resume goes on from there"
-            )
-            raise SystemExit(0)  # no Exception: Detectron2 would log it as a crash
+            raise Stopped(stopped_at(self, f"after {done}", self.checkpointer))
+
+
+class PeriodicEvaluation(EvalHook):
+    """Evaluates now and then and at the end; what was trained is saved before.
+
+    A run that goes on from where an evaluation is due begins with that.
+
+    Args:
+        period: iterations between two evaluations.
+        evaluate: takes what the loader of the images is put in, and returns the results.
+        checkpointer: of the run.
+        stop: looked at before each batch.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        evaluate: Callable[[Callable[[Iterable], Iterable]], dict],
+        checkpointer: Checkpointer,
+        stop: StopSignal,
+        device: torch.device,
+    ) -> None:
+        super().__init__(period, lambda: evaluate(lambda loader: UntilStopped(loader, self)))
+        self.checkpointer, self.stop, self.device = checkpointer, stop, device
+        self._done = 0
+
+    def before_train(self) -> None:
+        """Evaluate where the run was stopped in an evaluation."""
+        self._done = self.trainer.start_iter
+        if self._done and self._done % self._period == 0:
+            self._do_eval()
+
+    def after_step(self) -> None:
+        """Save, if no other hook has just done it, and evaluate, if it is time."""
+        self._done = self.trainer.iter + 1
+        if self._done % self._period == 0 and self._done != self.trainer.max_iter:
+            if self.checkpointer.iteration != self.trainer.iter:
+                self.checkpointer.save("model_before_evaluation", iteration=self.trainer.iter)
+            self._do_eval()
+
+    def leave_if_stopped(self) -> None:
+        """Leave if any process was asked to stop; all processes call this once an evaluation."""
+        if self.stop.agreed(self.device):
+            place = f"in the evaluation after {self._done}"
+            raise Stopped(stopped_at(self, place, self.checkpointer))
+
+
+class UntilStopped:
+    """The batches of a loader, until this process is asked to stop.
+
+    Args:
+        loader: of an evaluation.
+        hook: that evaluates.
+    """
+
+    def __init__(self, loader: Iterable, hook: PeriodicEvaluation) -> None:
+        self.loader, self.hook = loader, hook
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        for batch in self.loader:
+            if self.hook.stop.received:
+                break
+            yield batch
+        self.hook.leave_if_stopped()
+
+
+def stopped_at(hook: HookBase, place: str, checkpointer: Checkpointer) -> str:
+    """Message for the user when a signal ended the run."""
+    return (
+        f"stopped by a signal {place} of {hook.trainer.max_iter} iterations: saved in "
+        f"{checkpointer.save_dir}; the same command with --resume goes on from there"
+    )

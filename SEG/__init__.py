@@ -15,6 +15,6 @@ with contextlib.redirect_stdout(None):
     import mmseg.datasets
     import mmseg.models  # noqa: F401
 
-from SEG import backbone, data, hooks, layer_decay, metrics  # noqa: E402
+from SEG import backbone, data, hooks, layer_decay, metrics, resume, stop  # noqa: E402
 
-__all__ = ["backbone", "data", "hooks", "layer_decay", "metrics"]
+__all__ = ["backbone", "data", "hooks", "layer_decay", "metrics", "resume", "stop"]

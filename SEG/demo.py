@@ -7,7 +7,7 @@ from random weights, and tests both on scenes of digits that neither has seen.
 from util.signals import leave_on_signals
 
 if __name__ == "__main__":  # from here on, while the rest is imported
-    leave_on_signals()
+    leave_on_signals(is_run=True)
 
 import argparse
 import sys
@@ -110,4 +110,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

@@ -2,8 +2,10 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
 import torch
@@ -11,15 +13,19 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import CheckpointLoader
 
 from SEG.data import class_names
+from SEG.overrides import apply_overrides, nearest, registered
 from util.data.classes import check_classes
-from util.errors import UsageError
+from util.errors import TrainingError, UsageError
 from util.run.distributed import init_processes, world_size
 from util.run.optim_step import amp_dtype
 from util.run.parser import Parser, positive_int
 from util.weights.checkpoint import load_file
 from util.weights.read import KINDS, Weights, read_weights
 
+ROOT = Path(__file__).parent.parent
+OUR_FOLDERS = {ROOT, *(ROOT / "util").iterdir(), ROOT / "SEG"}
 SPLITS = ("train", "val", "test")
+NEEDED = ("model", *(f"{split}_dataloader" for split in SPLITS))
 
 
 def add_config_args(parser: Parser) -> None:
@@ -47,6 +53,7 @@ def add_data_args(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data-path",
+        "--data_path",
         type=Path,
         metavar="DIR",
         help="folder with images/{training,validation} and annotations/{training,validation} "
@@ -76,14 +83,14 @@ def read_config(args: argparse.Namespace) -> Config:
     try:
         values = Config.fromfile(args.config).to_dict()
     except Exception as error:  # A config is a program and may raise anything.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"the config {args.config} cannot be read: {reason}") from error
     # mmengine writes the config into logs and checkpoints, and takes seconds to format it.
     config = Config(values, filename=str(args.config), format_python_code=False)
-    try:
-        config.merge_from_dict(args.cfg_options or {})
-    except (KeyError, TypeError, IndexError) as error:
-        raise UsageError(f"--cfg-options: {error}") from error
+    lacking = [part for part in NEEDED if not isinstance(config.get(part), Mapping)]
+    if lacking:
+        raise UsageError(f"the config {args.config} lacks {', '.join(lacking)}")
+    apply_overrides(config, args.cfg_options or {})
     if args.crop_size is not None:
         set_crop_size(config, args.crop_size)
     if config.get("work_dir") is None:
@@ -217,6 +224,10 @@ def start(config: Config, amp: str | None = None) -> torch.device:
 
 
 def _set_precision(wrapper: dict, device: torch.device, amp: str | None) -> None:
+    if amp in ("bf16", "fp16") and device.type != "cuda":
+        raise UsageError(
+            f"--amp {amp}: mmengine has mixed precision on GPUs only: leave --amp away, or none"
+        )
     mixed = wrapper.type == "AmpOptimWrapper"
     given = wrapper.pop("dtype", None) if mixed else None
     wrapper.pop("loss_scale", None)
@@ -224,8 +235,6 @@ def _set_precision(wrapper: dict, device: torch.device, amp: str | None) -> None
         dtype = getattr(torch, given)
     else:
         dtype = amp_dtype(amp or ("auto" if mixed else "none"), device)
-    if dtype is not None and device.type != "cuda":
-        raise UsageError("mmengine has mixed precision on GPUs only: leave --amp away, or none")
     wrapper.type = "OptimWrapper" if dtype is None else "AmpOptimWrapper"
     if dtype is not None:
         # Only fp16 needs its gradients scaled.
@@ -267,19 +276,53 @@ _NUMBER = re.compile(r"^iter_(\d+)\.pth$")
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn bad use that shows within mmengine into this project's error, without what it adds.
+def clear_errors(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn what config and data bring about within mmengine into one line of this project.
+
+    Args:
+        begun: whether the run is under way. From then on an error that is not of the data keeps
+            its traceback.
 
     Raises:
-        UsageError: bad use, found as parts were built or in a data loader's worker.
+        UsageError: bad use, found as parts were built, in the first step or in a data loader's
+            worker.
+        TrainingError: the run cannot go on.
     """
     try:
         yield
-    except ValueError as error:
-        # In front: a worker's traceback, the class that was being built.
-        text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        text = re.sub(r"^(util\.errors\.UsageError: )?(class `\w+` in \S+: )*", "", text)
-        raise UsageError(text) from error
+    except (UsageError, TrainingError) as error:
+        raise type(error)(_last_line(error)) from error
+    except Exception as error:  # configs name programs, which raise anything
+        full = isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG)
+        if full or (begun() and not isinstance(error, ValueError)):
+            raise
+        raise UsageError(_explain(error)) from error
+
+
+def _last_line(error: Exception) -> str:
+    """An error's message without what is put in front: a worker's traceback, a class's name."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return re.sub(r"^(util\.errors\.\w+: )?(class `\w+` in \S+: )*", "", text)
+
+
+def _explain(error: Exception) -> str:
+    """One line on an error that a library raised: what it says, and where that was."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = text.strip().splitlines()
+    in_worker = bool(lines) and lines[0].startswith("Caught ")
+    if in_worker and "util.errors.UsageError: " in lines[-1]:
+        return lines[-1].split("util.errors.UsageError: ", 1)[1]
+    text = lines[-1] if in_worker else " ".join(" ".join(lines).split())
+    text = re.sub(r"^(class `\w+` in \S+: )*['\"]?", "", text)
+    if found := re.match(r"(\S+) is not in the (?:\S+::)?([^:]+) registry", text):
+        name, group = found.groups()
+        return f"there is no {group} {name}{nearest(name, registered(group))}"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, ValueError) and Path(where.filename).parent in OUR_FOLDERS:
+        return text
+    place = f"{Path(where.filename).name}, line {where.lineno}"
+    shown = text if len(text) <= 300 else f"{text[:300]}…"
+    return f"the config or the data cannot be used: {shown} ({type(error).__name__}; {place})"
 
 
 def read_segmentor(path: Path) -> Weights:

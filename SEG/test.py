@@ -3,7 +3,7 @@
 from util.signals import leave_on_signals
 
 if __name__ == "__main__":  # from here on, while the rest is imported
-    leave_on_signals()
+    leave_on_signals(is_run=True)
 
 import argparse
 import sys
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
 
 from SEG import options
+from SEG.runner import Runner
 from SEG.survey import check_data
 from util.errors import UsageError
 from util.run.args import check_writable
@@ -44,6 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--work-dir",
+        "--output_dir",
         type=Path,
         metavar="DIR",
         help="logs (default: the config's, else output/<name of the config>)",
@@ -92,17 +93,23 @@ def follow_scale(tta_pipeline: list[dict], test_pipeline: list[dict]) -> None:
 
     Args:
         tta_pipeline: its `Resize` steps have a `scale_factor`; changed in place.
-        test_pipeline: with a `Resize` to a `scale` (longest and shortest side at most) or by a
-            `scale_factor`.
+        test_pipeline: with a `Resize` to a `scale` (longest and shortest side at most; one number
+            for both) or by a `scale_factor`.
+
+    Raises:
+        UsageError: no `TestTimeAug` in the first.
     """
     plain = next((step for step in test_pipeline if step["type"] == "Resize"), None)
-    augmented = next(step for step in tta_pipeline if step["type"] == "TestTimeAug")
+    augmented = next((step for step in tta_pipeline if step["type"] == "TestTimeAug"), None)
+    if augmented is None:
+        raise UsageError("--tta: the config's tta_pipeline has no TestTimeAug")
     for step in (step for choices in augmented["transforms"] for step in choices):
         if plain is None or step["type"] != "Resize" or "scale_factor" not in step:
             continue
-        if "scale" in plain:
-            factor = step.pop("scale_factor")
-            step["scale"] = tuple(round(side * factor) for side in plain["scale"])
+        if plain.get("scale") is not None:
+            factor, scale = step.pop("scale_factor"), plain["scale"]
+            sides = (scale, scale) if isinstance(scale, int) else scale
+            step["scale"] = tuple(round(side * factor) for side in sides)
         else:
             step["scale_factor"] *= plain["scale_factor"]
 
@@ -127,4 +134,4 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

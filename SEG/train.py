@@ -3,23 +3,22 @@
 from util.signals import leave_on_signals
 
 if __name__ == "__main__":  # from here on, while the rest is imported
-    leave_on_signals()
+    leave_on_signals(is_run=True)
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.runner import Runner
 
 from SEG import options
-from SEG.data import class_names
+from SEG.resume import check_resumable
+from SEG.runner import Runner
 from SEG.survey import check_data
-from util.data.classes import check_classes
 from util.errors import UsageError
 from util.run.distributed import print_once, world_size
-from util.run.parser import Parser, positive_int
+from util.run.parser import Parser, complete_resume, positive_int
 from util.run.program import run_main
 from util.run.setup import hold_output
 from util.weights.checkpoint import load_file
@@ -41,12 +40,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--work-dir",
+        "--output_dir",
         type=Path,
         metavar="DIR",
         help="checkpoints and logs (default: the config's, else output/<name of the config>)",
     )
     group.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in --work-dir, if any"
+        "--resume",
+        default="none",
+        metavar="FILE",
+        help="checkpoint to go on from; auto, or no value: the last in --work-dir, if any; "
+        "none: begin anew",
     )
     group.add_argument(
         "--amp",
@@ -58,13 +62,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--accum-iter",
+        "--accum_iter",
         type=positive_int,
         default=1,
         metavar="N",
         help="micro-batches of an optimizer step; the config's iterations and intervals stay "
         "those of steps",
     )
-    return parser.parse_args(argv)
+    return parser.parse_args(complete_resume(argv))
 
 
 def accumulate(config: Config, count: int) -> None:
@@ -97,50 +102,36 @@ def accumulate(config: Config, count: int) -> None:
             hook["interval"] *= count
 
 
-def check_same_classes(config: Config, checkpoint: Path, meta: object) -> None:
-    """Refuse to go on with other classes, or with masks that mean something else.
-
-    Args:
-        config: of the run.
-        checkpoint: of the run to go on with.
-        meta: what it knows of its run.
-
-    Raises:
-        UsageError: saying what differs.
-    """
-    dataset = config.train_dataloader.dataset
-    trained = options.trained_classes(meta)
-    if trained is None or dataset.get("classes") is None:
-        return
-    names, zero_ignored = trained
-    check_classes(names, class_names(dataset.classes), str(checkpoint), "--classes")
-    if zero_ignored is not None and zero_ignored != dataset.get("reduce_zero_label", False):
-        flag = "with" if zero_ignored else "without"
-        raise UsageError(f"{checkpoint} is of a run {flag} --ignore-zero: its masks are read so")
-
-
-def begin_from(config: Config, pretrained: str | None, resume: bool) -> None:
+def begin_from(config: Config, pretrained: str | None, resume: str) -> int:
     """Set the weights that a run begins with.
 
+    Args:
+        config: changed in place.
+        pretrained: `--pretrained`.
+        resume: `--resume`: "none", "auto" or a file. A file of another folder than the run's
+            counts only until that has a checkpoint of its own, so that the same command can be
+            repeated.
+
+    Returns:
+        The iterations that are done.
+
     Raises:
-        UsageError: a checkpoint that is not there, or of a run that counts micro-batches otherwise.
+        UsageError: a checkpoint that is not there, or of another run.
     """
-    last = options.last_checkpoint(config.work_dir) if resume else None
+    last = None if resume == "none" else options.last_checkpoint(config.work_dir)
+    if resume not in ("none", "auto"):
+        here = Path(resume).absolute().parent == Path(config.work_dir).absolute()
+        if last and not here:
+            print_once(f"not from --resume {resume}, which the run began with")
+        last = Path(resume) if here or not last else last
     backbone = config.model.backbone
     if last:
-        meta = load_file(last).get("meta")
-        before = meta.get("accum_iter", 1) if isinstance(meta, Mapping) else 1
-        now = config.optim_wrapper.get("accumulative_counts", 1)
-        if before != now:
-            raise UsageError(
-                f"{last} is of a run with --accum-iter {before}, which counts its iterations, not "
-                f"{now}: give the same, or another --work-dir and the checkpoint as --pretrained"
-            )
-        check_same_classes(config, last, meta)
+        content = load_file(last)
+        check_resumable(last, content, config)
         config.load_from, config.resume, backbone.pretrained = str(last), True, None
         print_once(f"going on from {last}")
-        return
-    if resume:
+        return content["meta"]["iter"]
+    if resume == "auto":
         print_once(f"no checkpoint in {config.work_dir} yet: from the beginning")
     if pretrained is not None:
         backbone.pretrained = None if pretrained == "none" else pretrained
@@ -149,6 +140,7 @@ def begin_from(config: Config, pretrained: str | None, resume: bool) -> None:
             f"the checkpoint to begin from, {backbone.pretrained}, does not exist: give another as "
             f"--pretrained FILE, or --pretrained none for random weights"
         )
+    return 0
 
 
 def check_batch(config: Config) -> None:
@@ -172,13 +164,16 @@ def main(args: argparse.Namespace) -> None:
     accumulate(config, args.accum_iter)
     options.start(config, args.amp)
     hold_output(Path(config.work_dir), "--work-dir")
-    begin_from(config, args.pretrained, args.resume)
+    first = begin_from(config, args.pretrained, args.resume)
     check_batch(config)
     with options.clear_errors():
         check_data({"training": config.train_dataloader, "validation": config.val_dataloader})
-        Runner.from_cfg(config).train()
+        runner = Runner.from_cfg(config)
+    # runner.iter would build the loop, which may be what fails.
+    with options.clear_errors(begun=lambda: getattr(runner._train_loop, "iter", 0) > first):
+        runner.train()
     print_once(f"done: checkpoints and logs in {config.work_dir}")
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, parse_args()))
+    sys.exit(run_main(main, parse_args(), is_run=True))

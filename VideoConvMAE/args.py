@@ -15,28 +15,20 @@ PROTOCOL = {"sampling": "dense", "stride": 4, "test_clips": 5, "test_crops": 3}
 
 
 def add_clip_args(
-    parser: Parser, *, samplings: Sequence[str] = SAMPLINGS, follow_checkpoint: bool = False
+    parser: Parser, *, samplings: Sequence[str] = SAMPLINGS
 ) -> argparse._ArgumentGroup:
     """Add the arguments of videos and clip sampling; returns the group.
 
     Args:
         parser: gets the arguments.
         samplings: to choose from.
-        follow_checkpoint: the clip's length and cubes are by default those of the checkpoint.
     """
     group = parser.add_argument_group("clips")
     defaults = Architecture().with_time().flags()
 
     def add(name: str, help: str) -> None:
-        default = defaults[name]
-        follows = f" (default: the checkpoint's, else {default})" if follow_checkpoint else ""
-        group.add_argument(
-            f"--{name}",
-            type=positive_int,
-            default=None if follow_checkpoint else default,
-            metavar="FRAMES",
-            help=help + follows,
-        )
+        help += f" (default: the checkpoint's, else {defaults[name]})"
+        group.add_argument(f"--{name}", type=positive_int, metavar="FRAMES", help=help)
 
     add("num_frames", "length of a clip")
     add("tubelet", "frames of a cube, the smallest thing that is embedded")

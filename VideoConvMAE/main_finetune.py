@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "Something-Something's json; with --val_path also the list to train on",
         follow_checkpoint=True,
     )
-    add_clip_args(parser, follow_checkpoint=True)
+    add_clip_args(parser)
     group = arguments.add_recipe_args(
         parser, crop_scale=(0.08, 1.0), auto_augment="rand-m7-n4-mstd0.5-inc1"
     )
@@ -63,13 +63,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="repeated augmentation: how often a decoded clip is augmented in a batch",
     )
     group = arguments.add_classifier_args(parser, CLASSIFIERS)
-    group.add_argument(
-        "--inflate",
-        choices=("center", "average"),
-        default="center",
-        help="how the kernels of an image checkpoint become a video's: centre frame or all alike",
-    )
-    arguments.add_drop_path_arg(group)
+    arguments.add_inflate_arg(group)
+    arguments.add_finetuning_args(group)
     recipe = dict(batch_size=8, epochs=100, warmup_epochs=5, blr=1e-3, weight_decay=0.05)
     group = arguments.add_optim_args(parser, min_blr=1e-6, **recipe)
     arguments.add_layer_args(group, layer_decay=0.75)

@@ -20,6 +20,7 @@ from util.run.parser import Parser, add_switch, share
 from util.run.program import run_main
 from util.run.run import Run
 from util.run.setup import complete_run, train_loader
+from util.run.start import find_pretraining_start
 from VideoConvMAE.args import add_clip_args, complete_protocol
 from VideoConvMAE.datasets import Clips
 from VideoConvMAE.lists import VideoList, find_unlabeled
@@ -27,7 +28,7 @@ from VideoConvMAE.models import MASKINGS, MODELS
 from VideoConvMAE.transforms import CROP_SCALES, pretrain_transform
 from VideoConvMAE.visualize import clip_grid, clip_movie, load_samples
 
-PROGRAM = "video pretraining"
+PROGRAM, MODEL = "video pretraining", "videoconvmae_base_patch16"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,6 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         data="folder of videos or of folders of pictures (its train/ or train list if it has one), "
         "or a list: lines of a path, with a label or without, Kinetics' csv, Something-Something's "
         "json; labels are not used",
+        follow_checkpoint=True,
     )
     add_clip_args(parser, samplings=("dense", "uniform"))
     group = parser.add_argument_group("augmentation")
@@ -52,9 +54,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="sides of the multi-scale crop, as shares of the frame's shorter side",
     )
     add_switch(group, "hflip", False, "flip half of the clips", "never flip")
-    group = arguments.add_autoencoder_args(
-        parser, MODELS, model="videoconvmae_base_patch16", ratio=0.9
-    )
+    group = arguments.add_autoencoder_args(parser, MODELS, model=MODEL, ratio=0.9)
+    arguments.add_inflate_arg(group)
     group.add_argument(
         "--masking",
         choices=MASKINGS,
@@ -67,6 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.data_path is None:
         parser.error("--data_path is missing: a folder of videos, or a list of them")
+    arguments.settle_model(parser, args, MODEL)
     return args
 
 
@@ -85,6 +87,7 @@ def build_data(args: argparse.Namespace, videos: VideoList, sampling: dict[str, 
 def main(args: argparse.Namespace) -> None:
     """Build everything, then run the epochs."""
     device = init_processes(args.device)
+    start = find_pretraining_start(args, PROGRAM, MODELS, MODEL)
     complete_run(args, device)
     sampling = complete_protocol(args)
     check_crop_scales(args)
@@ -93,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     for note in videos.notes:
         print_once(note)
     loader = train_loader(args, build_data(args, videos, sampling))
-    run = build_run(args, device, loader, MODELS, PROGRAM)
+    run = build_run(args, device, loader, MODELS, PROGRAM, start)
     draw = None
     if is_main_process():
         samples = load_samples(videos, args).to(device)

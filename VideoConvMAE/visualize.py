@@ -25,11 +25,13 @@ from util.errors import UsageError
 from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import reconstruct
 from util.run.program import run_main
+from util.weights.describe import guesses
+from util.weights.read import read_weights
 from VideoConvMAE.args import add_sampling_args, complete_protocol
 from VideoConvMAE.datasets import evenly_chosen
 from VideoConvMAE.decode import open_video, write_mp4
 from VideoConvMAE.lists import VideoList, find_videos
-from VideoConvMAE.models import videoconvmae_from_checkpoint
+from VideoConvMAE.models import videoconvmae_from_weights
 from VideoConvMAE.sampling import eval_clips
 from VideoConvMAE.transforms import views_transform
 
@@ -154,7 +156,10 @@ def main(args: argparse.Namespace) -> None:
     files, movie = _files(args.videos), args.output.with_suffix(".mp4")
     if is_one_of(movie, files):
         raise UsageError(f"{movie}, beside --output, is one of the videos: give another name")
-    model = videoconvmae_from_checkpoint(args.checkpoint)
+    weights = read_weights(args.checkpoint)
+    model = videoconvmae_from_weights(weights)
+    if taken := guesses(weights):
+        print(f"note: {args.checkpoint}: taken are {taken}")
     try:
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:

@@ -12,6 +12,7 @@ report pretrain_step --batch_size 256 --compile --rounds 10 \
     --forms visible dense:eager:fp16 mae:eager mae --json "$out/pretrain_step.json"
 report finetune_step --batch_size 128 --compile --rounds 10 \
     --forms tokens grid:eager:fp16 --json "$out/finetune_step.json"
+report memory_budget --model base --batch_size 256
 report profile_step pretrain --batch_size 256 --trace "$out/trace.json"
 if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ]; then
     report scaling --batch_size 256 --compile --steps 20 --rounds 2 --json "$out/scaling.json"

@@ -52,18 +52,24 @@ def conv_block_on_grid(block: ConvBlock, x: Tensor, mask: Tensor | None = None) 
 class DenseMaskedAutoencoder(MaskedAutoencoderConvViT):
     """ConvMAE as the original computes it: everything, with the mask applied in each ConvBlock."""
 
+    def convolution_masks(self, mask: Tensor) -> dict[int, Tensor | None]:
+        """For stages 1 and 2 what their convolutions must not see, `[N, 1, *grid]` of 0 and 1.
+
+        Args:
+            mask: `[N, L]`, 1 where a block is removed.
+        """
+        blocks = mask.view(len(mask), 1, *self.geometry.grid(3))
+        return {
+            stage: F.interpolate(blocks, self.geometry.grid(stage), mode="nearest-exact")
+            for stage in (1, 2)
+        }
+
     def forward_encoder(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The dense form of `MaskedAutoencoderConvViT.forward_encoder`, with the same results."""
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
-        block_mask = mask.view(len(mask), 1, *self.geometry.grid(3))  # [K * N, 1, *grid]
-
-        x, masks = torch.cat([imgs] * (len(mask) // len(imgs))), {}
-        for stage in (1, 2):
-            masks[stage] = F.interpolate(
-                block_mask, self.geometry.grid(stage), mode="nearest-exact"
-            )
+        x, masks = torch.cat([imgs] * (len(mask) // len(imgs))), self.convolution_masks(mask)
         x = stage1 = patch_embed_on_grid(self.patch_embed1, x)
         for block in self.blocks1:
             x = stage1 = conv_block_on_grid(block, x, masks[1])
@@ -186,7 +192,12 @@ class PlainMaskedAutoencoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+        self,
+        imgs: Tensor,
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+        predict_share: float = 1.0,
+        features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One pretraining forward pass, called like `MaskedAutoencoderConvViT.forward`.
 
@@ -194,12 +205,19 @@ class PlainMaskedAutoencoder(nn.Module):
             imgs: `[N, C, *img_size]`.
             mask_ratio: share of patches to remove.
             noise: `[N, U]`, what decides the mask; drawn if not given.
+            predict_share: 1; every patch is predicted.
+            features: None; there is no teacher.
 
         Returns:
             loss: a scalar.
             pred: `[N, L, patch_pixels * C]`, a prediction for every patch.
             mask: `[N, L]`, 1 where removed.
+
+        Raises:
+            ValueError: another share, or features.
         """
+        if predict_share != 1 or features is not None:
+            raise ValueError("the plain MAE predicts every patch and has no teacher")
         ids_keep, mask, ids_restore = self.random_masking(imgs, mask_ratio, noise)
         patches = self.patch_embed(imgs).flatten(2).transpose(1, 2)  # [N, L, C]
         x = gather_tokens(patches + self.pos_embed, ids_keep)

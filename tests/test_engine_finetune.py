@@ -26,6 +26,7 @@ from util.data.loader import Loader
 from util.data.samplers import EvalSampler
 from util.data.transforms import center_crop_transform
 from util.errors import TrainingError
+from util.run.geometry_args import fill_geometry_flags
 
 CPU = torch.device("cpu")
 
@@ -52,6 +53,14 @@ def test_mode_and_sides_of_mixing_reach_timm():
     flags = ("--mixup", "0", "--cutmix", "0", "--cutmix_minmax", "0.2", "0.8")
     _, mixup = build_classifier.build_criterion(arguments(*flags, "--mixup_mode", "elem"), 10)
     assert (mixup.mode, mixup.cutmix_minmax, mixup.cutmix_alpha) == ("elem", [0.2, 0.8], 1.0)
+
+
+def test_activations_are_recomputed_where_the_flag_says_so():
+    for flags in ((), ("--grad_checkpointing",)):
+        args = arguments(*flags, "--drop_path", "0")
+        fill_geometry_flags(args, None)
+        trainee = build_classifier.build_finetuning(args, CPU, None, ["a", "b"])
+        assert trainee.model.grad_checkpointing == bool(flags)
 
 
 def test_without_mixing_labels_are_smoothed_as_timm_does():

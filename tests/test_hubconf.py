@@ -12,11 +12,13 @@ from models_convvit import MODELS as CLASSIFIERS
 from models_convvit import convvit_tiny_patch16
 from tests.runs import ROOT
 from util.errors import UsageError
+from VideoConvMAE.models import CLASSIFIERS as VIDEO_CLASSIFIERS
+from VideoConvMAE.models import MODELS as VIDEO_AUTOENCODERS
 
 
 def test_all_models_are_listed():
     public = {name for name, value in vars(hubconf).items() if callable(value)}
-    assert public >= {*AUTOENCODERS, *CLASSIFIERS}
+    assert public >= {*AUTOENCODERS, *CLASSIFIERS, *VIDEO_AUTOENCODERS, *VIDEO_CLASSIFIERS}
 
 
 def test_a_model_is_built_with_its_own_arguments():
@@ -66,3 +68,14 @@ def test_an_autoencoder_is_built(name):
     model = torch.hub.load(ROOT, name, source="local", img_size=32, patch_size=(2, 2, 1))
     loss, pred, mask = model(torch.randn(2, 3, 32, 32))
     assert loss.isfinite() and pred.shape[:2] == mask.shape == (2, 64)
+
+
+def test_a_video_model_is_filled_from_a_checkpoint_of_videos_alone(tmp_path):
+    clips = dict(img_size=(4, 32, 32), num_classes=3)
+    source = VIDEO_CLASSIFIERS["videoconvvit_tiny_patch16"](**clips)
+    torch.save({"model": source.state_dict()}, tmp_path / "x.pth")
+    entry, path = "videoconvvit_tiny_patch16", str(tmp_path / "x.pth")
+    model = torch.hub.load(ROOT, entry, source="local", checkpoint=path)
+    assert all(torch.equal(t, source.state_dict()[n]) for n, t in model.state_dict().items())
+    with pytest.raises(UsageError, match="holds a model of videos, not a convvit_tiny_patch16"):
+        hubconf.convvit_tiny_patch16(checkpoint=path)

@@ -25,7 +25,8 @@ import torch
 from PIL import ExifTags, Image
 
 import tools.visualize
-from models_convvit import convvit_from_checkpoint
+from models_convmae import MaskedAutoencoderConvViT
+from models_convvit import convvit_from_checkpoint, convvit_from_weights, convvit_tiny_patch16
 from tests.checks import (
     assert_close_end,
     assert_finite,
@@ -56,6 +57,7 @@ from tests.runs import (
 )
 from tools import knn
 from util.errors import UsageError
+from util.weights.read import read_weights
 
 # A tiny model on 24 images, so that a run of 4 epochs of 6 steps takes a second or two.
 DEFAULTS = {
@@ -420,7 +422,7 @@ def test_another_run_in_the_same_folder_is_refused_with_what_differs(
     whole, images, launcher, changed
 ):
     result = launcher.run(*flags(images, whole, **changed))
-    assert_one_line(result, 2, "another run", "--output_dir")
+    assert_one_line(result, 2, "another run", "--output_dir", "--finetune")
     for name in DEFAULTS | {"mask_ratio": 0, "seed": 0, "norm_pix_loss": 0}:
         assert (f"--{name} " in result.err) == (name in changed), name
 
@@ -742,6 +744,11 @@ BAD_FLAGS = {
     "no epochs": ({"epochs": 0}, ["--epochs", "at least 1"]),
     "negative rate": ({"lr": -1}, ["--lr"]),
     "too few images": ({"batch_size": 25}, ["24 images", "25 x 1 x 1", "--batch_size"]),
+    "heads": ({"num_heads": 3}, ["--num_heads", "width 128 of stage 3", "by 3 heads"]),
+    "decoder's heads": ({"decoder_num_heads": 5}, ["decoder_embed_dim 64", "decoder_num_heads 5"]),
+    "two widths": ({"embed_dim": (8, 16)}, ["--embed_dim", "expected 3 arguments"]),
+    "even kernel": ({"kernel_size": 4}, ["--kernel_size", "4 must be odd, such as 5"]),
+    "no hidden channel": ({"mlp_ratio": (4, 4, 1e-3)}, ["--mlp_ratio", "stage 3", "no hidden"]),
     "crop upside down": ({"crop_scale": (1.0, 0.2)}, ["--crop_scale"]),
     "seed too large": ({"seed": 2**70}, ["--seed"]),
     "no such data": ({"data_path": "/does/not/exist"}, ["/does/not/exist does not exist"]),
@@ -803,7 +810,7 @@ def test_help_is_grouped_and_shows_defaults(launcher):
     text = " ".join(result.out.split())
     assert "images per GPU and micro-batch" in text
     assert "(default: 0.75)" in text
-    assert "(default: convmae_convvit_base_patch16)" in text
+    assert "(default: what --finetune holds, else convmae_convvit_base_patch16)" in text
 
 
 def test_help_of_a_flag_names_one_default_at_most(launcher):
@@ -1089,7 +1096,6 @@ def keep_encoder(good: Path, path: Path) -> None:
 
 BAD_FOR_PICTURES = {
     "an encoder": (keep_encoder, "encoder alone"),
-    "weights": (keep_bare_weights, "no pretraining checkpoint"),
     "a list": (lambda good, path: torch.save([1, 2], path), "not a dictionary"),
     "truncated": (truncate, "truncated"),
     "missing": (lambda good, path: None, "does not exist"),
@@ -1105,6 +1111,162 @@ def test_visualize_refuses_a_bad_checkpoint_in_one_line(whole, images, launcher,
     command = ["--checkpoint", tmp_path / "bad.pth", "--images", images, "--output", output]
     assert_one_line(visualize(launcher, *command), 2, phrase, str(tmp_path / "bad.pth"))
     assert not output.exists() and not (tmp_path / "marker").exists()
+
+
+def test_visualize_draws_bare_weights_and_says_what_they_do_not_tell(
+    whole, images, launcher, tmp_path
+):
+    keep_bare_weights(whole / "checkpoint.pth", tmp_path / "bare.pth")
+    line = ["--images", images, "--max_images", 2, "--output"]
+    bare = visualize(launcher, "--checkpoint", tmp_path / "bare.pth", *line, tmp_path / "bare.png")
+    assert_ok(bare)
+    assert "decoder_num_heads 2, norm_pix_loss False: neither shapes nor arguments" in bare.out
+    told = visualize(launcher, "--checkpoint", whole / "checkpoint.pth", *line, tmp_path / "a.png")
+    assert "note" not in told.out
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "bare.png").read_bytes()
+
+
+# --- from weights --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def continued(whole, images, launcher, tmp_path_factory) -> tuple[Result, Path]:
+    """A run of other sizes that starts from weights and barely changes them."""
+    output = tmp_path_factory.mktemp("continued")
+    return launcher.run(*from_weights(whole, images, output)), output
+
+
+def from_weights(whole: Path, images: Path, output: Path) -> list[object]:
+    start = {"finetune": whole / "checkpoint.pth", "model": None, "patch_size": None}
+    return flags(images, output, **start, input_size=48, epochs=1, warmup_epochs=0, lr=1e-12)
+
+
+def test_a_run_at_another_size_starts_from_the_weights_of_another(whole, continued):
+    result, output = continued
+    assert_ok(result)
+    assert "fixed, computed anew: decoder_pos_embed (8x8 to 12x12), pos_embed" in result.out
+    assert "convmae_convvit_tiny_patch16" in result.out and "36 of 144 patches" in result.out
+    ours, theirs = weights(output), weights(whole)
+    for name in theirs.keys() - {"pos_embed", "decoder_pos_embed"}:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+
+
+def test_a_run_from_weights_goes_on_by_the_same_command_without_their_file(
+    continued, whole, images, launcher, tmp_path
+):
+    shutil.copytree(continued[1], tmp_path / "run")
+    line = from_weights(whole, images, tmp_path / "run")
+    moved = [Path("/gone") if x == whole / "checkpoint.pth" else x for x in line]
+    result = launcher.run(*line)
+    assert_ok(result)
+    assert "nothing to train" in result.out and "computed anew" not in result.out
+    assert_one_line(launcher.run(*moved), 2, "--finetune", "there, /gone here")
+
+
+def test_an_encoder_with_a_class_token_is_gone_on_from_with_it(images, launcher, tmp_path):
+    # As the v2 checkpoints: the encoder alone, with a class token and a row of the table for it.
+    sizes = dict(img_size=32, patch_size=(2, 2, 1), class_token=True, num_classes=0)
+    encoder = convvit_tiny_patch16(**sizes).state_dict()
+    torch.save({"model": encoder}, tmp_path / "v2.pth")
+    start = {"finetune": tmp_path / "v2.pth", "model": None, "patch_size": None, "lr": 1e-12}
+    command = flags(images, tmp_path / "run", **start, epochs=1, warmup_epochs=0)
+    assert_ok(launcher.run(*command))
+    ours = weights(tmp_path / "run")
+    torch.testing.assert_close(ours["cls_token"], encoder["cls_token"], rtol=0, atol=1e-6)
+    assert ours["decoder_pos_embed"].shape[1] == 65
+
+
+BAD_STARTS = {
+    "another model": ({"model": "convmae_convvit_small_patch16"}, ["is not what", "tiny"]),
+    "other patches": ({"patch_size": (4, 2, 1)}, ["--patch_size 4 2 1", "2 2 1"]),
+    "other channels": ({"in_chans": 1}, ["--in_chans 1", "holds: 3"]),
+    "no file": ({"finetune": "/gone.pth"}, ["/gone.pth does not exist"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_STARTS)
+def test_weights_that_do_not_fit_the_flags_are_refused(kind, whole, images, launcher, tmp_path):
+    values, phrases = BAD_STARTS[kind]
+    start = {"finetune": whole / "checkpoint.pth", "model": None, "patch_size": None}
+    result = launcher.run(*flags(images, tmp_path / "run", **start | values))
+    assert_one_line(result, 2, *phrases)
+    assert result.out == "" and not list(tmp_path.glob("run/*"))
+
+
+def test_recomputed_activations_change_no_weight(whole, images, launcher, tmp_path):
+    assert_ok(launcher.run(*flags(images, tmp_path, "--grad_checkpointing")))
+    assert same(weights(tmp_path), weights(whole))
+
+
+# --- another geometry ----------------------------------------------------------------------------
+
+SIZES = {
+    "embed_dim": (16, 24, 36), "depth": (1, 2, 1), "num_heads": 3, "mlp_ratio": (1.3, 2, 3),
+    "kernel_size": 3, "decoder_embed_dim": 48, "decoder_depth": 1, "decoder_num_heads": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def resized(images, launcher, tmp_path_factory) -> Path:
+    """A run of another geometry than its model's name stands for."""
+    output = tmp_path_factory.mktemp("resized")
+    line = flags(images, output, "--no_multi_scale", epochs=2, save_steps=None, **SIZES)
+    assert_ok(launcher.run(*line))
+    return output
+
+
+def test_flags_make_a_model_of_their_geometry(resized):
+    assert {name: tuple(t.shape) for name, t in weights(resized).items() if "norm" in name} == {
+        name: tuple(t.shape)
+        for name, t in MaskedAutoencoderConvViT(
+            img_size=32, patch_size=(2, 2, 1), multi_scale=False, **SIZES
+        ).state_dict().items()
+        if "norm" in name
+    }  # fmt: skip
+
+
+def test_a_run_of_another_geometry_goes_on_by_the_same_flags_alone(resized, images, launcher):
+    line = flags(images, resized, "--no_multi_scale", epochs=2, save_steps=None)
+    result = launcher.run(*line, *command_line(SIZES))
+    assert_ok(result)
+    assert "nothing to train" in result.out
+    refused = launcher.run(*line, *command_line(SIZES | {"decoder_num_heads": 4}))
+    assert_one_line(refused, 2, "--decoder_num_heads 3 there, 4 here")
+
+
+def test_the_geometry_of_a_checkpoint_from_before_its_flags_is_read_off_the_shapes(
+    whole, images, launcher, tmp_path
+):
+    content = load(whole / "checkpoint.pth")
+    blocks = ("embed_dim", "depth", "num_heads", "mlp_ratio", "kernel_size", "multi_scale")
+    content["args"] = {
+        k: v for k, v in content["args"].items() if k not in blocks and "decoder" not in k
+    }
+    torch.save(content, tmp_path / "checkpoint.pth")
+    result = launcher.run(*flags(images, tmp_path))
+    assert_ok(result)
+    assert "nothing to train" in result.out
+    line = flags(images, tmp_path, decoder_num_heads=4)
+    assert_one_line(launcher.run(*line), 2, "--decoder_num_heads 2 there, 4 here")
+
+
+def test_pictures_and_a_description_of_another_geometry_come_from_its_file(
+    resized, images, launcher, tmp_path
+):
+    path, grid = resized / "checkpoint.pth", tmp_path / "grid.png"
+    assert_ok(visualize(launcher, "--checkpoint", path, "--images", images, "--output", grid))
+    result = launcher.run("inspect", path, program="tools.checkpoint")
+    assert_ok(result)
+    assert "(widths 16-24-36, blocks 1-2-1, MLP ratios 1.3-2-3, 3 heads)" in result.out
+    assert "48 wide, 1 blocks, 3 heads, of stage 3 alone" in result.out
+    assert "guessed" not in result.out
+
+
+def test_a_classifier_takes_another_geometry_from_the_file_of_its_pretraining(resized):
+    weights = read_weights(resized / "checkpoint.pth")
+    model, report = convvit_from_weights(weights, num_classes=3)
+    assert [block.attn.num_heads for block in model.blocks3] == [3]
+    assert {name.split(".")[0] for name in report.missing} == {"fc_norm", "head"}
 
 
 def test_an_output_folder_within_the_images_is_refused(images, launcher):

@@ -227,11 +227,28 @@ def test_a_checkpoint_gives_the_model_that_was_saved_whatever_its_size(tmp_path)
     assert torch.equal(model(imgs, noise=noise)[1], source(imgs, noise=noise)[1])
 
 
+def test_bare_weights_give_the_model_whatever_its_decoder(tmp_path):
+    decoder = dict(decoder_embed_dim=96, decoder_depth=3, decoder_num_heads=3, multi_scale=False)
+    source = MODELS["convmae_convvit_tiny_patch16"](img_size=32, mlp_ratio=(1.3, 2, 3), **decoder)
+    torch.save(source.state_dict(), tmp_path / "x.pth")
+    model, imgs = convmae_from_checkpoint(tmp_path / "x.pth"), torch.randn(1, 3, 32, 32)
+    noise = torch.rand(1, source.geometry.num_patches)
+    assert torch.equal(model(imgs, noise=noise)[1], source(imgs, noise=noise)[1])
+
+
+def test_a_checkpoint_of_videos_is_no_model_of_pictures(tmp_path):
+    source = MODELS["convmae_convvit_tiny_patch16"]
+    cubes = [(2, 4, 4), (1, 2, 2), (1, 2, 2)]
+    torch.save(source(img_size=(4, 32, 32), patch_size=cubes).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"x\.pth is a model of videos, not of pictures"):
+        convmae_from_checkpoint(tmp_path / "x.pth")
+
+
 def test_a_checkpoint_with_more_than_its_model_has_is_refused(tmp_path):
     name = "convmae_convvit_tiny_patch16"
-    source = MODELS[name](img_size=32, decoder_depth=3)
-    torch.save({"model": source.state_dict(), "args": {"model": name}}, tmp_path / "x.pth")
-    with pytest.raises(UsageError, match=rf"12 weights that a {name} does not have: decoder_bl"):
+    state = MODELS[name](img_size=32).state_dict() | {"decoder_more.bias": torch.zeros(3)}
+    torch.save({"model": state, "args": {"model": name}}, tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=rf"1 weights that a {name} does not have: decoder_more"):
         convmae_from_checkpoint(tmp_path / "x.pth")
 
 
@@ -770,7 +787,7 @@ def test_position_tables_are_sine_cosine_and_fixed(img_size):
         (dict(patch_size=(4, 4)), r"patch_size \(4, 4\) .* three entries"),
         (dict(embed_dim=(8, 16)), r"embed_dim \(8, 16\) must have three entries"),
         (dict(num_heads=3), "width 16 is not divisible by 3 heads"),
-        (dict(decoder_num_heads=5), "width 16 is not divisible by 5 heads"),
+        (dict(decoder_num_heads=5), "embed_dim 16 is not divisible by decoder_num_heads 5"),
         (dict(embed_dim=(8, 8, 18)), "multiple of 4, not 18"),
         (dict(decoder_embed_dim=22), "multiple of 4, not 22"),
     ],
@@ -801,6 +818,27 @@ def test_every_trainable_parameter_gets_a_gradient(geometry, norm_pix_loss):
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     zero = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
     assert (without, zero) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["three conv blocks", "video"])
+def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(name):
+    model = build(**GEOMETRIES[name] | {"depth": (2, 2, 6), "decoder_depth": 6})
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    imgs, noise = inputs(model)
+    results, kept = [], []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        kept.append(0)
+
+        def count(tensor):
+            kept[-1] += tensor.nbytes * (tensor.untyped_storage().data_ptr() not in own)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(imgs, noise=noise)[0]
+        results.append(gradients(model, loss))
+    assert all(map(torch.equal, *(result.values() for result in results)))
+    assert kept[1] < 0.7 * kept[0]
 
 
 def has_compiler():
@@ -838,6 +876,12 @@ def test_complementary_masks_and_a_share_to_predict_are_one_graph(compiled):
     other_loss, other_pred, _ = compiled(model, backend="aot_eager")(imgs, *args)
     torch.testing.assert_close(other_pred, pred, rtol=0, atol=1e-5)
     assert_gradients_close(gradients(model, other_loss), gradients(model, loss), 1e-4)
+
+
+def test_a_model_that_recomputes_activations_is_one_graph(compiled):
+    model = build()
+    model.set_grad_checkpointing()
+    assert_compiled_equals_eager(compiled(model, backend="aot_eager"), model)
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler and Python's headers")

@@ -16,13 +16,15 @@ from pathlib import Path
 from PIL import Image
 from torchvision.utils import save_image
 
-from models_convmae import convmae_from_checkpoint
+from models_convmae import convmae_from_weights
 from util.data.files import is_one_of
 from util.data.folders import list_images
 from util.errors import UsageError
 from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import load_images, reconstruction_grid
 from util.run.program import run_main
+from util.weights.describe import guesses
+from util.weights.read import read_weights
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +56,10 @@ def main(args: argparse.Namespace) -> None:
     files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
     if is_one_of(args.output, files):
         raise UsageError(f"--output {args.output} is one of the images: give another name")
-    model = convmae_from_checkpoint(args.checkpoint)
+    weights = read_weights(args.checkpoint)
+    model = convmae_from_weights(weights)
+    if taken := guesses(weights):
+        print(f"note: {args.checkpoint}: taken are {taken}")
     try:
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:

@@ -77,4 +77,5 @@ param_scheduler = [
     dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=50, end=iterations),
 ]
 train_cfg = dict(max_iters=iterations, val_interval=iterations)
+auto_scale_lr = dict(base_batch_size=32)  # what the learning rate is for
 default_hooks = dict(checkpoint=dict(interval=200))

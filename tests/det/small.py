@@ -57,7 +57,7 @@ def overrides(folder: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-def arguments(settings: list[str], *, resume=False, eval_only=False) -> argparse.Namespace:
+def arguments(settings: list[str], *, resume="none", eval_only=False) -> argparse.Namespace:
     """What `DET.engine.run` takes, for the CPU."""
     return argparse.Namespace(
         config_file=CONFIG, overrides=settings, resume=resume, eval_only=eval_only, num_gpus=0

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from DET.predict import target_names
+from DET.train_net import parse_args
 from tests.det import small
 from tests.runs import code_of
 
@@ -185,3 +186,27 @@ def test_the_heads_norm_in_two_processes_is_that_of_one_in_bfloat16(launcher, tm
 def test_pictures_of_files_with_the_same_name_do_not_replace_each_other(tmp_path):
     names = target_names(["a/x.png", "b/x.jpg", "b/y.jpg"], tmp_path)
     assert [path.name for path in names] == ["x.png", "x-2.png", "y.png"]
+
+
+@pytest.mark.parametrize(
+    ("line", "resume", "settings"),
+    [
+        ([], "none", []),
+        (["--resume"], "auto", []),
+        (["--resume", "auto", "train.epochs=2"], "auto", ["train.epochs=2"]),
+        (["--resume", "train.epochs=2"], "auto", ["train.epochs=2"]),
+        (["train.epochs=2", "--resume", "a/b.pth"], "a/b.pth", ["train.epochs=2"]),
+        (["--output_dir", "o/it's"], "none", [r"train.output_dir='o/it\'s'"]),
+    ],
+)
+def test_resume_and_output_dir_are_those_of_the_other_programs(line, resume, settings):
+    args = parse_args(["--config-file", small.CONFIG, *line])
+    assert (args.resume, args.overrides) == (resume, settings)
+
+
+@needs_detectron2
+def test_output_dir_sets_the_recipes_with_quotes_and_commas_too():
+    from DET.config import load_config
+
+    args = parse_args(["--config-file", small.CONFIG, "--output_dir", "o/it's=x, a"])
+    assert load_config(args.config_file, args.overrides).train.output_dir == "o/it's=x, a"

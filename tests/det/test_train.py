@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -15,10 +16,13 @@ from PIL import Image
 from torch import nn
 
 from DET import engine
+from DET.evaluation import Evaluator
 from DET.trainer import ShuffledStream, Trainer
 from tests.det import small
+from tests.pictures import picture
 from util.errors import TrainingError, UsageError
 from util.run.optim_step import OptimStep
+from util.run.program import Stopped
 from util.weights.read import read_weights
 
 
@@ -118,16 +122,45 @@ def test_a_run_that_goes_on_reaches_the_weights_of_one_that_was_never_stopped(
     for name in ("model_0000000.pth", "last_checkpoint"):
         shutil.copy(trained / name, tmp_path / name)
     (tmp_path / "last_checkpoint").write_text("model_0000000.pth")
-    run(scenes, tmp_path, "train.checkpoint_epochs=0.3", resume=True)
+    run(scenes, tmp_path, "train.checkpoint_epochs=0.3", resume="auto")
     assert [row["iteration"] for row in lines(tmp_path)] == [1, 2]
     for name, tensor in weights(trained).items():
         torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=0, atol=0, msg=name)
 
 
-def test_resuming_a_finished_run_only_evaluates(scenes, trained, tmp_path):
-    for name in ("model_final.pth", "last_checkpoint"):
-        shutil.copy(trained / name, tmp_path / name)
-    run(scenes, tmp_path, resume=True)
+def signal_in_evaluation(monkeypatch, number):
+    """SIGTERM comes as a scene is evaluated, the `number`th of all; how many were, as a list."""
+    seen, process = [], Evaluator.process
+
+    def judge(*arguments):
+        process(*arguments)
+        seen.append(1)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Evaluator, "process", judge)
+    return seen
+
+
+def test_a_signal_in_an_evaluation_leaves_at_once_and_loses_nothing(scenes, tmp_path, monkeypatch):
+    """Stopped in the second scene of the first evaluation and of the last one."""
+    often = ("train.eval_epochs=0.3",)
+    run(scenes, tmp_path / "whole", *often)
+    for number, done in ((2, 1), (8, 3)):
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
+            seen = signal_in_evaluation(patch, number)
+            run(scenes, tmp_path / "parts", *often, resume="auto")
+        assert f"in the evaluation after {done} of 3 iterations" in str(stop.value)
+        assert len(seen) == number, "no further scene is evaluated"
+    run(scenes, tmp_path / "parts", *often, resume="auto")
+    assert [row["iteration"] for row in lines(tmp_path / "parts")] == [0, 1, 2]
+    assert log(tmp_path / "parts").count("results for segm") == 3, "each evaluation is made up for"
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "parts")[name], tensor), name
+
+
+def test_a_finished_run_in_another_folder_only_evaluates(scenes, trained, tmp_path):
+    run(scenes, tmp_path, resume=str(trained / "model_final.pth"))
     assert "Nothing to train" in log(tmp_path) and "results for segm" in log(tmp_path)
     assert not (tmp_path / "metrics.json").exists()
 
@@ -136,7 +169,7 @@ def test_another_schedule_in_the_same_folder_is_refused(scenes, trained, tmp_pat
     for name in ("model_final.pth", "last_checkpoint"):
         shutil.copy(trained / name, tmp_path / name)
     with pytest.raises(UsageError, match=r"another run .epochs 1 there, 2 here") as error:
-        run(scenes, tmp_path, "train.epochs=2", resume=True)
+        run(scenes, tmp_path, "train.epochs=2", resume="auto")
     advice = "a longer or another schedule is a new run, with another train.output_dir and"
     assert f"{advice} train.init_checkpoint={tmp_path}/model_final.pth" in str(error.value)
 
@@ -150,7 +183,13 @@ def test_other_classes_in_the_same_folder_are_refused(scenes, trained, tmp_path)
     for name in ("model_final.pth", "last_checkpoint"):
         shutil.copy(trained / name, tmp_path / name)
     with pytest.raises(UsageError, match=r"another run .classes \['0', .* there, \['zero', "):
-        run(some, tmp_path, resume=True)
+        run(some, tmp_path, resume="auto")
+
+
+def other_moments(whole):
+    """An optimizer's state of another shape, which torch would take."""
+    whole["trainer"]["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    return whole
 
 
 @pytest.mark.parametrize(
@@ -164,6 +203,7 @@ def test_other_classes_in_the_same_folder_are_refused(scenes, trained, tmp_path)
         lambda whole: {**whole, "random": {"torch": 3}},
         lambda whole: {**whole, "model": 3},
         lambda whole: {**whole, "trainer": {**whole["trainer"], "optimizer": {}}},
+        other_moments,
     ],
 )
 def test_a_checkpoint_that_cannot_be_gone_on_from_is_one_line(scenes, trained, tmp_path, content):
@@ -171,7 +211,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_one_line(scenes, trained, t
     torch.save(content(whole), tmp_path / "model_final.pth")
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
     with pytest.raises(UsageError) as error:
-        run(scenes, tmp_path, resume=True)
+        run(scenes, tmp_path, resume="auto")
     assert "model_final.pth" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -179,14 +219,14 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_one_line(scenes, trained, t
 def test_a_note_of_the_last_checkpoint_that_names_none_is_one_line(scenes, tmp_path, note):
     (tmp_path / "last_checkpoint").write_bytes(note)
     with pytest.raises(UsageError, match="last_checkpoint names no checkpoint of its folder"):
-        run(scenes, tmp_path, resume=True)
+        run(scenes, tmp_path, resume="auto")
 
 
 def test_another_model_in_the_same_folder_is_refused(scenes, trained, tmp_path):
     for name in ("model_final.pth", "last_checkpoint"):
         shutil.copy(trained / name, tmp_path / name)
     with pytest.raises(UsageError, match="holds another model than the recipe describes"):
-        run(scenes, tmp_path, "model.backbone.bottom_up.depth=[1,1,3]", resume=True)
+        run(scenes, tmp_path, "model.backbone.bottom_up.depth=[1,1,3]", resume="auto")
 
 
 def test_only_so_many_checkpoints_are_kept(scenes, tmp_path):
@@ -349,7 +389,8 @@ def test_a_damaged_image_is_named_and_skipped_in_training(scenes, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: path.write_bytes(b"no picture"), "cannot be read: cannot identify"),
+        (lambda path: path.write_bytes(b"no picture"), "cannot be read: it is no sound file of"),
+        (lambda path: picture().save(path, "EPS"), "cannot be read: it is no sound file of"),
         (lambda path: Image.new("RGB", (5, 7)).save(path), "has 5x7 pixels, not "),
     ],
 )

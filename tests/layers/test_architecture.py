@@ -72,6 +72,13 @@ def test_a_published_size_is_read_off_shapes_alone_with_its_name_and_heads(name)
     assert found.size_name == name
 
 
+def test_an_mlp_ratio_of_the_flags_is_taken_where_it_comes_to_the_same():
+    with torch.device("meta"):
+        shapes = shapes_of(ConvViT(embed_dim=(32, 64, 128), num_heads=2, mlp_ratio=(1.3, 4, 4)))
+    flags = {"mlp_ratio": [1.3, 5, 4]}
+    assert Architecture.from_shapes(shapes, flags).mlp_ratio == (1.3, 4, 4)
+
+
 def test_a_model_of_no_published_size_has_no_name():
     assert ARCHITECTURES["odd"].size_name is None
     assert str(ARCHITECTURES["odd"]) == (

@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from util.errors import UsageError
 from util.run import distributed
@@ -17,6 +18,7 @@ from util.run.distributed import (
     init_processes,
     is_main_process,
     rank,
+    shield_workers,
     world_size,
     wrap_model,
 )
@@ -310,3 +312,28 @@ def test_the_norm_of_a_probe_refuses_features_with_a_gradient(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="frozen features"):
         SyncedBatchNorm1d(5, affine=False)(torch.randn(4, 5, requires_grad=True))
+
+
+class Signalled(Dataset):
+    """Four numbers; as the second is read the worker gets a signal, as all processes of a job."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        if index == 1:
+            os.kill(os.getpid(), self.number)
+        return index
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_shielded_workers_outlive_the_signal_that_asks_a_run_to_stop(number):
+    """And others do not."""
+    loaders = [DataLoader(Signalled(number), batch_size=None, num_workers=1) for _ in range(2)]
+    shield_workers(loaders[0])
+    assert list(loaders[0]) == [0, 1, 2, 3]
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
+        list(loaders[1])

@@ -10,7 +10,9 @@ from util.layers.geometry import Geometry
 from util.run.geometry_args import described_architecture, fill_geometry_flags
 
 SMALL = Architecture(geometry=Geometry.of((48, 64), (2, 2, 2)), in_chans=1, **SIZES["small"])
-FLAGS = dict(input_size=None, patch_size=None, in_chans=None)
+BLOCKS = dict(embed_dim=None, depth=None, num_heads=None, mlp_ratio=None, kernel_size=None)
+FLAGS = dict(input_size=None, patch_size=None, in_chans=None, **BLOCKS)
+BASE = {"model": "convvit_base_patch16"}
 CLIP = dict(num_frames=None, tubelet=None, temporal_kernel=None)
 
 
@@ -53,9 +55,32 @@ def test_a_video_checkpoint_decides_the_clips():
     assert (args.num_frames, args.tubelet, args.input_size) == (8, 4, [48, 64])
 
 
-def test_flags_of_the_size_are_filled_where_a_program_has_them():
-    args = filled(SMALL, embed_dim=None, num_heads=6)
-    assert (args.embed_dim, args.num_heads) == ([128, 256, 384], 6)
+def test_a_checkpoint_decides_the_blocks():
+    args = filled(SMALL, num_heads=6)
+    blocks = ([128, 256, 384], [2, 2, 11], 6, [4, 4, 4], 5)
+    assert tuple(getattr(args, name) for name in BLOCKS) == blocks
+
+
+def test_flags_change_the_blocks_of_a_named_model():
+    args = filled(None, **BASE | {"depth": [1, 1, 2], "kernel_size": 7})
+    model = described_architecture(args, Architecture())
+    assert (model.depth, model.kernel_size, model.embed_dim) == ((1, 1, 2), 7, (256, 384, 768))
+
+
+def test_a_named_model_with_the_flags_of_its_run_is_what_the_checkpoint_holds():
+    given = dict(depth=[2, 2, 11], embed_dim=[128, 256, 384])
+    assert filled(SMALL, **BASE | given).num_heads == 6
+
+
+def test_an_mlp_ratio_that_comes_to_the_same_width_is_the_same():
+    read = Architecture(embed_dim=(32, 64, 128), mlp_ratio=(41 / 32, 4, 4), num_heads=2)
+    assert filled(read, mlp_ratio=[1.3, 4, 4]).mlp_ratio == [1.3, 4, 4]
+
+
+def test_heads_that_a_file_does_not_tell_are_those_given():
+    args = flags(num_heads=3)
+    fill_geometry_flags(args, SMALL, "x.pth", ["num_heads"])
+    assert described_architecture(args, SMALL).num_heads == 3
 
 
 @pytest.mark.parametrize(
@@ -65,6 +90,15 @@ def test_flags_of_the_size_are_filled_where_a_program_has_them():
         (SMALL, {"in_chans": 3}, "--in_chans 3 is not what x.pth holds: 1; leave the flag away"),
         (SMALL, {"patch_size": [4, 2, 2]}, "--patch_size 4 2 2 is not what x.pth holds: 2 2 2"),
         (SMALL, {"model": "convvit_base_patch16"}, r"convvit_base_patch16 is not .*: small \(wid"),
+        (SMALL, {"embed_dim": [128, 256, 768]}, "--embed_dim 128 256 768 is not .*: 128 256 384"),
+        (SMALL, {"num_heads": 8}, "--num_heads 8 is not what x.pth holds: 6"),
+        (SMALL, {"mlp_ratio": [4, 4, 3]}, "--mlp_ratio 4 4 3 is not what x.pth holds: 4 4 4"),
+        (
+            None,
+            BASE | {"num_heads": 5},
+            "width 768 of stage 3 is not divisible by 5 heads",
+        ),
+        (None, BASE | {"mlp_ratio": [1e-3, 4, 4]}, "MLP ratio 0.001 leaves stage 1, 256 wide, no"),
         (SMALL.with_time(), {}, "video model: use python -m VideoConvMAE.main_finetune"),
         (SMALL.with_time(), CLIP | {"tubelet": 4}, "--tubelet 4 is not what x.pth holds: 2"),
     ],

@@ -44,9 +44,11 @@ class Programs:
 
     launcher: Launcher
 
-    def start(self, name: str, *arguments: object, options: tuple[str, ...] = ()) -> Process:
+    def start(
+        self, name: str, *arguments: object, options: tuple[str, ...] = (), before: str = ""
+    ) -> Process:
         command = [CONFIG, *arguments, *CROP, "--cfg-options", *OPTIONS, *options]
-        return self.launcher.start(*command, program=f"SEG.{name}")
+        return self.launcher.start(*command, program=f"SEG.{name}", before=before)
 
     def run(self, name: str, *arguments: object, **kwargs: object) -> Result:
         return self.start(name, *arguments, **kwargs).wait()

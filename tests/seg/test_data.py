@@ -1,3 +1,6 @@
+import errno
+import os
+
 import numpy as np
 import pytest
 from mmseg.utils import get_classes, get_palette
@@ -6,7 +9,8 @@ from PIL import Image
 from SEG.data import LoadMask, LoadPicture, class_colours, class_names
 from SEG.masks import classes_of, read_mask
 from tests.pictures import picture
-from util.errors import UsageError
+from util.data import files
+from util.errors import TrainingError, UsageError
 
 
 def test_classes_are_a_number_a_file_a_known_set_or_names(tmp_path):
@@ -88,6 +92,37 @@ def test_a_colour_picture_is_no_mask(tmp_path):
     picture().save(tmp_path / "a.png")
     with pytest.raises(UsageError, match="colour picture"):
         read_mask(str(tmp_path / "a.png"))
+
+
+def test_a_mask_is_what_its_content_says_and_a_regular_file(tmp_path):
+    """Ghostscript would be started for the first, the second would be waited for for ever."""
+    picture().save(tmp_path / "a.png", "EPS")
+    with pytest.raises(UsageError, match=r"a\.png cannot be decoded: it is no sound file of JPEG"):
+        read_mask(str(tmp_path / "a.png"))
+    os.mkfifo(tmp_path / "b.png")
+    with pytest.raises(UsageError, match=r"b\.png cannot be decoded: it is a FIFO"):
+        read_mask(str(tmp_path / "b.png"))
+
+
+@pytest.mark.parametrize("failures", [1, 9])
+def test_a_storage_that_fails_is_not_taken_for_a_damaged_mask(tmp_path, monkeypatch, failures):
+    values, opened = np.array([[0, 1], [1, 0]], np.uint8), []
+    Image.fromarray(values).save(tmp_path / "a.png")
+    open_regular = files.open_regular
+
+    def flaky(path):
+        opened.append(path)
+        if len(opened) <= failures:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return open_regular(path)
+
+    monkeypatch.setattr(files, "open_regular", flaky)
+    monkeypatch.setattr(files, "RETRY_DELAYS", (0, 0))
+    if failures == 1:
+        np.testing.assert_array_equal(read_mask(str(tmp_path / "a.png")), values)
+    else:
+        with pytest.raises(TrainingError, match=r"a\.png cannot be read, tried 3 times"):
+            read_mask(str(tmp_path / "a.png"))
 
 
 def test_a_damaged_mask_is_named(tmp_path):

@@ -11,8 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from SEG import options, train
+from SEG.resume import check_resumable
 from tests.pictures import picture
+from tests.runs import code_of
 from tests.seg.small import CONFIG, CROP, OPTIONS
+from util.errors import UsageError
 from util.run.lock import FolderLock
 
 
@@ -43,6 +47,10 @@ def test_a_run_loads_the_encoder_trains_validates_and_saves(trained):
     assert "patch_embed1.proj.weight (1 to 3 channels), pos_embed (4x4 to 12x12)" in result.out
     assert re.search(r"Iter\(train\) \[6/6\].* loss: \d", result.out)
     assert "mIoU" in result.out
+    assert len(result.out.splitlines()) < 60, "environment and config are in the log's file"
+    (log,) = work.glob("*/*.log")
+    assert f"environment and config: {log}" in result.out
+    assert "System environment" in log.read_text() and "Config:" in log.read_text()
     assert sorted(path.name for path in work.glob("*.pth")) == [
         "best_mIoU_iter_6.pth", "iter_2.pth", "iter_4.pth", "iter_6.pth"
     ]  # fmt: skip
@@ -73,11 +81,127 @@ def test_a_resumed_run_goes_on_where_it_was_stopped(trained, programs, data, tmp
     assert {state["step"].item() for state in resumed["optimizer"]["state"].values()} == {6}
 
 
+def signal_at(path: str, number: int) -> None:
+    """SIGTERM comes at a method's call of that number."""
+    import os
+    import pkgutil
+    import signal
+
+    owner, name = path.rsplit(".", 1)
+    owner = pkgutil.resolve_name(owner)
+    method, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return method(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def test_a_signal_in_a_validation_leaves_at_once_and_the_validation_is_made_up_for(
+    programs, data, tmp_path
+):
+    command = ["train", "--data-path", data, "--work-dir", tmp_path, "--pretrained", "none"]
+    options = ("train_cfg.val_interval=3", "default_hooks.checkpoint.interval=100")
+    second = code_of(signal_at, path="mmseg.evaluation.IoUMetric.process", number=2)
+    stopped = programs.run(*command, options=options, before=second)
+    assert (stopped.code, stopped.err) == (0, ""), stopped.err
+    assert "stopped by a signal in the validation after iteration 3 of 6" in stopped.out
+    assert "mIoU: " not in stopped.out
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_3.pth"]
+    resumed = programs.run(*command, "--resume", options=options)
+    assert resumed.code == 0, resumed.err
+    first, rest = resumed.out.split("Iter(train) [4/6]")
+    assert "mIoU: " in first and "[6/6]" in rest and "mIoU: " in rest
+
+
+def test_a_signal_before_training_is_one_line(programs, data, tmp_path):
+    """As the model is built, by mmengine, which catches exceptions there."""
+    command = ["train", "--data-path", data, "--work-dir", tmp_path, "--pretrained", "none"]
+    first = code_of(signal_at, path="mmseg.models.UPerHead.__init__", number=1)
+    stopped = programs.run(*command, before=first)
+    assert (stopped.code, stopped.err) == (0, "")
+    assert stopped.out.splitlines()[-1] == "stopped by a signal: there was nothing to save yet"
+
+
+def test_a_signal_in_training_saves_at_the_end_of_a_step(programs, data, tmp_path):
+    command = ["train", "--data-path", data, "--work-dir", tmp_path, "--pretrained", "none"]
+    third = code_of(signal_at, path="mmseg.models.EncoderDecoder.loss", number=3)
+    stopped = programs.run(*command, "--accum-iter", 2, before=third)
+    assert stopped.code == 0, stopped.err
+    assert "stopped by a signal after iteration 4 of 12" in stopped.out
+    assert torch.load(tmp_path / "iter_4.pth", weights_only=True)["meta"]["iter"] == 4
+
+
 def test_a_run_is_not_resumed_with_another_accumulation(trained, programs, data, tmp_path):
-    shutil.copy(trained[0] / "iter_4.pth", tmp_path)
-    command = ["--data-path", data, "--work-dir", tmp_path, "--resume", "--accum-iter", 2]
+    last = trained[0] / "iter_4.pth"
+    command = ["--data-path", data, "--output_dir", tmp_path, "--resume", last, "--accum_iter", 2]
     error = refused(programs.run("train", *command))
     assert "is of a run with --accum-iter 1" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["meta"]["dataset_meta"]["classes"].reverse(), "in another order"),
+        (
+            lambda c: c["meta"]["dataset_meta"].update(reduce_zero_label=False),
+            "of a run without --ignore-zero",
+        ),
+        (lambda c: c.pop("optimizer"), "its optimizer is missing"),
+        (lambda c: c.update(meta=3), "its meta is damaged"),
+        (lambda c: c["meta"].update(iter="4"), "does not say how far the run was"),
+    ],
+)
+def test_a_checkpoint_that_is_not_of_this_run_is_not_gone_on_from(trained, data, change, words):
+    content = torch.load(trained[0] / "iter_4.pth", weights_only=True)
+    config = options.read_config(train.parse_args([CONFIG]))
+    check_resumable(Path("iter_4.pth"), content, config)
+    change(content)
+    with pytest.raises(UsageError) as error:
+        check_resumable(Path("iter_4.pth"), content, config)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["state_dict"].popitem(), "its model lacks auxiliary_head"),
+        (lambda c: c["optimizer"]["state"].popitem(), "its optimizer lacks exp_avg"),
+    ],
+)
+def test_a_state_of_another_form_is_not_gone_on_from(
+    trained, programs, data, tmp_path, change, words
+):
+    content = torch.load(trained[0] / "iter_4.pth", weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "iter_4.pth")
+    result = programs.run("train", "--data-path", data, "--work-dir", tmp_path, "--resume")
+    assert result.code == 2 and "Traceback" not in result.err, result.err
+    assert words in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("line", "resume"),
+    [([], "none"), (["--resume"], "auto"), (["--resume", "a.pth"], "a.pth")],
+)
+def test_resume_and_output_dir_are_those_of_the_other_programs(line, resume):
+    for command in ([CONFIG, *line, "--output_dir", "o"], ["--work-dir", "o", *line, CONFIG]):
+        args = train.parse_args(command)
+        assert (args.resume, args.work_dir, str(args.config)) == (resume, Path("o"), CONFIG)
+
+
+def test_a_file_to_resume_from_counts_until_the_run_has_its_own(trained, tmp_path, capsys):
+    config = options.read_config(train.parse_args([CONFIG]))
+    config.work_dir = str(tmp_path)
+    file = str(trained[0] / "iter_4.pth")
+    assert train.begin_from(config, None, file) == 4 and config.load_from == file
+    shutil.copy(trained[0] / "iter_6.pth", tmp_path)
+    assert train.begin_from(config, None, file) == 6
+    assert config.load_from == str(tmp_path / "iter_6.pth")
+    assert "which the run began with" in capsys.readouterr().out
 
 
 def test_resume_without_a_checkpoint_begins(programs, data, pretrained, tmp_path):
@@ -124,14 +248,40 @@ def test_augmented_testing(trained, programs, data, tmp_path):
     assert 0 <= float(re.search(r"aAcc ([\d.]+)  mIoU nan", result.out)[1]) <= 100
 
 
-def test_two_processes_on_cpus_train_together(programs, data, tmp_path):
+def note_draws(folder: str) -> None:
+    """Write a random number and the images of each training batch to a file for each process."""
+    import os
+
+    import torch
+    from mmseg.models import EncoderDecoder
+
+    loss, name = EncoderDecoder.loss, f"{folder}/{os.environ['RANK']}.txt"
+
+    def noting(self, inputs, samples):
+        with open(name, "a") as file:
+            for sample in samples:
+                print(torch.rand(()).item(), os.path.basename(sample.img_path), file=file)
+        return loss(self, inputs, samples)
+
+    EncoderDecoder.loss = noting
+
+
+def test_two_processes_train_together_on_other_images_with_other_random_numbers(
+    programs, data, tmp_path
+):
+    """Three images for each of them are one pass over the six; dropout draws for itself."""
     command = [CONFIG, "--data-path", data, "--pretrained", "none", "--work-dir", tmp_path]
     command += [*CROP, "--cfg-options", *OPTIONS, "train_cfg.max_iters=2"]
-    results = programs.launcher.run_ranks(*command, program="SEG.train")
+    noting = code_of(note_draws, folder=str(tmp_path))
+    results = programs.launcher.run_ranks(*command, program="SEG.train", before=noting)
     assert [result.code for result in results] == [0, 0], results[0].err + results[1].err
     assert "note: 4 images a step" in results[0].out
     content = torch.load(tmp_path / "iter_2.pth", weights_only=True)
     assert all(t.isfinite().all() for t in content["state_dict"].values())
+    first, second = ((tmp_path / f"{rank}.txt").read_text().split() for rank in (0, 1))
+    images = {path.name for path in (data / "images" / "training").iterdir()}
+    assert len(images) == 6 and {*first[1:6:2], *second[1:6:2]} == images
+    assert not {*first[::2]} & {*second[::2]}
 
 
 def test_prediction_writes_class_maps_and_overlays_of_any_pictures(trained, programs, tmp_path):
@@ -224,10 +374,28 @@ def test_a_missing_or_broken_config_is_one_line(programs, tmp_path):
         assert words in line and str(path) in line
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model.decode_head.type=UperHead", "no model UperHead: did you mean UPerHead?"),
+        ("train_dataloader.batch_size=abc", "batch_size"),
+        ("train_dataloader.dataset.pipeline.2.type=Resice", "no transform Resice: did you mean R"),
+        ("train_dataloader.dataset.pipeline.3.cat_max_ratio=abc", "(TypeError; "),
+    ],
+)
+def test_what_mmengine_has_to_say_on_a_setting_is_one_line(
+    programs, data, tmp_path, setting, words
+):
+    common = ("--data-path", data, "--work-dir", tmp_path, "--pretrained", "none")
+    result = programs.run("train", *common, options=(setting,))
+    assert result.code == 2 and "Traceback" not in result.err, result.err
+    assert words in result.err.splitlines()[-1]
+
+
 def test_mixed_precision_on_a_cpu_is_refused(programs, data, tmp_path):
     common = ("--data-path", data, "--work-dir", tmp_path)
     assert "GPUs only" in refused(programs.run("train", *common, "--amp", "bf16"))
-    assert "needs a CUDA GPU" in refused(programs.run("train", *common, "--amp", "fp16"))
+    assert "GPUs only" in refused(programs.run("train", *common, "--amp", "fp16"))
 
 
 # --- your own data -----------------------------------------------------------------------------

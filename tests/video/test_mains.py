@@ -344,6 +344,28 @@ def test_an_image_checkpoint_starts_a_video_model(data, launcher, tmp_path, how)
     torch.testing.assert_close(positions[1], image.pos_embed[0], rtol=0, atol=1e-6)
 
 
+def test_an_image_checkpoint_starts_a_video_pretraining(data, launcher, tmp_path):
+    torch.manual_seed(0)
+    image = convmae_convvit_tiny_patch16(img_size=32, patch_size=(2, 2, 2))
+    torch.save({"model": image.state_dict()}, tmp_path / "image.pth")
+    start = {"finetune": tmp_path / "image.pth", "model": None, "patch_size": None} | BARELY
+    result = launcher.run(*pretrain_flags(data, tmp_path / "o", **start), program=PRETRAIN)
+    assert_ok(result)
+    assert "videoconvmae_tiny_patch16: " in result.out
+    assert "pos_embed (4x4 to 2x4x4)" in result.out
+    (missing,) = [line for line in result.out.splitlines() if "begin anew:" in line]
+    assert "decoder_blocks" in missing and "blocks1" not in missing
+    kernel = weights(tmp_path / "o")["patch_embed1.proj.weight"]
+    torch.testing.assert_close(kernel[:, :, 1], image.patch_embed1.proj.weight, rtol=0, atol=1e-6)
+
+
+def test_a_video_checkpoint_starts_no_image_pretraining(data, pretrained, launcher, tmp_path):
+    flags = {"data_path": data, "output_dir": tmp_path, "device": "cpu"}
+    line = command_line(flags | {"finetune": pretrained / "checkpoint.pth"})
+    result = launcher.run(*line, program="main_pretrain.py")
+    assert_one_line(result, 2, "holds a video model", "VideoConvMAE.main_pretrain")
+
+
 def test_repeats_do_not_change_the_number_of_steps(data, pretrained, launcher, tmp_path):
     options = {"finetune": pretrained / "checkpoint.pth", "repeats": 3} | BARELY
     result = launcher.run(*finetune_flags(data, tmp_path, **options), program=FINETUNE)

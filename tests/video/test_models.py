@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from benchmarks.reference import DenseMaskedAutoencoder
@@ -24,6 +25,10 @@ TINY = dict(
     img_size=(8, 48, 64), patch_size=PATCH, decoder_embed_dim=12, decoder_depth=1,
     decoder_num_heads=2, **SIZES,
 )  # fmt: skip
+SIZE_NAMES = ("tiny", "small", "base", "large", "huge")
+# Width and heads: VideoMAE's of small, base and large.
+DECODERS = dict(tiny=(64, 2), small=(192, 3), base=(384, 6), large=(512, 8), huge=(640, 8))
+MILLIONS = dict(tiny=1, small=23, base=86, large=324, huge=682)  # parameters, 400 classes
 MASKINGS = {"tube": (4, 1, 1), "random": (1, 1, 1), "larger units": (2, 1, 2)}
 every_masking = pytest.mark.parametrize("unit", MASKINGS.values(), ids=MASKINGS)
 
@@ -314,7 +319,7 @@ def test_a_video_checkpoint_of_another_length_and_size_is_resized():
 # ---- Factories -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("size", SIZE_NAMES)
 def test_factories_have_the_papers_geometry_decoder_and_masking(size):
     with torch.device("meta"):
         plain, fused = (MODELS[f"videoconvmae_{size}_patch16{msd}"]() for msd in ("", "_msd"))
@@ -322,22 +327,31 @@ def test_factories_have_the_papers_geometry_decoder_and_masking(size):
     assert plain.geometry.img_size == (16, 224, 224)
     assert plain.geometry.grid(3) == (8, 14, 14)
     assert plain.geometry.visible_patches(0.9) == 8 * 20  # VideoMAE: 20 of 196 tubes
-    decoder = {"tiny": (64, 2), "small": (192, 3), "base": (384, 6)}[size]
+    decoder = DECODERS[size]
     assert (plain.decoder_embed.out_features, plain.decoder_blocks[0].attn.num_heads) == decoder
     assert plain.decoder_pred.out_features == 2 * 16 * 16 * 3
     fusion = {"stage1_output_decode", "stage2_output_decode"}
     names = {name.split(".")[0] for name in fused.state_dict().keys() - plain.state_dict().keys()}
     assert names == fusion
-    assert len(plain.decoder_blocks) == (2 if size == "tiny" else 4)
+    assert len(plain.decoder_blocks) == {"tiny": 2, "large": 12, "huge": 12}.get(size, 4)
 
 
-def test_base_has_86_million_parameters_with_a_kinetics_head():
+@pytest.mark.parametrize(("size", "millions"), MILLIONS.items())
+def test_timm_creates_classifiers_of_their_size_with_a_kinetics_head(size, millions):
     with torch.device("meta"):
-        model = CLASSIFIERS["videoconvvit_base_patch16"](num_classes=400)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 86
+        model = timm.create_model(f"videoconvvit_{size}_patch16", num_classes=400)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+    assert model.geometry.img_size == (16, 224, 224)
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_timm_makes_a_feature_extractor_of_clips():
+    model = timm.create_model("videoconvvit_tiny_patch16", features_only=True, img_size=(4, 32, 32))
+    maps = model(torch.randn(1, 3, 4, 32, 32))
+    assert [tuple(m.shape[1:]) for m in maps] == [(32, 2, 8, 8), (64, 2, 4, 4), (128, 2, 2, 2)]
+    assert model.feature_info.channels() == [32, 64, 128]
+
+
+@pytest.mark.parametrize("size", SIZE_NAMES)
 def test_a_classifier_has_the_encoder_of_its_autoencoder(size):
     with torch.device("meta"):
         encoder = CLASSIFIERS[f"videoconvvit_{size}_patch16"](num_classes=0).state_dict()

@@ -18,6 +18,8 @@ SIZES = {
 # Of a model that neither flags nor weights decide; the last two of a video model.
 _PICTURES = Geometry.of(224, (4, 2, 2))
 NUM_FRAMES, TUBELET = 16, 2
+# The flags of the blocks, whatever the input is.
+BLOCK_FLAGS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "kernel_size")
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,10 @@ class Architecture:
     ) -> "Architecture":
         """The architecture that weights belong to.
 
-        Neither heads nor the proportions of the input are in the shapes. Without flags that fit,
-        a published width has its published number of heads, any other 64 channels a head; a
-        picture is as square as its tokens allow; a video has 16 frames if that makes them square,
-        else the fewest that do.
+        Neither heads nor the proportions of the input are in the shapes, and of an MLP ratio only
+        what it comes to. Without flags that fit, a published width has its published number of
+        heads, any other 64 channels a head; a picture is as square as its tokens allow; a video has
+        16 frames if that makes them square, else the fewest that do.
 
         Args:
             shapes: name to shape, as in the published checkpoints; more names do no harm.
@@ -98,8 +100,10 @@ class Architecture:
         embed_dim = tuple(shape[0] for shape in projections)
         patch_size = tuple(shape[2:] for shape in projections)
         class_token = "cls_token" in shapes
-        depth = tuple(_count_blocks(shapes, f"blocks{stage}.") for stage in (1, 2, 3))
-        hidden = (shapes.get(f"blocks{stage}.0.mlp.fc1.weight") for stage in (1, 2, 3))
+        depth = tuple(count_blocks(shapes, f"blocks{stage}.") for stage in (1, 2, 3))
+        # The MLPs of an autoencoder's decoder have the first stage's ratio.
+        mlps = ["decoder_blocks.0", *(f"blocks{stage}.0" for stage in (1, 2, 3))]
+        fc1 = [tuple(shapes.get(f"{block}.mlp.fc1.weight", ()))[:2] for block in mlps]
         kernels = [shapes.get(f"blocks{stage}.0.attn.weight", ())[2:] for stage in (1, 2)]
         kernel = next((kernel for kernel in kernels if len(kernel) == ndim), (3, 5, 5))
         return cls(
@@ -109,8 +113,8 @@ class Architecture:
             depth=depth,
             num_heads=_guess_heads(embed_dim[2], flags),
             mlp_ratio=tuple(
-                _ratio(fc1[0], dim) if fc1 else 4
-                for fc1, dim in zip(hidden, embed_dim, strict=True)
+                _guess_ratio([shape for shape in stage if shape], hint)
+                for stage, hint in zip((fc1[:2], fc1[2:3], fc1[3:]), _ratios(flags), strict=True)
             ),
             class_token=class_token,
             kernel_size=kernel[-1],
@@ -143,12 +147,41 @@ class Architecture:
         known = ((name, Architecture(**size)) for name, size in SIZES.items())
         return next((name for name, other in known if self.has_blocks(other)), None)
 
+    @property
+    def hidden_dim(self) -> tuple[int, ...]:
+        """Width within the MLPs of each stage."""
+        return tuple(
+            int(dim * ratio) for dim, ratio in zip(self.embed_dim, self.mlp_ratio, strict=True)
+        )
+
     def has_blocks(self, other: "Architecture") -> bool:
-        """True if stages have the same widths, depths and MLP ratios in both."""
+        """True if stages have the same widths, depths and MLPs in both."""
         return all(
             getattr(self, name) == getattr(other, name)
-            for name in ("embed_dim", "depth", "mlp_ratio")
+            for name in ("embed_dim", "depth", "hidden_dim")
         )
+
+    def check_blocks(self) -> None:
+        """Refuse blocks that cannot be made.
+
+        Raises:
+            ValueError: heads that do not divide the width, or an MLP without a channel.
+        """
+        width = self.embed_dim[2]
+        if width % self.num_heads:
+            raise ValueError(f"width {width} of stage 3 is not divisible by {self.num_heads} heads")
+        for stage, hidden in enumerate(self.hidden_dim, start=1):
+            if not hidden:
+                raise ValueError(
+                    f"MLP ratio {self.mlp_ratio[stage - 1]:g} leaves stage {stage}, "
+                    f"{self.embed_dim[stage - 1]} wide, no hidden channel"
+                )
+
+    def with_blocks(self, flags: Mapping[str, object]) -> "Architecture":
+        """The same with the values that flags give of the blocks; None is not given."""
+        given = {name: flags[name] for name in BLOCK_FLAGS if flags.get(name) is not None}
+        lists = {name: tuple(v) if isinstance(v, Sequence) else v for name, v in given.items()}
+        return replace(self, **lists)
 
     def encoder_kwargs(self) -> dict[str, object]:
         """Arguments of `ConvViTEncoder`."""
@@ -187,6 +220,7 @@ class Architecture:
         Raises:
             ValueError: sizes that do not fit each other.
         """
+        self.with_blocks(flags).check_blocks()
         start = self.with_time() if self.ndim == 2 and flags.get("num_frames") else self
         known = start.flags()
         known |= {name: flags[name] for name in known if flags.get(name) is not None}
@@ -199,14 +233,9 @@ class Architecture:
                 for time, entry in zip(times, patch, strict=True)
             ]
         return replace(
-            self,
+            self.with_blocks(flags),
             geometry=Geometry.of(size, patch),
             in_chans=known["in_chans"],
-            embed_dim=tuple(known["embed_dim"]),
-            depth=tuple(known["depth"]),
-            num_heads=known["num_heads"],
-            mlp_ratio=tuple(known["mlp_ratio"]),
-            kernel_size=known["kernel_size"],
             temporal_kernel=known.get("temporal_kernel", self.temporal_kernel),
         )
 
@@ -234,7 +263,7 @@ class Architecture:
         )
 
 
-def _count_blocks(names: Iterable[str], prefix: str) -> int:
+def count_blocks(names: Iterable[str], prefix: str) -> int:
     """Blocks `<prefix>0`, `<prefix>1`, … of a stage.
 
     Raises:
@@ -248,10 +277,28 @@ def _count_blocks(names: Iterable[str], prefix: str) -> int:
     return depth
 
 
-def _ratio(hidden: int, dim: int) -> float:
-    """An MLP ratio by which `int(dim * ratio)` is `hidden`, whatever the division rounds."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+def _ratios(flags: Mapping[str, object]) -> Sequence[object]:
+    """The flags' MLP ratios of the three stages, whatever they hold."""
+    ratios = flags.get("mlp_ratio")
+    return ratios if isinstance(ratios, list | tuple) and len(ratios) == 3 else (None,) * 3
+
+
+def _guess_ratio(mlps: Sequence[tuple[int, int]], hint: object) -> float:
+    """An MLP ratio by which `int(width * ratio)` is the hidden width of each MLP.
+
+    Args:
+        mlps: hidden width and width of MLPs of one ratio; without any, 4.
+        hint: what the flags say, taken if it fits.
+    """
+
+    def fits(ratio: float) -> bool:
+        return all(int(width * ratio) == hidden for hidden, width in mlps)
+
+    if isinstance(hint, int | float) and 0 < hint < math.inf and fits(hint):
+        return hint
+    ratio = max((hidden / width for hidden, width in mlps), default=4)
+    # Whatever the division rounds.
+    return ratio if fits(ratio) else math.nextafter(ratio, math.inf)
 
 
 def _guess_heads(width: int, flags: Mapping[str, object]) -> int:

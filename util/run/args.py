@@ -1,13 +1,14 @@
 """Command lines: the argument groups that the mains share, and their checks."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from util.data.images import MAX_PIXELS
 from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.run.distributed import cores_per_process, print_once
+from util.run.geometry_args import add_decoder_args, add_encoder_args, fill_geometry_flags
 from util.run.parser import (
     ChoiceOf,
     Ignored,
@@ -163,32 +164,43 @@ def add_recipe_args(
     return group
 
 
-def add_patch_size_arg(group: argparse._ArgumentGroup, default: Sequence[int] | None) -> None:
-    """The strides of the stages; without a default they are the checkpoint's."""
-    follows = "" if default else " (default: the checkpoint's, else 4 2 2)"
+def add_start_args(group: argparse._ArgumentGroup) -> None:
+    """The checkpoint to start from, and the strides of the stages."""
+    group.add_argument(
+        "--finetune",
+        action=PathOrDefault,
+        metavar="FILE",
+        help="checkpoint to start from; size and geometry of the model are read off it",
+    )
+    strides = " ".join(map(str, _PATCH_SIZE))
     group.add_argument(
         "--patch_size",
         type=positive_int,
         nargs=3,
-        default=default and list(default),
         metavar="STRIDE",
-        help=f"strides of the three stages; their product is the patch's side in pixels{follows}",
+        help="strides of the three stages; their product is the patch's side in pixels (default: "
+        f"the checkpoint's, else {strides})",
     )
 
 
 def add_autoencoder_args(
     parser: Parser, models: Iterable[str], *, model: str, ratio: float
 ) -> argparse._ArgumentGroup:
-    """Add the arguments of a masked autoencoder; returns the group."""
+    """Add the arguments of a masked autoencoder; returns the group.
+
+    Without `--finetune` `settle_model` gives them their defaults, `model` being that of `--model`.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         type=ChoiceOf(models),
-        default=model,
         metavar="NAME",
-        help=f"one of {', '.join(models)}",
+        help=f"one of {', '.join(models)} (default: what --finetune holds, else {model})",
     )
-    add_patch_size_arg(group, _PATCH_SIZE)
+    add_start_args(group)
+    add_encoder_args(group)
+    add_decoder_args(group)
+    add_checkpointing_arg(group)
     group.add_argument(
         "--mask_ratio",
         type=mask_ratio,
@@ -252,22 +264,53 @@ def add_teacher_args(parser: Parser) -> None:
     )
 
 
+def settle_model(parser: Parser, args: argparse.Namespace, model: str) -> None:
+    """Give the model and its input their defaults, if no checkpoint is to decide them.
+
+    Args:
+        parser: told of values that do not fit each other; it exits with 2.
+        args: as parsed.
+        model: the default of `--model`.
+    """
+    if args.finetune is None:
+        args.model = args.model or model
+        try:
+            fill_geometry_flags(args, None)
+        except UsageError as error:
+            parser.error(str(error))
+
+
+def add_checkpointing_arg(group: argparse._ArgumentGroup) -> None:
+    """Memory for time."""
+    group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="compute the activations within the blocks again in the backward pass: less memory, "
+        "more time, the same gradients",
+    )
+
+
+def add_inflate_arg(group: argparse._ArgumentGroup) -> None:
+    """The way in which the weights of an image model start a video model."""
+    group.add_argument(
+        "--inflate",
+        choices=("center", "average"),
+        default="center",
+        help="how the kernels of an image checkpoint become a video's: centre frame or all alike",
+    )
+
+
 def add_classifier_args(parser: Parser, models: Iterable[str]) -> argparse._ArgumentGroup:
     """Add the arguments of a classifier; returns the group, for more arguments of the model."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--finetune",
-        action=PathOrDefault,
-        metavar="FILE",
-        help="checkpoint to start from; size and geometry of the model are read off it",
-    )
+    add_start_args(group)
     group.add_argument(
         "--model",
         type=ChoiceOf(models),
         metavar="NAME",
         help=f"start from random weights: one of {', '.join(models)}",
     )
-    add_patch_size_arg(group, None)
+    add_encoder_args(group)
     pooling = {"dest": "global_pool", "default": True}
     group.add_argument(
         "--global_pool",
@@ -433,8 +476,9 @@ def add_optim_args(
     return group
 
 
-def add_drop_path_arg(group: argparse._ArgumentGroup) -> None:
-    """Stochastic depth of a classifier that is fine-tuned."""
+def add_finetuning_args(group: argparse._ArgumentGroup) -> None:
+    """The arguments of a classifier that learns as a whole."""
+    add_checkpointing_arg(group)
     group.add_argument(
         "--drop_path",
         type=share,

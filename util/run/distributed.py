@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from util.errors import TrainingError, UsageError, printable
 
@@ -279,3 +282,22 @@ class StopSignal:
             return self.received > 0
         flag = torch.tensor(float(self.received > 0), device=device)
         return bool(all_reduce_max(flag).item())
+
+
+def shield_workers(loader: DataLoader) -> None:
+    """Have a loader's workers live on when a signal asks the run to stop: it will end them.
+
+    Launchers may send the signal to all processes of a job, and torch ends a run that loses a
+    worker. A second one ends a worker, as torch does with one that is stuck.
+
+    Args:
+        loader: not yet iterated over; changed in place.
+    """
+    loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn)
+
+
+def _begin_worker(begin: Callable[[int], object] | None, number: int) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if begin is not None:
+        begin(number)

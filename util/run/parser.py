@@ -142,6 +142,22 @@ class PathOrDefault(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
+def complete_resume(argv: Sequence[str] | None) -> list[str]:
+    """A command line in which `--resume` has a value: without one it is `--resume auto`.
+
+    So Detectron2 and MMSegmentation have it. A value is auto, none or a checkpoint's file.
+
+    Args:
+        argv: the command line; None for the process's own.
+    """
+    given = [*(sys.argv[1:] if argv is None else argv)]
+    for i, (flag, value) in enumerate(zip(given, [*given[1:], ""], strict=True)):
+        is_value = value in ("auto", "none") or Path(value).suffix in (".pth", ".pt")
+        if flag == "--resume" and not is_value:
+            given[i] = "--resume=auto"
+    return given
+
+
 def device_name(text: str) -> str:
     """auto, cuda, cuda:N, mps or cpu."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", text, re.ASCII):
@@ -156,6 +172,14 @@ def positive_int(text: str) -> int:
     value = _number(int, text, "a whole number")
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def odd_int(text: str) -> int:
+    """1, 3, 5, …"""
+    value = positive_int(text)
+    if value % 2 == 0:
+        raise argparse.ArgumentTypeError(f"{text} must be odd, such as {value + 1}")
     return value
 
 

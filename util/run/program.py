@@ -24,8 +24,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
 
 
-class Stopped(Exception):
-    """The run was asked to stop and has saved its state: exit 0."""
+class Stopped(BaseException):
+    """The run was asked to stop and has saved its state: exit 0.
+
+    Like KeyboardInterrupt no Exception: what is raised wherever the signal finds the program must
+    not be taken for an error there.
+    """
 
 
 class StoppedEarly(Stopped):

@@ -2,40 +2,36 @@
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from util.errors import UsageError
+from util.layers.architecture import BLOCK_FLAGS
+from util.layers.decoder import Decoder
 from util.run.original import comparable_args
 from util.run.parser import show_value
+from util.weights.read import weights_of
 
 # Flags that a resumed run may change; any other difference is another run. The batch is compared
 # as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
 MAY_CHANGE = frozenset(
-    {
-        "accum_iter",
-        "amp",
-        "batch_size",
-        "clip_grad",
-        "compile",
-        "confusion",
-        "data_path",
-        "demo",
-        "device",
-    }
+    {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "confusion", "data_path", "demo"}
     | {
+        "device",
         "dist_eval",
+        "grad_checkpointing",
+        "inflate",
         "keep",
         "knn_freq",
         "knn_path",
         "log_dir",
-        "max_bad_images",
-        "max_pixels",
-        "nb_classes",
-        "num_workers",
     }
-    | {"output_dir", "pin_mem", "predictions", "print_freq", "resume", "save_freq", "save_steps"}
-    | {"teacher_checkpoint", "test_clips", "test_crops", "val_path", "video_root"}
+    | {"max_bad_images", "max_pixels", "nb_classes", "num_workers", "output_dir", "pin_mem"}
+    | {"predictions", "print_freq", "resume", "save_freq", "save_steps", "teacher_checkpoint"}
+    | {"test_clips", "test_crops", "val_path", "video_root"}
 )
+# The flags of a model's size, which `--model` stands for.
+GEOMETRY = (*BLOCK_FLAGS, *(field.name for field in fields(Decoder)))
 # What `derive_args` takes from other flags.
 _DERIVED = {
     "effective_batch_size": "batch_size x accum_iter x processes",
@@ -67,6 +63,8 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
     """
     now = plain(args)
     names = [n for n, v in now.items() if n not in MAY_CHANGE and saved.get(n) != v]
+    if "model" in names:  # what follows from it
+        names = [name for name in names if name not in GEOMETRY]
     for name in ("lr", "min_lr"):
         if name in names and {name.replace("lr", "blr"), "effective_batch_size"} & set(names):
             names.remove(name)  # follows from them
@@ -78,7 +76,8 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
     if differing:
         raise UsageError(
             f"the checkpoint to resume from belongs to another run ({'; '.join(differing)}): give "
-            f"the same flags, or another --output_dir to start a new run"
+            f"the same flags, or another --output_dir to start a new run (with the checkpoint as "
+            f"--finetune from its weights: so 400 epochs go on to 800)"
         )
 
 
@@ -111,7 +110,7 @@ def check_state(content: Mapping, args: argparse.Namespace, num_images: int) -> 
     Raises:
         UsageError: saying what differs.
     """
-    saved = content["args"]
+    saved = _with_blocks(content["args"], content)
     if content.get("original"):
         saved = comparable_args(saved, plain(args))
     check_same_run(args, saved)
@@ -121,3 +120,14 @@ def check_state(content: Mapping, args: argparse.Namespace, num_images: int) -> 
             f"images: there are {num_images} now; give the same images, or resume from the end "
             f"of an epoch"
         )
+
+
+def _with_blocks(saved: Mapping[str, object], content: Mapping) -> dict[str, object]:
+    """A run's arguments; the flags of its blocks that they do not name are read off the shapes."""
+    if saved.keys() >= {*BLOCK_FLAGS}:
+        return dict(saved)
+    weights = weights_of(content, "to resume from")
+    flags = weights.architecture.flags()
+    blocks = {name: flags[name] for name in BLOCK_FLAGS}
+    decoder = asdict(weights.decoder) if weights.kind == "autoencoder" else {}
+    return {**blocks, **decoder, **saved}

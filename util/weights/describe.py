@@ -26,6 +26,8 @@ def describe(weights: Weights) -> str:
         "input": f"{show_size(architecture.img_size)} pixels, "
         f"{architecture.in_chans} channels, "
         f"{show_size(architecture.grid)} patches of {show_size(architecture.stride)}",
+        "decoder": _decoder(weights) if weights.kind == "autoencoder" else None,
+        "guessed": guesses(weights),
         "run": ", ".join(map(str, filter(None, said))),
         "recipe": _recipe(weights.args),
         "best": _best(weights.info),
@@ -33,6 +35,23 @@ def describe(weights: Weights) -> str:
         "use": _USES[weights.kind].format(file=weights.path),
     }
     return "\n".join(f"{name:9}{text}" for name, text in rows.items() if text)
+
+
+def _decoder(weights: Weights) -> str:
+    decoder = weights.decoder
+    fused = "stages 1 and 2 fused in" if decoder.multi_scale else "of stage 3 alone"
+    return (
+        f"{decoder.decoder_embed_dim} wide, {decoder.decoder_depth} blocks, "
+        f"{decoder.decoder_num_heads} heads, {fused}"
+    )
+
+
+def guesses(weights: Weights) -> str | None:
+    """A few words on what a file does not say of its model; None if it says all."""
+    published = {"num_heads"} if weights.architecture.size_name else set()
+    guessed = {name: value for name, value in weights.guessed.items() if name not in published}
+    taken = ", ".join(f"{name} {value}" for name, value in guessed.items())
+    return f"{taken}: neither shapes nor arguments say it" if taken else None
 
 
 def epochs_done(info: Mapping[str, object]) -> int | None:
@@ -67,8 +86,8 @@ def _some(names: Sequence[str], most: int = 8) -> str:
 
 _USES = {
     "autoencoder": "main_finetune.py or main_linprobe.py --finetune {file}; python -m "
-    "tools.visualize --checkpoint {file}",
-    "encoder": "main_finetune.py or main_linprobe.py --finetune {file}",
+    "tools.visualize --checkpoint {file}; main_pretrain.py --finetune {file} to begin with",
+    "encoder": "main_finetune.py, main_linprobe.py or main_pretrain.py --finetune {file}",
     "classifier": "main_finetune.py --eval --resume {file}; or --finetune {file} for new classes",
     "probe": "main_linprobe.py --eval --resume {file}",
     "segmentor": "python -m SEG.test CONFIG {file}",

@@ -30,6 +30,7 @@ class Report:
         loaded: how many tensors were taken.
         resized: position tables resized to the model's grid, and the first convolution adapted to
             its channels, with both sizes.
+        recomputed: fixed position tables that are the model's own, other than the file's.
         missing: the model's names that begin anew.
         unexpected: the file's names that the model does not have.
         averaged: whether these are a run's averaged weights.
@@ -41,12 +42,15 @@ class Report:
     missing: list[str]
     unexpected: list[str]
     averaged: bool = False
+    recomputed: Sequence[str] = ()
 
     def __str__(self) -> str:
         lines = [f"weights of {self.path}: {self.loaded} tensors loaded"]
         lines[0] += ", the run's average (EMA)" if self.averaged else ""
         if self.resized:
             lines.append(f"  resized: {', '.join(self.resized)}")
+        if self.recomputed:
+            lines.append(f"  fixed, computed anew: {', '.join(self.recomputed)}")
         if self.missing:
             lines.append(f"  missing there, begin anew: {_modules(self.missing)}")
         if self.unexpected:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from util.errors import UsageError, printable
 from util.layers.architecture import Architecture
+from util.layers.decoder import Decoder
 from util.weights.checkpoint import load_file
 from util.weights.tensorfile import load_tensors
 from util.weights.unpickle import Foreign
@@ -127,6 +128,30 @@ class Weights:
             some = ", ".join(map(printable, sorted(self.state)[:3]))
             raise UsageError(f"checkpoint {self.path}: {error} (it has {some}, …)") from error
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        """An autoencoder's decoder, read off the shapes as `architecture` is.
+
+        Raises:
+            UsageError: weights of something else, or fewer than their shapes claim.
+        """
+        shapes = {name: tensor.shape for name, tensor in self.state.items()}
+        try:
+            return Decoder.from_shapes(shapes, self.args)
+        except ValueError as error:
+            raise UsageError(f"checkpoint {self.path}: {error}") from error
+
+    @property
+    def guessed(self) -> dict[str, object]:
+        """What neither the shapes nor the file's arguments say of the model, as it is taken."""
+        known = set(self.args)
+        if "model" in known:  # older files of this framework, where the name stood for all
+            known |= {"num_heads", "decoder_num_heads"}
+        taken = {"num_heads": self.architecture.num_heads}
+        if self.kind == "autoencoder":
+            taken |= {"decoder_num_heads": self.decoder.decoder_num_heads, "norm_pix_loss": False}
+        return {name: value for name, value in taken.items() if name not in known}
+
     def without_heads(self) -> "Weights":
         """The encoder alone: without decoder, fusion and final norm, without a head."""
         return self.without(*_BESIDES_ENCODER)
@@ -228,6 +253,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_ratio(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < 2**31
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -242,9 +271,15 @@ _ARGS = {
     "input_size": lambda v: _is_size(v) or _are(_is_size, 1, 2)(v),
     "patch_size": lambda v: _are(lambda p: _is_size(p) or _are(_is_size, 2)(p), 3)(v),
     **dict.fromkeys(("in_chans", "num_frames", "tubelet", "temporal_kernel"), _is_size),
+    **dict.fromkeys(("num_heads", "kernel_size", "decoder_num_heads"), _is_size),
+    **dict.fromkeys(("decoder_embed_dim", "decoder_depth", "mimic_dim"), _is_size),
+    **dict.fromkeys(("embed_dim", "depth"), _are(_is_size, 3)),
+    "mlp_ratio": _are(_is_ratio, 3),
+    **dict.fromkeys(
+        ("multi_scale", "norm_pix_loss", "complementary"), lambda v: isinstance(v, bool)
+    ),
+    "masking": lambda v: v in ("tube", "random"),
     **dict.fromkeys(("model", "teacher", "teacher_digest"), _is_text),
-    "mimic_dim": _is_size,
-    **dict.fromkeys(("complementary", "norm_pix_loss"), lambda v: isinstance(v, bool)),
     **dict.fromkeys(RECIPE, _is_number),
 }
 

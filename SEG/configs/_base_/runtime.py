@@ -17,7 +17,12 @@ default_hooks = dict(
     ),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
-custom_hooks = [dict(type="PlainCheckpointHook"), dict(type="FiniteLossHook")]
+custom_hooks = [
+    dict(type="PlainCheckpointHook"),
+    dict(type="FiniteLossHook"),
+    dict(type="StopHook"),
+    dict(type="ResumeHook"),
+]
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),

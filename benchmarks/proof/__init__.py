@@ -1,0 +1,1 @@
+"""The paper's claims on real photographs, small: `python -m benchmarks.proof --help`."""
