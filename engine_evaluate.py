@@ -39,6 +39,7 @@ class Evaluation:
         probabilities: `[n]`, the model's for it.
         what: what the data set is of.
         labeled: whether the labels are known; without, accuracy and loss mean nothing.
+        num_classes: of the data set.
     """
 
     indices: Tensor
@@ -49,6 +50,7 @@ class Evaluation:
     probabilities: Tensor
     what: str = "images"
     labeled: bool = True
+    num_classes: int = 1000
 
     @property
     def acc1(self) -> float:
@@ -69,8 +71,12 @@ class Evaluation:
         """For the logs, by MAE's names."""
         return {"loss": self.loss, "acc1": self.acc1, "acc5": self.acc5}
 
-    def report(self) -> None:
-        """Print the original's lines."""
+    def report(self, more: str = "") -> None:
+        """Print one line that begins as the original's; of five classes or fewer without top 5.
+
+        Args:
+            more: end of the line.
+        """
         if not self.labeled:
             print_once(f"no labels, so no accuracy on the {len(self.indices)} {self.what}")
             return
@@ -80,9 +86,10 @@ class Evaluation:
                 f"not finite: they count as wrong",
                 error=True,
             )
-        print_once(f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}")
+        top5 = f"Acc@5 {self.acc5:.3f} " if self.num_classes > 5 else ""
         print_once(
-            f"Accuracy of the network on the {len(self.indices)} test {self.what}: {self.acc1:.1f}%"
+            f"* Acc@1 {self.acc1:.3f} {top5}loss {self.loss:.3f} on the {len(self.indices)} test "
+            f"{self.what}{more}"
         )
 
     def write_tables(self, args: argparse.Namespace, dataset: LabeledImages) -> None:
@@ -208,7 +215,9 @@ def _merge(
     check_bad_files(bad, dataset, max_bad, len(columns[0]) > 0)
     order = columns[0].argsort()
     labeled = bool((dataset.labels != NO_LABEL).all())
-    return Evaluation(*(column[order] for column in columns), dataset.what, labeled)
+    return Evaluation(
+        *(column[order] for column in columns), dataset.what, labeled, len(dataset.classes)
+    )
 
 
 def evaluate_checkpoint(

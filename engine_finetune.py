@@ -106,7 +106,7 @@ def fit(
         tests, evaluation = evaluate_epoch(run, epoch, val_loader, trainee.ema, predict)
         run.report.log.scalars(epoch + 1, tests)
         is_best = best.improves(evaluation.acc1)
-        print_once(f"Max accuracy: {best.acc1:.2f}%")
+        evaluation.report(f", best {best.acc1:.3f}")
         values |= {**tests, "n_parameters": trained_parameters}
         run.end_epoch(epoch, values, best=is_best)
     if tables and evaluation:
@@ -146,9 +146,8 @@ def evaluate_epoch(
         )
         if evaluation is None:
             raise Stopped(run.stopped_at(f"the evaluation of epoch {epoch + 1}"))
-        if name == "test_ema":
-            print_once("With the averaged weights (EMA):")
-        evaluation.report()
+        if ema and name == "test":
+            evaluation.report(", of the weights that are not averaged")
         tests |= {f"{name}_{k}": v for k, v in evaluation.values().items()}
         plain = plain or evaluation
     if evaluation.acc1 < plain.acc1:

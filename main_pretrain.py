@@ -30,7 +30,7 @@ from util.run.array_args import (
 )
 from util.run.distributed import init_processes, is_main_process
 from util.run.labeled_data import labeled_splits
-from util.run.parser import Parser
+from util.run.parser import Parser, RecipeValue
 from util.run.pictures import load_samples, reconstruction_grid, stretched
 from util.run.program import run_main
 from util.run.setup import complete_run, train_loader
@@ -45,7 +45,7 @@ DEMO = dict(
     patch_size=[2, 2, 1],
     batch_size=64,
     epochs=40,
-    warmup_epochs=5,
+    warmup_epochs=RecipeValue(5),
     blr=8e-3,
     num_workers=0,
     print_freq=100,

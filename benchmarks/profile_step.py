@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, object]:
         f"command line). Of --forms the first is profiled."
     )
     add = parser.add_argument
-    add("--trace", type=Path, default=Path("trace.json"), metavar="FILE", help="trace to write")
+    add("--trace", type=Path, metavar="FILE", help="trace to write for a viewer (default: none)")
     add("--steps", type=positive_int, default=3, metavar="N", help="steps to profile")
     add("--rows", type=positive_int, default=15, metavar="N", help="operations to list")
     args = parser.parse_args(argv[1:])
@@ -72,7 +72,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, object]:
         settle_options(args, module.BENCHMARK.bases)
     except UsageError as error:
         parser.error(str(error))
-    if not args.trace.absolute().parent.is_dir():
+    if args.trace and not args.trace.absolute().parent.is_dir():
         parser.error(f"--trace {args.trace}: there is no folder {args.trace.parent}")
     return args, module
 
@@ -134,9 +134,11 @@ def main(argv: Sequence[str]) -> None:
     form = args.forms[0]
     print_environment(environment("profile_step", argv, args.device) | {"form": form.name})
     profiler = profile_steps(module, form, args)
-    profiler.export_chrome_trace(str(args.trace))
     by_kind, by_name = tables(own_times(profiler, args.device), args.steps, args.rows)
-    print(f"\n{by_kind}\n\n{by_name}\n\ntrace: {args.trace}")
+    print(f"\n{by_kind}\n\n{by_name}")
+    if args.trace:
+        profiler.export_chrome_trace(str(args.trace))
+        print(f"\ntrace: {args.trace}")
 
 
 if __name__ == "__main__":

@@ -30,10 +30,13 @@ def log_lines(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
 
 
+TIMES = ("data_wait", "epoch_seconds")
+
+
 def outcomes(output: Path) -> list[dict]:
-    """The lines of log.txt without what differs from run to run: the time spent waiting."""
+    """The lines of log.txt without what differs from run to run, the times."""
     return [
-        {name: value for name, value in line.items() if name != "data_wait"}
+        {name: value for name, value in line.items() if name not in TIMES}
         for line in log_lines(output)
     ]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import fcntl
+import json
 import os
 import pickle
 import pty
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ from tests.checks import (
     events,
     load,
     log_lines,
+    outcomes,
     same,
     weights,
 )
@@ -858,13 +861,30 @@ def read_terminal(master: int) -> str:
     return b"".join(parts).decode()
 
 
-def test_checkpoints_are_kept_every_save_freq_epochs(whole):
-    assert sorted(path.name for path in whole.glob("*.pth*")) == [
-        "checkpoint-1.pth",
+def test_checkpoints_are_kept_every_save_freq_epochs_and_the_last_is_there_once(whole):
+    names = ["checkpoint-1.pth", "checkpoint.pth"]
+    assert sorted(path.name for path in whole.glob("*.pth*")) == names
+    assert [load(whole / name)["epoch"] for name in names] == [2, 4]
+
+
+def test_the_newest_checkpoints_stay_and_what_is_of_another_run(images, launcher, tmp_path):
+    (tmp_path / "checkpoint-99.pth").write_text("of another run")
+    assert_ok(launcher.run(*flags(images, tmp_path, epochs=5, save_freq=1, keep=2)))
+    assert sorted(path.name for path in tmp_path.glob("*.pth*")) == [
+        "checkpoint-2.pth",
         "checkpoint-3.pth",
+        "checkpoint-99.pth",
         "checkpoint.pth",
     ]
-    assert [load(whole / f"checkpoint-{epoch}.pth")["epoch"] for epoch in (1, 3)] == [2, 4]
+
+
+def test_a_run_can_be_repeated_from_its_args_json(images, whole, launcher, tmp_path):
+    record = json.loads((whole / "args.json").read_text())
+    assert record["versions"]["torch"] == version("torch")
+    assert record["command"][-2:] == list(map(str, flags(images, whole)[-2:]))
+    result = launcher.run("--config", whole / "args.json", "--output_dir", tmp_path)
+    assert_ok(result)
+    assert same(weights(tmp_path), weights(whole)) and outcomes(tmp_path) == outcomes(whole)
 
 
 def test_a_checkpoint_holds_all_that_a_run_needs(whole, images):
@@ -913,7 +933,7 @@ def test_the_demo_writes_real_images_in_imagenet_layout(demo):
 
 def test_the_demo_leaves_what_a_run_leaves(demo):
     names = {path.name for path in demo.iterdir()}
-    expected = {"checkpoint.pth", "checkpoint-1.pth", "log.txt", "reconstruction.png", "loss.png"}
+    expected = {"checkpoint.pth", "args.json", "log.txt", "reconstruction.png", "loss.png"}
     assert expected <= names
     assert sum(name.startswith("events.out.tfevents") for name in names) == 1
     assert not any(name.endswith(".tmp") or name.startswith(".") for name in names)
@@ -1273,10 +1293,17 @@ def test_visualize_refuses_images_that_are_none_in_one_line(whole, launcher, tmp
     assert_one_line(result, 2, str(path))
 
 
-def test_visualize_does_not_write_over_an_image(images):
+def test_visualize_does_not_write_over_an_image(whole, images):
     image = next(images.rglob("*.png"))
     other_name = image.parent / ".." / image.parent.name / image.name
-    command = ["--checkpoint", "x.pth", "--images", str(images), "--output", str(other_name)]
+    command = [
+        "--checkpoint",
+        str(whole / "checkpoint.pth"),
+        "--images",
+        str(images),
+        "--output",
+        str(other_name),
+    ]
     with pytest.raises(UsageError, match="is one of the images"):
         tools.visualize.main(tools.visualize.parse_args(command))
 

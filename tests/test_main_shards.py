@@ -75,10 +75,11 @@ def test_shards_without_an_index_are_refused_in_one_line(launcher, tmp_path):
     assert_one_line(result, 2, "index.npz", "python -m tools.shards index")
 
 
-def slow_pictures(seconds: float) -> None:
-    """Make each image take a while to read."""
+def slow_pictures(seconds: float, judge_after: float) -> None:
+    """Make each image take a while to read, and have the waiting judged so soon."""
     import time
 
+    import util.run.reporter
     from util.data.folders import ImageFolder
 
     fast = ImageFolder.open
@@ -88,18 +89,20 @@ def slow_pictures(seconds: float) -> None:
         return fast(self, index)
 
     ImageFolder.open = slow
+    util.run.reporter.SECONDS_TO_JUDGE = judge_after
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.2])
-def test_a_model_that_waits_for_its_data_is_told_of_once(launcher, tmp_path, seconds):
+@pytest.mark.parametrize(("judge_after", "told"), [(0.0, 1), (60.0, 0)], ids=["long", "short"])
+def test_a_run_that_waits_for_its_data_for_long_says_so_once(launcher, tmp_path, judge_after, told):
     data = {"data_path": write_images(tmp_path / "set", 24), "output_dir": tmp_path / "run"}
     command = command_line(PRETRAIN | data | {"num_workers": 0})
-    result = launcher.run(*command, before=code_of(slow_pictures, seconds=seconds))
+    result = launcher.run(
+        *command, before=code_of(slow_pictures, seconds=0.2, judge_after=judge_after)
+    )
     assert_ok(result)
     lines = [
         line for line in result.out.splitlines() if line.startswith("the model waits for data")
     ]
     waits = [line["data_wait"] for line in log_lines(tmp_path / "run")]
-    assert len(lines) == (max(waits) > 0.1)
-    if seconds:
-        assert min(waits) > 0.3 and "--num_workers" in lines[0]
+    assert min(waits) > 0.3 and len(lines) == told
+    assert all("raise --num_workers (now 0 a process" in line for line in lines)

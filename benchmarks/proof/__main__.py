@@ -148,7 +148,7 @@ def pretrain_args(args: argparse.Namespace, arm: Arm, seed: int) -> argparse.Nam
         *("--output_dir", folder_of(args, arm, seed) / "pretrain", "--norm_pix_loss"),
         *("--model", f"convmae_convvit_{args.model}_patch16"),
         *("--batch_size", min(args.batch_size, args.counts["all"]), "--lr", args.lr),
-        *("--epochs", epochs, "--save_freq", max(1, epochs // args.curve_points)),
+        *("--epochs", epochs, "--save_freq", max(1, epochs // args.curve_points), "--keep", 0),
         *common_flags(args, epochs, seed),
         *arm.flags,
     ]

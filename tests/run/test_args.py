@@ -12,6 +12,7 @@ from util.errors import UsageError
 from util.run import args as arguments
 from util.run.args import check_file_writable, check_writable, derive_args
 from util.run.parser import ChoiceOf, Parser
+from util.run.record import write_record
 from util.run.same_run import MAY_CHANGE, check_same_run, plain
 from util.run.setup import complete_run
 from VideoConvMAE import main_finetune as main_finetune_video
@@ -357,3 +358,65 @@ def test_an_output_folder_beside_shards_is_allowed(tmp_path):
     (tmp_path / "index.npz").touch()
     line = f"--data_path {tmp_path} --output_dir {tmp_path / 'out'} --num_workers 0"
     complete_run(parse(line), torch.device("cpu"))
+
+
+# --- configurations and recipes ------------------------------------------------------------------
+
+
+def test_a_warmup_that_was_not_given_is_a_tenth_of_a_short_run_and_that_is_said(capsys):
+    assert [completed(f"--epochs {n}").warmup_epochs for n in (400, 200, 30)] == [40, 40, 3]
+    assert completed("--epochs 60 --warmup_epochs 40").warmup_epochs == 40
+    assert capsys.readouterr().out == (
+        "note: --warmup_epochs 3, a tenth of --epochs 30; the recipe's 40 are for longer runs\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["flags.json", "flags.yaml"])
+def test_a_configuration_is_as_if_typed_and_flags_count_more(name, tmp_path):
+    texts = {
+        "flags.json": '{"args": {"blr": 1e-3, "hflip": false, "crop_scale": [0.5, 1], "lr": null}}',
+        "flags.yaml": "blr: 1e-3\nhflip: no\ncrop_scale: [0.5, 1]\nlr:\n",
+    }
+    (tmp_path / name).write_text(texts[name])
+    assert parse(f"--config {tmp_path / name}") == parse("--blr 1e-3 --no_hflip --crop_scale 0.5 1")
+    assert parse(f"--blr 1 --hflip --config {tmp_path / name}") == parse(
+        "--blr 1 --crop_scale 0.5 1"
+    )
+
+
+def test_arguments_come_back_from_the_file_that_a_run_writes(tmp_path):
+    args = parse("--data_path a --crop_scale 0.3 0.9 --no_hflip --no_pin_mem --amp bf16")
+    write_record(tmp_path, plain(args))
+    assert plain(parse(f"--config {tmp_path / 'args.json'}")) == plain(args)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "unknown argument --epoch: did you mean --epochs?"),
+        ("epoch:", "unknown argument --epoch: did you mean --epochs?"),
+        ("epochs: yes", "--epochs: 'True' is not a whole number"),
+        ("crop_scale: 0.5", "--crop_scale: expected 2 arguments"),
+        ("- 1", "must hold names of flags and their values"),
+        ("a: [", "is neither JSON nor YAML"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_one_line(text, message, tmp_path, capsys):
+    path = tmp_path / "flags.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert message in error_of(["--config", str(path)], capsys)
+
+
+def test_the_names_of_models_can_be_listed(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--model list")
+    assert not end.value.code
+    assert capsys.readouterr().out.split() == ["convmae_base", "convmae_large", "convmae_tiny"]
+
+
+def test_help_shows_lists_as_one_types_them_and_which_switch_is_on():
+    text = " ".join(parser().format_help().split())
+    assert "as a share of the image (default: 0.2 1.0)" in text
+    assert "flip half of the images (default)" in text and "never flip (default)" not in text

@@ -126,6 +126,27 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     assert output == "" and "Epoch 1/1:" in bar and "loss 0.5" in bar
 
 
+def test_the_bar_fits_a_hundred_columns_and_a_narrower_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(logger.sys.stderr, "isatty", lambda: True)
+    names = ("lr", "loss", "grad_norm", "memory_mb", "images_per_s", "data_wait")
+    for columns in (300, 60):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        progress = Progress("Epoch 1599/1600", steps=12345, start=12000, remaining=10**6)
+        progress.advance()
+        progress.show(12001, dict.fromkeys(names, 0.00012345678))
+        progress.close()
+        bars = capsys.readouterr().err.split("\r")
+        assert "lr 0.0001" in "".join(bars) or columns == 60
+        assert 40 < max(map(len, bars)) <= min(columns, 100)
+
+
+def test_a_finished_epoch_leaves_a_line_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(logger.sys.stderr, "isatty", lambda: True)
+    progress = Progress("Epoch 1/2", steps=4, start=0, remaining=4)
+    progress.finish({"loss": 0.5, "time": "0:01:00"})
+    assert capsys.readouterr().out == "Epoch 1/2  loss 0.5  time 0:01:00\n"
+
+
 def test_only_the_main_process_shows_progress(capsys, monkeypatch):
     monkeypatch.setattr(logger, "is_main_process", lambda: False)
     progress = Progress("Epoch 1/1", steps=4, start=0, remaining=0)

@@ -22,7 +22,6 @@ from tests.checks import (
     events,
     load,
     log_lines,
-    same,
     weights,
 )
 from tests.runs import call
@@ -161,7 +160,7 @@ def test_fine_tuning_starts_from_pretraining_and_tests_the_best_on_all_views(fin
     assert "95 tensors loaded" in result.out
     assert "missing there, begin anew: fc_norm (2), head (2)" in result.out
     assert "2 classes" in result.out
-    assert result.out.count("Accuracy of the network on the 5 test videos") == 3 + 2
+    assert result.out.count("on the 5 test videos") == 3 + 2
     assert [line["epoch"] for line in log_lines(output)] == [0, 1, 2]
     assert {"test_acc1", "test_acc5", "test_loss"} <= log_lines(output)[0].keys()
     content = load(output / "best_checkpoint.pth")
@@ -240,10 +239,10 @@ def test_the_best_and_the_last_weights_are_tested_each_by_its_name(finetuned_run
     best, last = tests.split("Test of the last epoch's weights, checkpoint.pth:")
     views = "tested on 2 clips x 3 crops of 4 frames (dense sampling, stride 2) at 32x32"
     for part in (best, last):
-        assert part.count("Accuracy of the network on the 5 test videos") == 1
+        assert part.count("on the 5 test videos") == 1
         assert views in part
-    tested = [line for line in best.splitlines() if "Accuracy" in line]
-    assert f"{100 * _accuracy(output / 'all.csv'):.1f}%" in tested[0]
+    tested = [line for line in best.splitlines() if "* Acc@1" in line]
+    assert f"* Acc@1 {100 * _accuracy(output / 'all.csv'):.3f} " in tested[0]
 
 
 def _accuracy(predictions):
@@ -316,7 +315,7 @@ def test_two_lists_of_any_name_by_data_path_and_val_path(data, pretrained, launc
     result = launcher.run(*flags, program=FINETUNE)
     assert_ok(result)
     assert "12 videos of" in result.out
-    assert result.out.count("Accuracy of the network on the 5 test videos") == 1 + 2
+    assert result.out.count("on the 5 test videos") == 1 + 2
     alone = {"val_path": tmp_path / "theirs.csv", "output_dir": tmp_path / "o"}
     result = launcher.run(*command_line(DEFAULTS | alone, "--eval"), program=FINETUNE)
     assert_ok(result)
@@ -440,10 +439,6 @@ def test_a_fine_tuned_checkpoint_cannot_reconstruct(finetuned, data, launcher, t
     line = ["--checkpoint", finetuned / "checkpoint.pth", "--output", tmp_path / "clips.png"]
     result = launcher.run(*line, "--videos", data / "val", program="VideoConvMAE.visualize")
     assert_one_line(result, 2, "is a classifier: only a whole autoencoder can reconstruct")
-
-
-def test_all_processes_agree_on_the_state(finetuned):
-    assert same(load(finetuned / "checkpoint.pth"), load(finetuned / "checkpoint-2.pth"))
 
 
 def test_visualize_does_not_write_over_a_video(tmp_path):

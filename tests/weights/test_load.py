@@ -467,6 +467,17 @@ def test_a_description_names_kind_geometry_epoch_classes_and_use(tmp_path):
         assert phrase in text
 
 
+def test_a_description_tells_the_recipe_and_the_best_accuracy(tmp_path):
+    path = tmp_path / "x.pth"
+    ours(classifier(), path)
+    content = torch.load(path, weights_only=True)
+    content["args"] = {"epochs": 100, "lr": 1e-3, "drop_path": "odd", "norm_pix_loss": True}
+    torch.save(content | {"best": {"acc1": 81.25}}, path)
+    text = describe(read_weights(path))
+    assert "recipe   epochs 100, lr 0.001, norm_pix_loss\n" in text
+    assert "best     81.250 % top 1\n" in text
+
+
 def test_inspect_and_export_from_the_command_line(tmp_path):
     path, exported = tmp_path / "x.pth", tmp_path / "model.safetensors"
     the_originals(probe(), path)

@@ -7,13 +7,14 @@ from pathlib import Path
 from util.data.images import MAX_PIXELS
 from util.errors import UsageError
 from util.layers.architecture import Architecture
-from util.run.distributed import cores_per_process
+from util.run.distributed import cores_per_process, print_once
 from util.run.geometry_args import add_decoder_args, add_encoder_args, fill_geometry_flags
 from util.run.parser import (
     ChoiceOf,
     Ignored,
     Parser,
     PathOrDefault,
+    RecipeValue,
     add_switch,
     device_name,
     mask_ratio,
@@ -28,6 +29,8 @@ from util.run.parser import (
 # How the tables of an evaluation begin.
 PREDICTION_COLUMNS = ("path", "label", "prediction", "probability")
 CONFUSION_COLUMNS = ("label", "samples", "accuracy")
+# A recipe's warm-up is cut to a tenth of a run of which it would be more than this share.
+_LONGEST_WARMUP = 0.2
 # Of a model that no checkpoint describes.
 _DEFAULT = Architecture()
 _INPUT_SIZE, _PATCH_SIZE = _DEFAULT.img_size[0], _DEFAULT.flags()["patch_size"]
@@ -436,9 +439,10 @@ def add_optim_args(
     group.add_argument(
         "--warmup_epochs",
         type=non_negative_float,
-        default=warmup_epochs,
+        default=RecipeValue(warmup_epochs),
         metavar="N",
-        help="epochs of linear warm-up",
+        help="epochs of linear warm-up; by default a tenth of --epochs where the recipe's would be "
+        "more than a fifth",
     )
     group.add_argument(
         "--blr",
@@ -519,6 +523,13 @@ def add_run_args(parser: Parser) -> None:
     """Output, resuming, device and precision."""
     group = parser.add_argument_group("run")
     group.add_argument(
+        "--config",
+        action=Ignored,
+        metavar="FILE",
+        help="flags from the args.json of another run, or from names and values as JSON or YAML; "
+        "those of the command line count more",
+    )
+    group.add_argument(
         "--output_dir",
         action=PathOrDefault,
         default=Path("output"),
@@ -539,7 +550,14 @@ def add_run_args(parser: Parser) -> None:
         type=positive_int,
         default=20,
         metavar="EPOCHS",
-        help="keep checkpoint-<epoch>.pth every so many epochs",
+        help="write checkpoint-<epoch>.pth every so many epochs; the last is checkpoint.pth",
+    )
+    group.add_argument(
+        "--keep",
+        type=non_negative_int,
+        default=3,
+        metavar="N",
+        help="of those of --save_freq the newest so many stay; 0: all",
     )
     group.add_argument(
         "--save_steps",
@@ -613,6 +631,14 @@ def derive_args(args: argparse.Namespace, device_type: str, processes: int) -> N
     derive_loading(args, device_type)
     if "crop_scale" in args and not 0 < args.crop_scale[0] <= args.crop_scale[1]:
         raise UsageError("--crop_scale takes the smaller share first, and more than 0")
+    if isinstance(args.warmup_epochs, RecipeValue):
+        recipe, args.warmup_epochs = args.warmup_epochs, float(args.warmup_epochs)
+        if recipe > _LONGEST_WARMUP * args.epochs and not getattr(args, "eval", False):
+            args.warmup_epochs = args.epochs / 10
+            print_once(
+                f"note: --warmup_epochs {args.warmup_epochs:g}, a tenth of --epochs {args.epochs}; "
+                f"the recipe's {recipe:g} are for longer runs"
+            )
     if args.warmup_epochs >= args.epochs:
         raise UsageError(
             f"--warmup_epochs {args.warmup_epochs:g} must be less than --epochs {args.epochs}"

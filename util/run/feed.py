@@ -84,6 +84,7 @@ class Pace:
         self.batch_size = batch_size
         self.start = self.last = (time.perf_counter(), step)
         self.waited = 0.0
+        self.settled: tuple[float, float] | None = None  # time and waiting at the first reading
         feed.waited()  # forget what was before
 
     def read(self, step: int) -> dict[str, float]:
@@ -92,6 +93,7 @@ class Pace:
         seconds, steps = now - self.last[0], step - self.last[1]
         self.last = (now, step)
         self.waited += waited
+        self.settled = self.settled or (now, self.waited)
         return {"images_per_s": steps * self.batch_size / seconds, "data_wait": waited / seconds}
 
     @property
@@ -99,6 +101,12 @@ class Pace:
         """The share of waiting in all the time that `read` has covered."""
         seconds = self.last[0] - self.start[0]
         return self.waited / seconds if seconds else 0.0
+
+    def settled_wait(self) -> tuple[float, float]:
+        """The share of waiting since the first reading, and the seconds since then."""
+        since, waited = self.settled
+        seconds = self.last[0] - since
+        return ((self.waited - waited) / seconds if seconds else 0.0), seconds
 
     def _most(self, seconds: float) -> float:
         value = torch.tensor(seconds, device=self.feed.device)

@@ -1,6 +1,7 @@
 """Meters and the console: means over steps, progress, and numbers for reading."""
 
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -93,8 +94,13 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
+# What the bar shows of a step's numbers; all of them would not fit.
+_ON_THE_BAR = ("lr", "loss", "images_per_s", "left")
+_BAR_COLUMNS = 100
+
+
 class Progress:
-    """One epoch's progress: a bar on a terminal, plain lines elsewhere.
+    """One epoch's progress: a bar on a terminal that leaves a line, plain lines elsewhere.
 
     Args:
         title: what stands before it, such as "Epoch 3/60".
@@ -111,7 +117,7 @@ class Progress:
             layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
             self.bar = tqdm(
                 total=steps, initial=start, desc=title, bar_format=layout, leave=False,
-                dynamic_ncols=True,
+                ncols=min(_BAR_COLUMNS, shutil.get_terminal_size().columns),
             )  # fmt: skip
 
     def advance(self) -> None:
@@ -123,17 +129,33 @@ class Progress:
         """Show the numbers after `step` steps of the epoch."""
         done = step - self.start
         left = (time.perf_counter() - self.begin) / done * (self.steps - step + self.remaining)
-        text = "  ".join(
-            f"{name} {value if isinstance(value, str) else format(value, '.4g')}"
-            for name, value in (values | {"left": clock(left)}).items()
-        )
+        values = values | {"left": clock(left)}
         if self.bar is not None:
-            self.bar.set_postfix_str(text)
+            shown = {name: values[name] for name in _ON_THE_BAR if name in values}
+            self.bar.set_postfix_str(_as_text(shown))
         elif is_main_process():
             width = len(str(self.steps))
-            print(f"{self.title}  [{step:{width}d}/{self.steps}]  {text}", flush=True)
+            print(f"{self.title}  [{step:{width}d}/{self.steps}]  {_as_text(values)}", flush=True)
+
+    def seconds(self) -> float:
+        """Seconds since the epoch began or was resumed."""
+        return time.perf_counter() - self.begin
 
     def close(self) -> None:
         """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
+
+    def finish(self, values: dict[str, float | str]) -> None:
+        """Leave a line in the place of the bar; elsewhere the last step's line stands already."""
+        self.close()
+        if self.bar is not None:
+            print(f"{self.title}  {_as_text(values)}", flush=True)
+
+
+def _as_text(values: dict[str, float | str]) -> str:
+    """Names and values, such as "lr 0.001  left 0:00:10"."""
+    return "  ".join(
+        f"{name} {value if isinstance(value, str) else format(value, '.4g')}"
+        for name, value in values.items()
+    )

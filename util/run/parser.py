@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from util.errors import UsageError
 from util.run.distributed import complain, print_once
+from util.run.record import as_flags, read_config
 
 # Bytes of a file's name, on every file system that is in use.
 _LONGEST_NAME = 255
@@ -19,8 +21,21 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to each help text that does not state one itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        unstated = action.default is None or isinstance(action.default, bool)
-        return action.help if unstated else super()._get_help_string(action)
+        """A list is shown as one types it, of a switch and its opposite the one that is on."""
+        if action.default is None or "(default" in action.help or "the default" in action.help:
+            return action.help
+        if isinstance(action.default, bool):
+            return action.help + (" (default)" if action.const is action.default else "")
+        if action.default is argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default: {show_value(action.default).replace('%', '%%')})"
+
+
+class RecipeValue(float):
+    """A default that may give way to what else was asked for; a value that was given is none."""
+
+    def __str__(self) -> str:
+        return f"{self:g}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,12 +56,28 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's; then the notes are printed."""
+        """As argparse's, what `--config` says standing first; then the notes are printed."""
         self.notes.clear()
-        parsed = super().parse_known_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        if "--config" in self._option_string_actions:
+            words = [*self._configured(words), *words]
+        parsed = super().parse_known_args(words, namespace)
         for what, flags in self.notes.items():
             print_once(f"note: {', '.join(flags)}: {what}")
         return parsed
+
+    def _configured(self, words: Sequence[str]) -> list[str]:
+        """The flags that the files of `--config` stand for, in order."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        finder.add_argument("--config", action="append", type=Path, default=[])
+        try:
+            files = finder.parse_known_args(words)[0].config
+            contents = map(read_config, files)
+            return [w for c in contents for w in as_flags(c, self._option_string_actions)]
+        except UsageError as error:
+            self.error(f"--config: {error}")
+        except argparse.ArgumentError:  # said when all is parsed
+            return []
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with 2; an unknown flag gets the nearest known one."""
@@ -67,6 +98,7 @@ class Ignored(argparse.Action):
         dest: not used.
         nargs: see argparse.
         note: the reason, printed when the flag is given; nothing is printed without one.
+        help: for a flag that has done its part already.
     """
 
     def __init__(
@@ -75,9 +107,13 @@ class Ignored(argparse.Action):
         dest: str,
         nargs: int | str | None = None,
         note: str | None = None,
+        help: str = argparse.SUPPRESS,
+        metavar: str | None = None,
     ) -> None:
         nothing = argparse.SUPPRESS
-        super().__init__(option_strings, nothing, nargs=nargs, default=nothing, help=nothing)
+        super().__init__(
+            option_strings, nothing, nargs=nargs, default=nothing, help=help, metavar=metavar
+        )
         self.reason = note
 
     def __call__(
@@ -207,13 +243,19 @@ def _number(kind: type, text: str, name: str) -> int | float:
 
 
 class ChoiceOf:
-    """An argument type: one of the names, with the nearest one named in the error."""
+    """An argument type: one of the names, with the nearest one named in the error.
+
+    `list` prints all, a line each, and ends the program.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = sorted(names)
 
     def __call__(self, text: str) -> str:
         """The name itself."""
+        if text == "list":
+            print_once("\n".join(self.names))
+            sys.exit(0)
         if text not in self.names:
             near = difflib.get_close_matches(text, self.names, n=1, cutoff=0.0)
             raise argparse.ArgumentTypeError(

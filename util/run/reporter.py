@@ -9,13 +9,14 @@ from torch import Tensor
 from util.data.loader import BadImages, Loader
 from util.run.distributed import cores_per_process, gather_objects, print_once
 from util.run.feed import DeviceFeed, Pace
-from util.run.logger import Meters, Progress, peak_memory_mb
+from util.run.logger import Meters, Progress, clock, peak_memory_mb
 from util.run.optim_step import OptimStep, StepResult
 from util.run.run_log import RunLog
 
-# A larger share of waiting for data is said in a line, once so many steps of an epoch are done.
+# A larger share of waiting for data is said in a line, once so many seconds of an epoch have
+# passed since its first log line: in its first steps the workers start.
 MAX_DATA_WAIT = 0.1
-STEPS_TO_JUDGE = 100
+SECONDS_TO_JUDGE = 60.0
 
 
 class Reporter:
@@ -87,13 +88,20 @@ class Reporter:
         values |= self.pace.read(self.done)
         self.log.scalars(self.epoch + self.done / steps, values)
         self.progress.show(self.done, values)
-        if self.done == steps or self.done - self.start >= STEPS_TO_JUDGE:
-            self._judge_waiting()
+        self._judge_waiting()
 
-    def means(self) -> dict[str, float]:
-        """The epoch's means, with MAE's keys, and the share of waiting for data."""
-        means = {f"train_{name}": value for name, value in self.meters.read_epoch().items()}
-        return {**means, "data_wait": round(self.pace.data_wait, 4)}
+    def finish(self) -> dict[str, float]:
+        """End the epoch's progress.
+
+        Returns:
+            Its means with MAE's keys, the share of waiting for data, and its seconds, of a
+            resumed epoch those since then.
+        """
+        means, seconds = self.meters.read_epoch(), self.progress.seconds()
+        self.progress.finish({**means, "time": clock(seconds)})
+        means = {f"train_{name}": value for name, value in means.items()}
+        wait = round(self.pace.data_wait, 4)
+        return {**means, "data_wait": wait, "epoch_seconds": round(seconds, 2)}
 
     def _note_bad_files(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """The loader's micro-batches without their last entry, the files that failed."""
@@ -113,11 +121,14 @@ class Reporter:
 
     def _judge_waiting(self) -> None:
         """Say once if the model waits for its data."""
-        share = self.pace.data_wait
-        if share > MAX_DATA_WAIT and not self._told_of_waiting:
-            self._told_of_waiting = True
-            print_once(
-                f"the model waits for data {share:.0%} of the time: raise --num_workers (now "
-                f"{self.args.num_workers} a process, there are {cores_per_process()} cores for "
-                f'each), or see PRETRAIN.md, "When the model waits for data"'
-            )
+        share, seconds = self.pace.settled_wait()
+        if self._told_of_waiting or seconds < SECONDS_TO_JUDGE or share <= MAX_DATA_WAIT:
+            return
+        self._told_of_waiting = True
+        cores, workers = cores_per_process(), self.args.num_workers
+        raised = f"raise --num_workers (now {workers} a process, there are {cores} cores for each)"
+        print_once(
+            f"the model waits for data {share:.0%} of the time: "
+            f"{raised + ', or ' if workers < cores else ''}"
+            f'see PRETRAIN.md, "When the model waits for data"'
+        )

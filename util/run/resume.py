@@ -105,6 +105,11 @@ class Checkpoints:
             for name in names:
                 save_atomically(content | self.extra, self.folder / name)
 
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint if it is there."""
+        if is_main_process():
+            (self.folder / name).unlink(missing_ok=True)
+
     def restore(self, content: Mapping) -> tuple[int, int]:
         """Set every part to a checkpoint's state, and return its position `(epoch, step)`.
 

@@ -116,7 +116,8 @@ class Run:
             f"{self.loader.dataset.root}, "
             f"{self.loader.steps_per_epoch} steps of {args.batch_size} x {args.accum_iter} x "
             f"{world_size()} = {args.effective_batch_size} an epoch\n"
-            f"{args.epochs} epochs {begin}, peak lr {args.lr:.3g}, {precision} on {self.device}"
+            f"{args.epochs} epochs {begin}, peak lr {args.lr:.3g} after a warm-up of "
+            f"{args.warmup_epochs:g}, {precision} on {self.device}"
             f"{', compiled' if args.compile else ''}, output in {args.output_dir}"
         )
 
@@ -155,12 +156,11 @@ class Run:
                 self.optim.check()
             if done < steps:
                 self._save_within(epoch, done)
-        report.progress.close()
 
     def means(self, epoch: int) -> dict[str, float]:
-        """The epoch's means, with MAE's keys ("train_loss", "train_lr")."""
+        """The epoch's means, with MAE's keys ("train_loss", "train_lr"); its progress ends."""
         steps = self.loader.steps_per_epoch
-        return {"train_lr": self._set_learning_rate(epoch + 1 - 1 / steps), **self.report.means()}
+        return {"train_lr": self._set_learning_rate(epoch + 1 - 1 / steps), **self.report.finish()}
 
     def save_trained(self, epoch: int) -> None:
         """Save an epoch that is trained and not yet evaluated.
@@ -188,10 +188,15 @@ class Run:
         self.report.meters.start_epoch()
         last = epoch + 1 == self.args.epochs
         names = [BEST] if best else []
-        if last or (epoch + 1) % self.args.save_freq == 0:
+        # That of the last epoch would be checkpoint.pth once more.
+        numbered = not last and (epoch + 1) % self.args.save_freq == 0
+        if numbered:
             names.append(f"checkpoint-{epoch}.pth")
         # checkpoint.pth comes last: after a kill before that, the others are written again.
         self._save(epoch + 1, 0, *names, LAST)
+        if numbered and (keep := self.args.keep):
+            # The one that is now too many; files of other runs and settings stay.
+            self.checkpoints.remove(f"checkpoint-{epoch - keep * self.args.save_freq}.pth")
         if not last and self.stop.agreed(self.device):
             raise Stopped(self.stopped_at(f"the end of epoch {epoch + 1}"))
 

@@ -16,7 +16,16 @@ from util.weights.read import weights_of
 # as a whole (see `effective_batch_size`), so that a run can go on with other GPUs.
 MAY_CHANGE = frozenset(
     {"accum_iter", "amp", "batch_size", "clip_grad", "compile", "confusion", "data_path", "demo"}
-    | {"device", "dist_eval", "grad_checkpointing", "inflate", "knn_freq", "knn_path", "log_dir"}
+    | {
+        "device",
+        "dist_eval",
+        "grad_checkpointing",
+        "inflate",
+        "keep",
+        "knn_freq",
+        "knn_path",
+        "log_dir",
+    }
     | {"max_bad_images", "max_pixels", "nb_classes", "num_workers", "output_dir", "pin_mem"}
     | {"predictions", "print_freq", "resume", "rgb", "save_freq", "save_steps"}
     | {"teacher_checkpoint", "test_clips", "test_crops", "val_path", "video_root"}

@@ -17,6 +17,9 @@ from util.run.args import check_tables, check_writable, derive_args
 from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.lock import hold
 from util.run.optim_step import amp_dtype
+from util.run.record import write_record
+from util.run.resume import LAST
+from util.run.same_run import plain
 
 _held: set[Path] = set()
 
@@ -37,12 +40,15 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
         UsageError: values that do not go together or that this machine cannot do; another run
             has the output folder.
     """
+    given = plain(args)
     derive_args(args, device.type, world_size())
     amp_dtype(args.amp, device)
     check_outside_data(args)
     hold_output(args.output_dir)
     check_writable(args.log_dir, "--log_dir")
     check_tables(args)
+    if not (args.output_dir / LAST).exists():  # a run that goes on keeps that of its beginning
+        write_record(args.output_dir, given | {"warmup_epochs": args.warmup_epochs})
 
 
 def hold_output(folder: Path, flag: str = "--output_dir") -> None:

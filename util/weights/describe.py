@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from util.errors import printable
 from util.layers.geometry import show_size
-from util.weights.read import KINDS, Weights
+from util.weights.read import KINDS, RECIPE, Weights
 
 
 def describe(weights: Weights) -> str:
@@ -29,6 +29,8 @@ def describe(weights: Weights) -> str:
         "decoder": _decoder(weights) if weights.kind == "autoencoder" else None,
         "guessed": guesses(weights),
         "run": ", ".join(map(str, filter(None, said))),
+        "recipe": _recipe(weights.args),
+        "best": _best(weights.info),
         "classes": _some(weights.classes) if weights.classes else None,
         "use": _USES[weights.kind].format(file=weights.path),
     }
@@ -64,6 +66,18 @@ def epochs_done(info: Mapping[str, object]) -> int | None:
     epoch = info.get("epoch")
     ours = "program" in info or "step" in info
     return epoch if epoch is None or ours else epoch + 1
+
+
+def _recipe(args: Mapping[str, object]) -> str:
+    """The recipe's main values, as far as the file has them."""
+    said = [f"{name} {args[name]:g}" for name in RECIPE if name in args]
+    return ", ".join(said + ["norm_pix_loss"] * args.get("norm_pix_loss", False))
+
+
+def _best(info: Mapping[str, object]) -> str | None:
+    """The best accuracy of a classifier's run, if there was an evaluation."""
+    acc1 = info["best"]["acc1"] if "best" in info else -1
+    return f"{acc1:.3f} % top 1" if acc1 >= 0 else None
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

@@ -249,6 +249,10 @@ def _are(fits: Callable[[object], bool], *lengths: int) -> Callable[[object], bo
     return check
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_ratio(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < 2**31
 
@@ -257,8 +261,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+# Arguments of a run that people ask for first.
+RECIPE = ("epochs", "warmup_epochs", "effective_batch_size", "lr", "weight_decay", "mask_ratio")
+RECIPE += ("layer_decay", "drop_path", "seed")
 # What entries and arguments must be for anything to be concluded from them.
 _INFO = {"epoch": _is_count, "step": _is_count, "program": _is_text, "classes": _are(_is_text)}
+_INFO["best"] = lambda v: isinstance(v, Mapping) and _is_number(v.get("acc1"))
 _ARGS = {
     "input_size": lambda v: _is_size(v) or _are(_is_size, 1, 2)(v),
     "patch_size": lambda v: _are(lambda p: _is_size(p) or _are(_is_size, 2)(p), 3)(v),
@@ -272,6 +280,7 @@ _ARGS = {
     ),
     "masking": lambda v: v in ("tube", "random"),
     **dict.fromkeys(("model", "teacher", "teacher_digest"), _is_text),
+    **dict.fromkeys(RECIPE, _is_number),
 }
 
 
