@@ -88,14 +88,19 @@ class Stage1MaskedAutoencoder(MaskedAutoencoderConvViT):
         return self.norm(x), mask, ids_restore
 
     def forward_loss(
-        self, imgs: Tensor, pred: Tensor, mask: Tensor, ids_predict: Tensor | None = None
+        self,
+        imgs: Tensor,
+        pred: Tensor,
+        mask: Tensor,
+        ids_predict: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of the removed pixels; `mask` as `random_masking` gives it.
 
         Raises:
-            ValueError: some patches alone are predicted: they all have removed pixels.
+            ValueError: some patches or values alone count: all have removed pixels.
         """
-        if ids_predict is not None:
+        if ids_predict is not None or valid is not None:
             raise ValueError("with masks of stage 1 every patch is predicted")
         with torch.autocast(imgs.device.type, enabled=False):
             removed = F.interpolate(mask, self.geometry.img_size, mode="nearest-exact")
