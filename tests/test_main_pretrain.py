@@ -189,7 +189,7 @@ def die_in_a_write(name: str, count: int, moment: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def kill_around_replace(source, target):
-        dies = writes[-1] and sum(writes) == count
+        dies = os.path.basename(source).startswith(f"{name}.") and sum(writes) == count
         if dies and moment == "not yet renamed":
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
