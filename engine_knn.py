@@ -56,7 +56,8 @@ def pooled_latent(model: MaskedAutoencoderConvViT, imgs: Tensor) -> Tensor:
     They are those of its checkpoint by `engine_features.encode`.
     """
     ids = torch.arange(model.geometry.num_patches, device=imgs.device)
-    x = model.forward_visible(imgs, ids.expand(len(imgs), -1))[-1].mean(1)
+    x = model.forward_visible(imgs, ids.expand(len(imgs), -1))[-1]
+    x = x[:, model.num_prefix_tokens :].mean(1)
     return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
 
 

@@ -84,6 +84,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.demo and args.data_path is None:
         parser.error("--data_path is missing: a folder of images (or --demo for embedded ones)")
+    if args.knn_path and not args.knn_freq:
+        parser.error("--knn_path needs --knn_freq: after how many epochs to measure")
     if args.finetune is None:
         try:
             complete_arrays(args)

@@ -514,6 +514,8 @@ def convmae_from_weights(
         )
     settings = ("norm_pix_loss", "masking", "complementary", "mimic_dim")
     known = {name: args[name] for name in settings if args.get(name) is not None}
+    if "mimic.bias" in weights.state:
+        known["mimic_dim"] = len(weights.state["mimic.bias"])
     kwargs = {**weights.architecture.kwargs(), **asdict(weights.decoder), **known}
     try:
         model = models[name](**kwargs)

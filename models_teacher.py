@@ -188,8 +188,8 @@ def load_teacher(name: str, checkpoint: Path | None = None) -> Teacher:
 def _load_convvit(path: Path) -> Teacher:
     weights = read_weights(path)
     architecture = weights.architecture
-    if architecture.ndim != 2 or architecture.in_chans != 3:
-        raise UsageError(f"--teacher {path} must be a model of pictures of three channels")
+    if architecture.ndim != 2 or architecture.in_chans != 3 or weights.args.get("arrays"):
+        raise UsageError(f"--teacher {path} must be a model of 8-bit pictures of three channels")
     model, _ = convvit_from_weights(weights)
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return Teacher(str(path), model, architecture.img_size, mean, std)

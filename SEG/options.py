@@ -164,6 +164,8 @@ def use_trained_classes(config: Config, args: argparse.Namespace, weights: Weigh
     Raises:
         UsageError: saying what differs.
     """
+    if weights.path.suffix == ".safetensors":  # weights alone
+        return
     trained = trained_classes(load_file(weights.path).get("meta"))
     if trained is None:
         return

@@ -103,8 +103,11 @@ def complete_protocol(
     Raises:
         UsageError: an alpha channel is asked for.
     """
-    if args.in_chans == 4:
-        raise UsageError("--in_chans 4: videos have no alpha channel; use 3 (RGB) or 1 (gray)")
+    if args.in_chans not in (1, 3):
+        raise UsageError(
+            f"--in_chans {args.in_chans}: videos have no alpha channel and no bands; use 3 (RGB) "
+            f"or 1 (gray)"
+        )
     side = round(min(args.input_size) * 10 / 7)
     for name, default in (PROTOCOL | {"short_side": side}).items():
         if getattr(args, name, default) is None:

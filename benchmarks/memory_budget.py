@@ -79,7 +79,11 @@ def main(argv: Sequence[str]) -> None:
     """Measure and print."""
     parser = Parser(prog="python -m benchmarks.memory_budget", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    sizes = [name.split("_")[2] for name in MODELS if name.count("_") == 3]
+    sizes = [
+        name.split("_")[2]
+        for name in MODELS
+        if name.startswith("convmae_") and name.count("_") == 3
+    ]
     add("--model", default="tiny", choices=sizes, help="size of the model")
     add("--input_size", type=positive_int, default=224, metavar="PIXELS", help="side of the images")
     add("--batch_size", type=positive_int, default=16, metavar="N", help="images in a step")

@@ -1,6 +1,7 @@
 """k-nearest neighbours by features, compared with scikit-learn."""
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -40,9 +41,11 @@ def test_fewer_samples_than_neighbours_all_vote():
     assert Neighbors(20).votes(similar, neighbors, 2).argmax(1).tolist() == [0, 1, 1]
 
 
-def test_the_running_model_has_the_features_of_its_checkpoint():
+@pytest.mark.parametrize("class_token", [False, True])
+def test_the_running_model_has_the_features_of_its_checkpoint(class_token):
     torch.manual_seed(0)
-    model = convmae_convvit_tiny_patch16(img_size=32, patch_size=(2, 2, 1)).eval()
+    sizes = dict(img_size=32, patch_size=(2, 2, 1), class_token=class_token)
+    model = convmae_convvit_tiny_patch16(**sizes).eval()
     encoder, _ = convvit_from_weights(weights_of({"model": model.state_dict()}, "x.pth"))
     pixels = [np.asarray(picture(i, 32, 32)) for i in range(3)]
     imgs = torch.tensor(np.stack(pixels)).movedim(-1, 1) / 127.5 - 1

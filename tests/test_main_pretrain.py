@@ -24,8 +24,10 @@ import timm
 import torch
 from PIL import ExifTags, Image
 
+import main_pretrain
 import tools.visualize
-from models_convmae import MaskedAutoencoderConvViT
+from engine_pretrain import build_model, check_sizes
+from models_convmae import MODELS, MaskedAutoencoderConvViT
 from models_convvit import convvit_from_checkpoint, convvit_from_weights, convvit_tiny_patch16
 from tests.checks import (
     assert_close_end,
@@ -1174,6 +1176,43 @@ def test_an_encoder_with_a_class_token_is_gone_on_from_with_it(images, launcher,
     ours = weights(tmp_path / "run")
     torch.testing.assert_close(ours["cls_token"], encoder["cls_token"], rtol=0, atol=1e-6)
     assert ours["decoder_pos_embed"].shape[1] == 65
+
+
+def test_a_fast_model_may_have_one_mask():
+    name = "fastconvmae_convvit_base_patch16"
+    for flags_, masks in ((["--no_complementary"], False), ([], True)):
+        args = main_pretrain.parse_args(["--data_path", "x", "--model", name, *flags_])
+        check_sizes(args, MODELS)
+        with torch.device("meta"):
+            assert build_model(args, MODELS).complementary is masks
+
+
+def test_a_teacher_may_join_a_run_that_starts_from_weights(whole, images, launcher, tmp_path):
+    start = {"finetune": whole / "checkpoint.pth", "model": None, "patch_size": None}
+    start |= {"teacher": whole / "checkpoint.pth", "epochs": 1, "warmup_epochs": 0}
+    assert_ok(launcher.run(*flags(images, tmp_path, **start)))
+    assert "mimic.weight" in weights(tmp_path)
+
+
+def test_a_decoder_that_is_to_predict_something_else_is_told_of(whole, images, launcher, tmp_path):
+    start = {"finetune": whole / "checkpoint.pth", "model": None, "patch_size": None}
+    command = flags(images, tmp_path, "--norm_pix_loss", **start, epochs=1, warmup_epochs=0)
+    result = launcher.run(*command)
+    assert "was pretrained with norm_pix_loss off, this run has norm_pix_loss True" in result.out
+
+
+def test_a_folder_for_k_nn_without_its_frequency_is_refused(images, launcher, tmp_path):
+    result = launcher.run(*flags(images, tmp_path, knn_path=images))
+    assert_one_line(result, 2, "--knn_path needs --knn_freq")
+
+
+def test_a_run_of_before_keeps_the_warm_up_that_was_not_given(images, launcher, tmp_path):
+    command = flags(images, tmp_path, warmup_epochs=None)
+    assert_ok(launcher.run(*command))
+    content = load(tmp_path / "checkpoint.pth")
+    content["args"]["warmup_epochs"] = 1.5
+    torch.save(content, tmp_path / "checkpoint.pth")
+    assert "nothing to train" in launcher.run(*command).out
 
 
 BAD_STARTS = {

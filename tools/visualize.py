@@ -69,6 +69,11 @@ def main(args: argparse.Namespace) -> None:
     args.in_chans = model.in_chans
     follow_checkpoint(args, weights.args)
     complete_arrays(args)
+    if args.in_chans != model.in_chans:
+        raise UsageError(
+            f"{args.checkpoint} is a model of {model.in_chans} channels, --bands give "
+            f"{args.in_chans}"
+        )
     form = array_format(args) if args.arrays else None
     endings = ARRAY_EXTENSIONS if args.arrays else IMAGE_EXTENSIONS
     files = [f for p in args.images for f in (scan(p, endings)[0] if p.is_dir() else [p])]

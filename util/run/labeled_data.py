@@ -68,6 +68,11 @@ def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Load
     if weights is not None:
         follow_checkpoint(args, weights.args)
         complete_arrays(args)
+        if args.in_chans != weights.architecture.in_chans:
+            raise UsageError(
+                f"{weights.path} is a model of {weights.architecture.in_chans} channels, and "
+                f"--bands or --in_chans give {args.in_chans}"
+            )
         tell_kind(args, path)
     return eval_loader(args, evaluated_images(args, path), args.batch_size)
 

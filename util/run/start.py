@@ -8,7 +8,9 @@ from util.data.classes import check_classes
 from util.data.datasets import LabeledImages
 from util.errors import UsageError
 from util.run.array_args import complete_arrays, follow_checkpoint, is_arrays
+from util.run.distributed import print_once
 from util.run.geometry_args import fill_geometry_flags
+from util.run.parser import RecipeValue
 from util.run.resume import LAST, find_resumable
 from util.run.same_run import check_program, check_state
 from util.run.setup import hold_output
@@ -56,13 +58,26 @@ def find_pretraining_start(
         for name, value in asdict(weights.decoder).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-    if architecture.class_token and "class_token" in args:
+    if architecture.class_token and getattr(args, "class_token", False) is None:
         args.class_token = True
+    if not content and weights.kind == "autoencoder":
+        _tell_other_targets(args, weights)
     if args.model is None:  # the encoder's and the decoder's sizes are flags by now
         of_size = [name for name in models if f"_{architecture.size_name}_" in name]
         there = weights.args.get("model")
         args.model = there if there in models else next(iter(of_size), model)
     return content, weights
+
+
+def _tell_other_targets(args: argparse.Namespace, weights: Weights) -> None:
+    """Say so where a decoder that is taken along was trained for something else."""
+    for name in ("norm_pix_loss", "masking", "complementary"):
+        there, here = weights.args.get(name) or None, getattr(args, name, None) or None
+        if there != here:
+            print_once(
+                f"note: {weights.path} was pretrained with {name} {there or 'off'}, this run has "
+                f"{name} {here or 'off'}"
+            )
 
 
 def _find_resumed(args: argparse.Namespace, program: str) -> dict | None:
@@ -72,6 +87,9 @@ def _find_resumed(args: argparse.Namespace, program: str) -> dict | None:
     content = find_resumable(args.resume, args.output_dir)
     if content:
         check_program(content, program)
+        saved = content["args"].get("warmup_epochs") if "args" in content else None
+        if isinstance(args.warmup_epochs, RecipeValue) and isinstance(saved, int | float):
+            args.warmup_epochs = float(saved)  # not given: the run's own
     return content
 
 

@@ -12,7 +12,7 @@ from util.weights.load import Report, load_weights
 from util.weights.read import Weights
 
 # What begins anew where it is missing; a class token is one row among the tokens.
-_NEW = ("norm", "decoder_*", "mask_token", "stage*_output_decode", "cls_token")
+_NEW = ("norm", "decoder_*", "mask_token", "stage*_output_decode", "cls_token", "mimic")
 # Fixed sine-cosine tables: they follow from the grid, and are the model's own.
 _TABLES = {"pos_embed", "decoder_pos_embed"}
 
@@ -41,6 +41,10 @@ def start_from(model: nn.Module, weights: Weights, inflate: str | None = None) -
         taken = taken.without("decoder_*", "mask_token")
     elif taken.state["decoder_pred.weight"].shape != model.decoder_pred.weight.shape:
         taken = taken.without("decoder_pred.*")  # of other channels
+    mimic = taken.state.get("mimic.bias")
+    own = getattr(model, "mimic", None)
+    if mimic is not None and (own is None or len(mimic) != own.out_features):
+        taken = taken.without("mimic.*")  # of another teacher, or none here
     report = load_weights(model, taken, new=(*_NEW, "pos_embed"))
     model.load_state_dict(tables, strict=False)
     kept = _TABLES & {"pos_embed", *taken.state}
