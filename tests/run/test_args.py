@@ -12,7 +12,7 @@ from util.errors import UsageError
 from util.run import args as arguments
 from util.run.args import check_file_writable, check_writable, derive_args
 from util.run.parser import ChoiceOf, Parser
-from util.run.record import write_record
+from util.run.record import prepare_record, write_record
 from util.run.same_run import MAY_CHANGE, check_same_run, plain
 from util.run.setup import complete_run
 from VideoConvMAE import main_finetune as main_finetune_video
@@ -386,7 +386,8 @@ def test_a_configuration_is_as_if_typed_and_flags_count_more(name, tmp_path):
 
 def test_arguments_come_back_from_the_file_that_a_run_writes(tmp_path):
     args = parse("--data_path a --crop_scale 0.3 0.9 --no_hflip --no_pin_mem --amp bf16")
-    write_record(tmp_path, plain(args))
+    prepare_record(tmp_path, plain(args))
+    write_record()
     assert plain(parse(f"--config {tmp_path / 'args.json'}")) == plain(args)
 
 

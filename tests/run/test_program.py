@@ -24,7 +24,7 @@ def wait_as_the_data_are_listed(number):
 
     import util.data.datasets as datasets
 
-    datasets.ImageFiles.__init__ = lambda *_: os.kill(os.getpid(), number)
+    datasets.ImageFiles.__init__ = lambda *_, **__: os.kill(os.getpid(), number)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from util.run.distributed import StopSignal, gather_objects, print_once, world_s
 from util.run.lr_sched import adjust_learning_rate
 from util.run.optim_step import OptimStep, amp_dtype
 from util.run.program import Stopped
+from util.run.record import write_record
 from util.run.reporter import Reporter
 from util.run.resume import BEST, LAST, Checkpoints, Stateful
 from util.run.same_run import plain
@@ -100,6 +101,7 @@ class Run:
                 f"--output_dir and --data_path must be the same folders on every node"
             )
         report.open_log(*position)
+        write_record()
         return cls(args, device, model, ddp_model, optim, loader, report, checkpoints, position)
 
     def describe(self, title: str) -> None:

@@ -17,7 +17,7 @@ from util.run.args import check_tables, check_writable, derive_args
 from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.lock import hold
 from util.run.optim_step import amp_dtype
-from util.run.record import write_record
+from util.run.record import prepare_record
 from util.run.resume import LAST
 from util.run.same_run import plain
 
@@ -48,7 +48,7 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     check_writable(args.log_dir, "--log_dir")
     check_tables(args)
     if not (args.output_dir / LAST).exists():  # a run that goes on keeps that of its beginning
-        write_record(args.output_dir, given | {"warmup_epochs": args.warmup_epochs})
+        prepare_record(args.output_dir, given | {"warmup_epochs": args.warmup_epochs})
 
 
 def hold_output(folder: Path, flag: str = "--output_dir") -> None:
