@@ -248,7 +248,7 @@ def test_a_classifier_of_other_classes_begins_its_head_anew(finished, flags, lau
 
 
 def test_accuracy_rises_on_what_can_be_learned(launcher, tmp_path):
-    """Digits 0 and 1 from random weights, in one epoch."""
+    """Digits 0 and 1 from random weights, in four epochs."""
     digits = write_digits(tmp_path / "all")
     for split in ("train", "val"):
         for name in "01":
@@ -256,7 +256,7 @@ def test_accuracy_rises_on_what_can_be_learned(launcher, tmp_path):
     values = {
         **DEFAULTS, "data_path": tmp_path / "two", "output_dir": tmp_path / "run",
         "model": "convvit_tiny_patch16", "patch_size": (2, 2, 1), "input_size": 32, "in_chans": 1,
-        "batch_size": 16, "epochs": 2, "aa": "none", "reprob": 0, **PLAIN, "print_freq": 100,
+        "batch_size": 16, "epochs": 4, "aa": "none", "reprob": 0, **PLAIN, "print_freq": 100,
     }  # fmt: skip
     result = launcher.run(*command_line(values, "--no_hflip"), program=FINETUNE)
     assert_ok(result)
@@ -686,7 +686,7 @@ def test_an_exported_classifier_has_the_same_accuracy(finished, launcher, data, 
     outs = [
         launcher.run(*evaluation(data, file), program=FINETUNE).out for file in (path, exported)
     ]
-    assert outs[0].splitlines()[-2:] == outs[1].splitlines()[-2:]
+    assert outs[0].splitlines()[-1] == outs[1].splitlines()[-1]
 
 
 def test_runs_are_compared_in_a_table(finished, launcher, tmp_path):
