@@ -286,7 +286,8 @@ def _call(kind: type[torch.autograd.Function], *args: object) -> Tensor:
     x, weight = args[:2]
     differentiates = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     # Traces can be saved, and functorch can vectorise, plain operations alone.
-    if not differentiates or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+    vectorised = torch._C._functorch.peek_interpreter_stack() is not None
+    if not differentiates or torch.jit.is_tracing() or vectorised:
         return kind.forward(*args)
     return kind.apply(*args)
 
