@@ -171,6 +171,7 @@ class PartedJob:
         wait_for_all()
         bad = {i: reason for part in self.read("bad") for i, reason in part["bad"].tolist()}
         self.count = sum(len(part["index"]) for part in self.read("index"))
+        wait_for_all()  # the main process removes the parts once it has made the output
         max_bad = frozen.args.max_bad_images
         check_bad_files(bad, self.dataset, max_bad, self.count > 0)
 
