@@ -170,10 +170,9 @@ def load_teacher(name: str, checkpoint: Path | None = None) -> Teacher:
             f"its names are those of timm.list_models(), such as vit_base_patch16_224.dino"
         )
     try:
-        model = timm.create_model(name, num_classes=0)
         if checkpoint is None:
             hub_logging.set_verbosity_error()  # the error says it
-            model = timm.create_model(name, pretrained=True, num_classes=0)
+        model = timm.create_model(name, pretrained=checkpoint is None, num_classes=0)
     except Exception as error:  # of the network and the disk, of many kinds
         raise UsageError(
             f"--teacher {name} cannot be had from timm ({printable(error)}): give the file of its "

@@ -249,7 +249,7 @@ class Mapper(DatasetMapper):
 
 
 def _header(path: str | Path, look: Callable[[Image.Image], Found]) -> Found:
-    """What `look` finds in an image file's header, which alone is decoded.
+    """The findings of `look` in an image file's header, which alone is decoded.
 
     Raises:
         OSError: no sound file of an image.

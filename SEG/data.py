@@ -151,7 +151,7 @@ class ImagesAndMasks(BaseSegDataset):
 
 
 def _other_files(masks: Path, wanted: Container[Path]) -> Counter[str]:
-    """How many files of a folder are no image's mask, by their kinds."""
+    """Numbers of the files of a folder that are no image's mask, by their kinds."""
     others: Counter[str] = Counter()
     for folder, names in walk(masks, others):
         for name in names:

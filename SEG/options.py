@@ -5,7 +5,6 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
 import torch
@@ -19,8 +18,9 @@ from util.errors import TrainingError, UsageError
 from util.run.distributed import init_processes, world_size
 from util.run.optim_step import amp_dtype
 from util.run.parser import Parser, positive_int
+from util.run.program import FULL
 from util.weights.checkpoint import load_file
-from util.weights.read import KINDS, Weights, read_weights
+from util.weights.read import KINDS, Weights, read_weights, weights_of
 
 ROOT = Path(__file__).parent.parent
 OUR_FOLDERS = {ROOT, *(ROOT / "util").iterdir(), ROOT / "SEG"}
@@ -136,7 +136,7 @@ def use_data(config: Config, args: argparse.Namespace) -> None:
 
 
 def trained_classes(meta: object) -> tuple[list[str], bool | None] | None:
-    """What MMSegmentation's checkpoints know of the data they were trained on.
+    """The classes that a checkpoint of MMSegmentation was trained on.
 
     Args:
         meta: of a checkpoint.
@@ -153,20 +153,18 @@ def trained_classes(meta: object) -> tuple[list[str], bool | None] | None:
     return [str(name) for name in names], None if zero_ignored is None else bool(zero_ignored)
 
 
-def use_trained_classes(config: Config, args: argparse.Namespace, weights: Weights) -> None:
+def use_trained_classes(config: Config, args: argparse.Namespace, meta: object) -> None:
     """Test with the classes of a checkpoint, whatever the config's are.
 
     Args:
         config: changed in place.
-        args: its `--classes` and `--ignore-zero`, if given, must be those of the checkpoint.
-        weights: of a segmentor.
+        args: its `--classes` and `--ignore-zero`, if given, must be those of its `checkpoint`.
+        meta: of that checkpoint, see `read_segmentor`.
 
     Raises:
         UsageError: saying what differs.
     """
-    if weights.path.suffix == ".safetensors":  # weights alone
-        return
-    trained = trained_classes(load_file(weights.path).get("meta"))
+    trained = trained_classes(meta)
     if trained is None:
         return
     names, zero_ignored = trained
@@ -175,10 +173,10 @@ def use_trained_classes(config: Config, args: argparse.Namespace, weights: Weigh
         given = class_names(dataset.classes)
         if args.classes.isdecimal() and len(given) == len(names):
             given = names  # a number says nothing of the names
-        check_classes(names, given, str(weights.path), "--classes")
+        check_classes(names, given, str(args.checkpoint), "--classes")
         if zero_ignored is not None and zero_ignored != args.ignore_zero:
             flag = "with" if zero_ignored else "without"
-            raise UsageError(f"{weights.path} was trained {flag} --ignore-zero: test it so")
+            raise UsageError(f"{args.checkpoint} was trained {flag} --ignore-zero: test it so")
     elif dataset.get("type") != "ImagesAndMasks":
         return
     dataset.classes = names
@@ -295,7 +293,7 @@ def clear_errors(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     except (UsageError, TrainingError) as error:
         raise type(error)(_last_line(error)) from error
     except Exception as error:  # configs name programs, which raise anything
-        full = isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG)
+        full = isinstance(error, OSError) and error.errno in FULL
         if full or (begun() and not isinstance(error, ValueError)):
             raise
         raise UsageError(_explain(error)) from error
@@ -327,17 +325,21 @@ def _explain(error: Exception) -> str:
     return f"the config or the data cannot be used: {shown} ({type(error).__name__}; {place})"
 
 
-def read_segmentor(path: Path) -> Weights:
-    """The weights of a trained segmentor.
+def read_segmentor(path: Path) -> tuple[Weights, object]:
+    """The weights of a trained segmentor, and mmengine's `meta` in the file (None without it).
 
     Raises:
         UsageError: a file of something else.
     """
-    weights = read_weights(path)
+    if path.suffix == ".safetensors":  # weights alone
+        weights, meta = read_weights(path), None
+    else:
+        content = load_file(path)
+        weights, meta = weights_of(content, path), content.get("meta")
     if weights.kind != "segmentor":
         _ = weights.architecture  # refuses what is no ConvViT's
         raise UsageError(
             f"checkpoint {path} is {KINDS[weights.kind]}, no trained segmentation model: "
             f"train one from it by python -m SEG.train CONFIG --pretrained {path}"
         )
-    return weights
+    return weights, meta

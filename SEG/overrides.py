@@ -128,7 +128,7 @@ def _registries() -> list[Registry]:
 
 
 def _find(kind: str) -> Callable | None:
-    """What a type of a config names, in whichever registry; None if nothing."""
+    """The class that a type of a config names, in whichever registry; None without one."""
     return next((found for r in _registries() if (found := r.get(kind)) is not None), None)
 
 

@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
     """Build the model, then segment one image after the other."""
     config = options.read_config(args)
     files = name_outputs(args.images)
-    weights = options.read_segmentor(args.checkpoint)
+    weights, _ = options.read_segmentor(args.checkpoint)
     options.set_num_classes(config, weights.num_classes)
     device = options.start(config)
     check_writable(args.out, "--out")

@@ -90,7 +90,7 @@ class Survey:
             raise UsageError(f"the masks for training hold {found}{self._hint()}")
 
     def _hint(self) -> str:
-        """What to do where 255 seems to mean a class."""
+        """Advice where 255 seems to mean a class."""
         if len(self.classes) != 2 or not self.absent or not self.pixels[-1]:
             return ""
         ignored = "0 and 255 are ignored" if self.zero_ignored else "255 is ignored"

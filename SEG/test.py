@@ -122,8 +122,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         config.work_dir = str(args.work_dir)
     if args.tta and not ("tta_pipeline" in config and "tta_model" in config):
         raise UsageError(f"--tta: the config {args.config} has no tta_pipeline and tta_model")
-    weights = options.read_segmentor(args.checkpoint)
-    options.use_trained_classes(config, args, weights)
+    weights, meta = options.read_segmentor(args.checkpoint)
+    options.use_trained_classes(config, args, meta)
     options.start(config)
     check_writable(Path(config.work_dir), "--work-dir")
     if args.show_dir:

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from util.data.images import MAX_PIXELS
 from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.run.parser import Parser, non_negative_int, positive_int
@@ -118,5 +117,5 @@ def complete_protocol(
         stride=args.stride,
         in_chans=args.in_chans,
         short_side=args.short_side or None,
-        max_pixels=getattr(args, "max_pixels", MAX_PIXELS),
+        max_pixels=args.max_pixels,
     )

@@ -22,6 +22,7 @@ from util.data.files import is_one_of
 from util.data.images import MAX_PIXELS
 from util.data.transforms import denormalize
 from util.errors import UsageError
+from util.run.args import check_png
 from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import reconstruct
 from util.run.program import run_main
@@ -107,8 +108,7 @@ def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
     Raises:
         OSError: it cannot be decoded.
     """
-    max_pixels = getattr(args, "max_pixels", MAX_PIXELS)
-    with open_video(path, args.in_chans, args.short_side or None, max_pixels) as video:
+    with open_video(path, args.in_chans, args.short_side or None, args.max_pixels) as video:
         (chosen,) = eval_clips(args.sampling, len(video), args.num_frames, args.stride, 1)
         return views_transform(tuple(args.input_size))(video.frames(chosen))[0]
 
@@ -144,15 +144,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--columns", type=positive_int, default=8, metavar="N", help="frames to show")
     add("--seed", type=seed, default=0, help="of the masks")
     add_sampling_args(parser, ("dense", "uniform"))
+    parser.set_defaults(max_pixels=MAX_PIXELS)
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, write the picture and the movie."""
-    if args.output.suffix.lower() != ".png":
-        raise UsageError(f"--output {args.output} must end in .png")
-    if not args.output.absolute().parent.is_dir():
-        raise UsageError(f"the folder of --output {args.output} does not exist")
+    check_png(args.output)
     files, movie = _files(args.videos), args.output.with_suffix(".mp4")
     if is_one_of(movie, files):
         raise UsageError(f"{movie}, beside --output, is one of the videos: give another name")

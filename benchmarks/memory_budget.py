@@ -1,4 +1,4 @@
-"""What a compiled pretraining step keeps for its backward pass, and how long it takes.
+"""Memory kept for the backward pass by a compiled pretraining step, and its time.
 
 `python -m benchmarks.memory_budget --help`, from the repository root. torch's compiler chooses
 which activations to keep and which to compute again; `activation_memory_budget` bounds what it

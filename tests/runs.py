@@ -90,7 +90,7 @@ def call(*command: object, timeout: float = 1200, **env: object) -> Result:
 
 
 def _text(path: Path) -> str:
-    """What a program wrote; names of files in it may be any bytes."""
+    """The output of a program; names of files in it may be any bytes."""
     return path.read_text(errors="surrogateescape")
 
 

@@ -150,7 +150,7 @@ def content() -> dict:
 
 
 def use(path: Path) -> None:
-    """What programs do with a checkpoint before they build a model by it."""
+    """The steps of programs with a checkpoint before they build a model by it."""
     check_content(load_file(path), str(path))
     weights = read_weights(path)
     assert weights.kind and weights.num_classes >= 0

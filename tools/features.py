@@ -23,6 +23,7 @@ from util.data.datasets import LabeledImages
 from util.data.files import reason_of
 from util.data.transforms import denormalize
 from util.errors import UsageError
+from util.run.args import check_png
 from util.run.distributed import print_once
 from util.run.feature_pictures import feature_grid, pca_colors, scale_colors
 from util.run.parser import Parser, positive_int
@@ -51,10 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Load, run the model, draw."""
-    if args.output.suffix.lower() != ".png":
-        raise UsageError(f"--output {args.output} must end in .png")
-    if not args.output.absolute().parent.is_dir():
-        raise UsageError(f"the folder of --output {args.output} does not exist")
+    check_png(args.output)
     frozen = open_frozen(args)
     dataset = frozen.dataset(args.data_path)
     samples = load_spread(dataset, args.max_files)

@@ -17,7 +17,7 @@ from util.atomic import write_atomically
 from util.data.datasets import LabeledImages
 from util.data.samplers import EvalSampler
 from util.errors import UsageError
-from util.run.args import check_writable
+from util.run.args import check_folder_of, check_writable
 from util.run.array_args import FORMAT_FLAGS
 from util.run.distributed import (
     gather_objects,
@@ -90,8 +90,7 @@ class PartedJob:
         self.folder = parts_folder(output)
         if output.exists():
             raise UsageError(f"--output {output} exists already: give another name")
-        if not output.absolute().parent.is_dir():
-            raise UsageError(f"the folder of --output {output} does not exist")
+        check_folder_of(output, "--output")
         # Small enough to share among processes, and to lose one.
         size = min(max(len(dataset) // 64, 64), most)
         starts = range(0, len(dataset), size)

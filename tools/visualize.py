@@ -23,6 +23,7 @@ from util.data.folders import scan
 from util.data.images import IMAGE_EXTENSIONS, MAX_PIXELS
 from util.data.transforms import denormalize
 from util.errors import UsageError
+from util.run.args import check_folder_of
 from util.run.array_args import (
     add_array_args,
     array_format,
@@ -59,8 +60,7 @@ def main(args: argparse.Namespace) -> None:
     """Load, reconstruct, write the picture."""
     if args.output.suffix.lower() not in Image.registered_extensions():
         raise UsageError(f"--output {args.output} has no ending of a picture, such as .png")
-    if not args.output.absolute().parent.is_dir():
-        raise UsageError(f"the folder of --output {args.output} does not exist")
+    check_folder_of(args.output, "--output")
     missing = [str(path) for path in args.images if not path.exists()]
     if missing:
         raise UsageError(f"--images: {', '.join(missing)} does not exist")

@@ -178,7 +178,7 @@ def finetune_args(
 
 
 def common_flags(args: argparse.Namespace, epochs: int, seed: int) -> list[object]:
-    """What both have: the schedule's shape, the patches, the machine."""
+    """Flags that both have: the schedule's shape, the patches, the machine."""
     workers = [] if args.num_workers is None else ["--num_workers", args.num_workers]
     return [
         *("--warmup_epochs", WARMUP * epochs, "--seed", seed, "--device", args.device),
@@ -234,7 +234,7 @@ class Job:
 
 
 def jobs_of(args: argparse.Namespace, arm: Arm, seed: int, device: torch.device) -> list[Job]:
-    """What is to be done for an arm and a seed, in order."""
+    """The jobs of an arm and a seed, in order."""
     folder = folder_of(args, arm, seed) / "pretrain"
     data, counts = args.output_dir / "data", args.counts
     pretraining = pretrain_args(args, arm, seed)
@@ -274,7 +274,7 @@ def jobs_of(args: argparse.Namespace, arm: Arm, seed: int, device: torch.device)
 
 
 class Book:
-    """What the jobs found, in one file for each arm and seed, written after every job."""
+    """Results of the jobs, in one file for each arm and seed, written after every job."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -315,7 +315,7 @@ class Book:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
-    """What all runs of an output folder share."""
+    """Settings that all runs of an output folder share."""
     return {
         "data_path": str(args.data_path.resolve()),
         "images": args.images,

@@ -105,11 +105,8 @@ class Stage1MaskedAutoencoder(MaskedAutoencoderConvViT):
         with torch.autocast(imgs.device.type, enabled=False):
             removed = F.interpolate(mask, self.geometry.img_size, mode="nearest-exact")
             removed = self.patchify(removed.expand(-1, self.in_chans, -1, -1))
-            patches = self.patchify(imgs.float())
-            if self.norm_pix_loss:
-                mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
-                patches = (patches - mean) / (var + 1e-6) ** 0.5
-            return ((pred.float() - patches) ** 2 * removed).sum() / removed.sum()
+            target = self.target(imgs.float())
+            return ((pred.float() - target) ** 2 * removed).sum() / removed.sum()
 
 
 def _tokens(grid: Tensor) -> Tensor:

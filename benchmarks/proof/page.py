@@ -28,7 +28,7 @@ ERRORS = 2
 
 
 def value(jobs: Mapping[str, Mapping], measure: str) -> float | None:
-    """What the jobs of an arm and seed found, in percent: one of `MEASURES`, or a fine-tuning."""
+    """The result of an arm and seed, in percent: one of `MEASURES`, or a fine-tuning."""
     if measure.startswith("finetune"):
         return jobs.get(measure, {}).get("accuracy")
     return jobs.get("probe", {}).get(measure)

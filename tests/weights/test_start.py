@@ -22,7 +22,7 @@ def autoencoder(img_size=32, **kwargs):
 
 
 def started(weights: Weights, model):
-    """What the model was, what it has become, and the report."""
+    """The model as it was, as it has become, and the report."""
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = start_from(model, weights, "center")
     return fresh, model.state_dict(), report

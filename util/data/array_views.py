@@ -21,7 +21,7 @@ ENOUGH = 0.5
 
 @dataclass(frozen=True)
 class ArrayFormat:
-    """How the numbers of files become the model's input.
+    """The way from the numbers of files to the model's input.
 
     Attributes:
         in_chans: channels of the input.

@@ -3,7 +3,7 @@
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -121,28 +121,22 @@ def walk(
         yield folder, files
 
 
-class ImageFolder:
-    """The image files below a folder, by number.
+class NumberedFiles:
+    """Files by number.
 
     Args:
-        root: a folder, nested or flat.
-        endings: of the files to take.
+        root: what the data path was.
+        paths: of the files.
+        left_out: how many other files there are, by their kinds.
 
     Attributes:
         group_sizes: None: the files need not be read in groups.
-        left_out: how many other files there are, by their kinds.
-
-    Raises:
-        UsageError: a folder without images, see `list_images`.
     """
 
     group_sizes = None
 
-    def __init__(
-        self, root: str | os.PathLike, endings: tuple[str, ...] = IMAGE_EXTENSIONS
-    ) -> None:
-        self.root = Path(root)
-        paths, self.left_out = scan(self.root, endings)
+    def __init__(self, root: Path, paths: Sequence[str], left_out: Counter[str]) -> None:
+        self.root, self.left_out = root, left_out
         # One array, because workers would copy a list bit by bit as they touch its strings.
         self._paths = np.array([os.fsencode(path) for path in paths])
 
@@ -150,17 +144,35 @@ class ImageFolder:
         return len(self._paths)
 
     def path(self, index: int) -> str:
-        """Path of an image, for messages."""
+        """Path of a file, for messages."""
         return os.fsdecode(self._paths[index])
 
     def open(self, index: int) -> BinaryIO:
-        """An image's file, read whole.
+        """A file, read whole.
 
         Raises:
             OSError: the file is to blame.
             TrainingError: the storage fails, see `read_file`.
         """
         return read_file(self.path(index))
+
+
+class ImageFolder(NumberedFiles):
+    """The image files below a folder, by number.
+
+    Args:
+        root: a folder, nested or flat.
+        endings: of the files to take.
+
+    Raises:
+        UsageError: a folder without images, see `list_images`.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike, endings: tuple[str, ...] = IMAGE_EXTENSIONS
+    ) -> None:
+        root = Path(root)
+        super().__init__(root, *scan(root, endings))
 
     def read_classes(self) -> tuple[list[str], np.ndarray]:
         """Names of the class folders, sorted, and the label of each image, `[num_images]`.

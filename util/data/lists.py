@@ -3,11 +3,9 @@
 import os
 from collections import Counter
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
-import numpy as np
-
-from util.data.files import read_file
+from util.data.folders import NumberedFiles
 from util.data.images import IMAGE_EXTENSIONS
 from util.errors import UsageError
 
@@ -19,58 +17,33 @@ def is_list(path: str | os.PathLike, endings: tuple[str, ...] = IMAGE_EXTENSIONS
     return str(path).lower().endswith((LIST_EXTENSION, *endings)) and Path(path).is_file()
 
 
-class ImageList:
+class ImageList(NumberedFiles):
     """The images that a list names, by number: what `ImageFolder` is for a folder.
 
     Args:
         path: a text file with the path of an image in each line, relative to its folder; or an
             image, for that alone.
 
-    Attributes:
-        group_sizes: None: the files need not be read in groups.
-        left_out: nothing.
-
     Raises:
         UsageError: an empty list, or one of which no image is there.
     """
 
-    group_sizes = None
-
     def __init__(self, path: str | os.PathLike) -> None:
-        self.root = Path(path)
-        self.left_out: Counter[str] = Counter()
-        paths = [os.fspath(path)]
-        if self.root.suffix.lower() == LIST_EXTENSION:
+        root, paths = Path(path), [os.fspath(path)]
+        if root.suffix.lower() == LIST_EXTENSION:
             try:
-                text = self.root.read_text("utf-8-sig", errors="surrogateescape")
+                text = root.read_text("utf-8-sig", errors="surrogateescape")
             except OSError as error:
                 raise UsageError(f"list {path} cannot be read: {error.strerror}") from error
             lines = [line.strip() for line in text.split("\n") if line.strip()]
-            paths = [os.path.join(self.root.parent, line) for line in lines]
+            paths = [os.path.join(root.parent, line) for line in lines]
         if not any(map(os.path.isfile, paths)):
             first = f", such as {paths[0][:200]!r}" if paths else ""
             raise UsageError(
                 f"list {path}: none of its {len(paths)} images is there{first}: a line is the path "
                 f"of an image, relative to the list's folder"
             )
-        # One array, because workers would copy a list bit by bit as they touch its strings.
-        self._paths = np.array([os.fsencode(path) for path in paths])
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def path(self, index: int) -> str:
-        """Path of an image."""
-        return os.fsdecode(self._paths[index])
-
-    def open(self, index: int) -> BinaryIO:
-        """An image's file, read whole.
-
-        Raises:
-            OSError: the file is to blame.
-            TrainingError: the storage fails, again and again.
-        """
-        return read_file(self.path(index))
+        super().__init__(root, paths, Counter())
 
     def read_classes(self) -> NoReturn:
         """A list has none.

@@ -13,7 +13,7 @@ _HEAD_DIM = {2: 32, 3: 64}
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a masked autoencoder is built from beside its encoder; as arguments and as flags.
+    """The part of a masked autoencoder beside its encoder; as arguments and as flags.
 
     Attributes:
         decoder_embed_dim: width.

@@ -708,6 +708,27 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UsageError(f"{flag} {folder} cannot be written: {error.strerror}") from error
 
 
+def check_folder_of(path: Path, flag: str) -> None:
+    """Refuse a file to write whose folder is not there.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the folder of {flag} {path} does not exist")
+
+
+def check_png(path: Path, flag: str = "--output") -> None:
+    """Refuse a picture to write that has another ending, or whose folder is not there.
+
+    Raises:
+        UsageError: naming the picture.
+    """
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{flag} {path} must end in .png")
+    check_folder_of(path, flag)
+
+
 def check_file_writable(path: Path, flag: str, head: str) -> None:
     """Try to write a file that is to come, and leave what is there as it is.
 
@@ -719,8 +740,7 @@ def check_file_writable(path: Path, flag: str, head: str) -> None:
     Raises:
         UsageError: it is a folder or holds something else, or cannot be made or written.
     """
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"the folder of {flag} {path} does not exist")
+    check_folder_of(path, flag)
     try:
         there = path.exists()
         if not there or path.is_file() or path.is_dir():  # a pipe would wait for its reader

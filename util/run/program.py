@@ -19,7 +19,8 @@ from util.signals import (
     stopped_exit_code,
 )
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A full disk, a full quota, a file larger than may be.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What the system refuses for the sake of a path or of who asks; no fault of the program's.
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
 
@@ -72,7 +73,7 @@ def run_main(
         complain(f"failed: {error}")
         code = 1
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             complain(f"failed: the disk or the quota is full: {error}")
         elif error.errno in _FORBIDDEN and error.filename is not None:
             complain(f"failed: {error.filename}: {error.strerror}")

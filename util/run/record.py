@@ -1,4 +1,4 @@
-"""What a run was: args.json in its output folder, to read and to run again with `--config`."""
+"""The record of a run: args.json in its output folder, to read and to run again with `--config`."""
 
 import argparse
 import json

@@ -143,7 +143,7 @@ class Weights:
 
     @property
     def guessed(self) -> dict[str, object]:
-        """What neither the shapes nor the file's arguments say of the model, as it is taken."""
+        """Properties of the model that neither shapes nor arguments say, as they are taken."""
         known = set(self.args)
         if "model" in known:  # older files of this framework, where the name stood for all
             known |= {"num_heads", "decoder_num_heads"}

@@ -40,7 +40,7 @@ def changed_where(imgs, removed):
 
 
 def latents(model, change):
-    """What the decoder gets of images, and of the same with all removed pixels changed."""
+    """The decoder's inputs of images, and of the same with all removed pixels changed."""
     imgs = torch.randn(2, 3, *SMALL["img_size"])
     noise = torch.rand(2, math.prod(model.geometry.grid(1 if change == "grid1" else 3)))
     latent, mask, _ = model.forward_encoder(imgs, 0.75, noise)

@@ -31,7 +31,7 @@ def command(data, output, *more):
 
 
 def found(output):
-    """What all jobs found, without what depends on the machine."""
+    """The findings of all jobs, without what depends on the machine."""
     texts = [path.read_text() for path in sorted(output.glob("runs/*/results.json"))]
     return [json.loads(re.sub(r'"seconds\w*": [^,\n]*,?', "", text)) for text in texts]
 
