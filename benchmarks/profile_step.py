@@ -33,7 +33,7 @@ KINDS = {
     "attention": r"scaled_dot_product|flash|fmha|attention",
     "convolution": r"conv|dgrad|wgrad|fprop|depthwise",
     "matrix products": r"\bmm\b|addmm|bmm|gemm|cutlass|xmma|nvjet|matmul",
-    "optimizer": r"adam|multi_tensor|foreach|lamb",
+    "optimizer": r"adam|multi_tensor|foreach|lamb(?!da)",
     "norms": r"norm",
     "GELU": r"gelu",
     "copies and layout": r"copy|memcpy|memset|fill|zero|cat|clone|contiguous",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median
 
@@ -267,7 +268,7 @@ def measure_memory(benchmark: Benchmark, form: Form, args: argparse.Namespace) -
     return peak - idle
 
 
-def measure_memory_afresh(program: str, form: Form, argv: Sequence[str]) -> int | None:
+def measure_memory_afresh(program: str, argv: Sequence[str], form: Form) -> int | None:
     """`measure_memory` in a process of its own."""
     command = [sys.executable, "-m", f"benchmarks.{program}", *argv, "--measure_memory", form.name]
     process = subprocess.run(command, stdout=subprocess.PIPE, env=os.environ | MALLOC, check=True)
@@ -286,7 +287,10 @@ def measure(
         flops = {form.name: flops_of(benchmark, form, args) for form in args.forms}
     except ValueError as error:
         raise UsageError(str(error)) from error
-    memory = {f.name: measure_memory_afresh(benchmark.program, f, argv) for f in args.forms}
+    # On CUDA the processes do not count each other's memory, and compile side by side.
+    with ThreadPool(len(args.forms) if args.device == "cuda" else 1) as pool:
+        peaks = pool.map(partial(measure_memory_afresh, benchmark.program, argv), args.forms)
+    memory = {form.name: peak for form, peak in zip(args.forms, peaks, strict=True)}
     steps = {form.name: ready_step(benchmark, form, args) for form in args.forms}
     seconds = time_rounds(steps, args.rounds, wall_clock(args.device), WARMUP_STEPS)
     return {name: Result(seconds[name], flops[name], memory[name]) for name in steps}
