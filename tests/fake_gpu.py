@@ -39,6 +39,8 @@ class NeverWait(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func.namespace != "aten":  # a question, such as on which device a tensor is
+            return out
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         # A single number of the host is an argument of the kernel.
         devices = {t.device.type for t in tensors if t.ndim or func.name() in COPIES}
@@ -110,8 +112,8 @@ class FakeRun(Run):
 
         There is no backward pass, as autograd's engine wants a card: gradients come from nowhere.
         """
-        for imgs in (torch.empty(1, 3, 1, 1), torch.empty(1, 3, 1, 1, 1)):
-            normalize(imgs.to(GPU, torch.uint8), 1)  # whose numbers are there then
+        for shape in ((1, 3, 1, 1), (1, 3, 1, 1, 1)):  # its numbers are copied at the first batch
+            normalize(torch.empty(shape, dtype=torch.uint8, device=GPU), 1)
         parameters = [p for g in self.optim.optimizer.param_groups for p in g["params"]]
 
         def backward(loss):

@@ -19,14 +19,12 @@ TINY = SIZES | DECODER
 VIDEO = INPUTS["video"] | {"mask_unit": (2, 1, 1)}
 # Arguments of the model, and of the run.
 FAMILIES = {
-    "image": ({}, dict(dtype=torch.float16, steps=2, accum_iter=2)),
-    "class token": (dict(class_token=True), {}),
-    "complementary masks": (dict(complementary=True), {}),
+    "image": ({}, dict(dtype=torch.float16, steps=2)),
+    "complementary masks, class token": (dict(complementary=True, class_token=True), {}),
     "a share predicted": (dict(norm_pix_loss=True), dict(predict_share=0.5)),
     "activations recomputed": ({}, {}),
     "teacher": (dict(mimic_dim=64), {}),
     "arrays": (dict(norm_pix_loss=True), dict(arrays=True)),
-    "video": (VIDEO, {}),
     "video, a share predicted": (VIDEO | {"complementary": True}, dict(predict_share=0.5)),
 }
 
