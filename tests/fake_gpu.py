@@ -6,6 +6,7 @@ A tensor that is made on the wrong device is an error, and so is what a GPU woul
 
 import argparse
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
@@ -13,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -73,28 +75,59 @@ def to_fake_gpu(module: nn.Module) -> nn.Module:
     return module
 
 
+@torch.no_grad()
+def backward(loss: Tensor) -> None:
+    """Autograd's backward pass node by node, as its engine wants a card."""
+    edges, found = Counter(), [loss.grad_fn]
+    while found:
+        for node, _ in found.pop().next_functions:
+            if node is not None:
+                edges[node] += 1
+                if edges[node] == 1:
+                    found.append(node)
+    grads, ready = {loss.grad_fn: [torch.ones_like(loss)]}, [loss.grad_fn]
+    while ready:
+        node = ready.pop()
+        got = grads.pop(node)
+        if hasattr(node, "variable"):
+            old, (new,) = node.variable.grad, got
+            node.variable.grad = new if old is None else old + new
+            continue
+        call = node.apply if isinstance(node, BackwardCFunction) else node
+        given = call(*got)
+        given = given if isinstance(given, tuple) else (given,)
+        # A function written in Python also gives a None for what is no tensor, behind the others.
+        for (to, number), grad in zip(node.next_functions, given, strict=False):
+            if to is None:
+                continue
+            wanted = to._input_metadata
+            parts = grads.setdefault(to, [None] * len(wanted))
+            if grad is not None:
+                assert grad.device == wanted[number].device, (node, grad.device)
+                grad = grad.sum_to_size(wanted[number].shape).to(wanted[number].dtype)
+                parts[number] = grad if parts[number] is None else parts[number] + grad
+            edges[to] -= 1
+            if edges[to] == 0:
+                ready.append(to)
+
+
 class FakeRun(Run):
-    """A run of an epoch, without log lines, files and backward passes.
+    """A run of one step, without log lines and files.
 
     Args:
         model: on the fake GPU.
         optimizer: of its parameters.
         batch: what the loader gives each time, on the host.
         dtype: autocast type.
-        steps: of the epoch.
-        accum_iter: micro-batches of a step.
         **args: of the run.
     """
 
-    def __init__(
-        self, model, optimizer, batch, dtype=torch.bfloat16, steps=1, accum_iter=1, **args
-    ):
+    def __init__(self, model, optimizer, batch, dtype=torch.bfloat16, **args):
         args = argparse.Namespace(
             lr=1.0, min_lr=0.0, warmup_epochs=0, epochs=1, print_freq=1, save_steps=0,
-            accum_iter=accum_iter, effective_batch_size=4, **args,
+            accum_iter=1, effective_batch_size=4, **args,
         )  # fmt: skip
-        batches = [(*batch, [])] * steps * accum_iter
-        loader = SimpleNamespace(steps_per_epoch=steps, epoch=lambda *_: iter(batches))
+        loader = SimpleNamespace(steps_per_epoch=1, epoch=lambda *_: iter([(*batch, [])]))
         optim = OptimStep(model, optimizer, GPU, dtype, clip_grad=1.0)
         feed = DeviceFeed(CPU)
         feed.device = GPU
@@ -108,19 +141,9 @@ class FakeRun(Run):
 
     @contextlib.contextmanager
     def never_waiting(self) -> Iterator[None]:
-        """The steps within must not wait for the GPU.
-
-        There is no backward pass, as autograd's engine wants a card: gradients come from nowhere.
-        """
+        """The steps within must not wait for the GPU."""
         for shape in ((1, 3, 1, 1), (1, 3, 1, 1, 1)):  # its numbers are copied at the first batch
             normalize(torch.empty(shape, dtype=torch.uint8, device=GPU), 1)
-        parameters = [p for g in self.optim.optimizer.param_groups for p in g["params"]]
-
-        def backward(loss):
-            assert loss.requires_grad and loss.dtype == torch.float32 and loss.shape == ()
-            for parameter in parameters:
-                parameter.grad = torch.empty_like(parameter)
-
         with (
             mock.patch.object(Tensor, "backward", backward),
             mock.patch.object(Reporter, "due", False),
