@@ -1,13 +1,21 @@
-"""Machines on which torch.compile cannot work."""
+"""Programs under torch.compile, and machines on which it cannot work."""
 
 import argparse
 import importlib.util
 import shutil
 import sysconfig
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+import main_finetune
+import main_linprobe
+import main_pretrain
+from tests.checks import command_line
+from tests.pictures import write_pictures
 from util.errors import UsageError
 from util.run.compiler import missing_for_compile, settle_compile
 
@@ -75,3 +83,51 @@ def test_a_run_without_it_needs_nothing(machine, capsys):
     machine(programs=[])
     settle_compile(argparse.Namespace(compile=False), None, CUDA)
     assert capsys.readouterr().err == ""
+
+
+# --- one graph -----------------------------------------------------------------------------------
+
+# Two epochs of two steps of two micro-batches; an evaluation ends with a batch of one.
+RUN = {
+    "input_size": 32, "batch_size": 2, "accum_iter": 2, "epochs": 2, "warmup_epochs": 0,
+    "lr": 1e-3, "num_workers": 0, "device": "cpu",
+}  # fmt: skip
+IMAGES = {"patch_size": (2, 2, 1), "embed_dim": (8, 8, 12), "depth": (1, 1, 1), "num_heads": 2}
+CLASSIFIER = {"model": "convvit_tiny_patch16"}
+AUTOENCODER = {"model": "convmae_convvit_tiny_patch16", "decoder_depth": 1}
+PROGRAMS = {
+    "pretrain": (main_pretrain, AUTOENCODER | {"knn_freq": 1}),
+    "finetune": (main_finetune, CLASSIFIER),
+    "probe": (main_linprobe, CLASSIFIER),
+}
+
+
+@pytest.fixture
+def compile_eagerly(monkeypatch):
+    """Compile as the programs say, without code being generated; to compile again is an error."""
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("util.run.compiler.missing_for_compile", lambda device: "")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classes")
+    for name in ("train/a", "train/b", "val/a"):
+        write_pictures(folder / name, 5)
+    write_pictures(folder / "val/b", 4)
+    return folder
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_all_steps_of_a_program_run_one_graph(name, compile_eagerly, classes, tmp_path):
+    program, flags = PROGRAMS[name]
+    line = RUN | IMAGES | flags | {"data_path": classes, "output_dir": tmp_path}
+    with mock.patch("signal.signal"):
+        program.main(program.parse_args([*map(str, command_line(line, "--compile"))]))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
