@@ -26,6 +26,7 @@ from benchmarks.measuring import (
     wall_clock,
 )
 from models_convmae import MODELS, MaskedAutoencoderConvViT
+from util.run.distributed import use_fast_kernels
 from util.run.logger import markdown_table
 from util.run.parser import Parser, positive_int, share
 
@@ -92,6 +93,8 @@ def main(argv: Sequence[str]) -> None:
     add("--bytes_only", action="store_true", help="no times: seconds in the place of minutes")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        use_fast_kernels()
     print_environment(environment("memory_budget", argv, device))
     forms = {f"budget {budget:g}": (budget, False) for budget in args.budgets}
     forms["--grad_checkpointing"] = (1, True)
