@@ -87,7 +87,7 @@ def choose_share(
     chosen = held_out(paths, labels, args.val_share, args.seed, root)
     classes = len(set(labels))
     giving = len({label for label, held in zip(labels, chosen, strict=True) if held})
-    small = f"; {classes - giving} classes are too small to give one" if giving < classes else ""
+    small = f"; classes too small to give one: {classes - giving}" if giving < classes else ""
     print_once(
         f"validation: {chosen.sum()} of {len(paths)} {what} of {root}, of {giving} of {classes} "
         f"classes (--val_share {args.val_share:g}, --seed {args.seed}){small}"
