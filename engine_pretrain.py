@@ -21,6 +21,7 @@ from util.layers.decoder import Decoder
 from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.geometry_args import described_architecture
 from util.run.logger import count_parameters
+from util.run.normalization import given_stats
 from util.run.pictures import save_loss_curve
 from util.run.program import Stopped
 from util.run.run import Run
@@ -171,7 +172,8 @@ def pretrain(
     """
     run.describe(title(run) + (f"\nteacher {teacher.describe()}" if teacher else ""))
     if teacher:
-        teacher.see_through(*channel_stats(run.model.in_chans), run.model.geometry.grid(3))
+        stats = given_stats(run.args) or channel_stats(run.model.in_chans)
+        teacher.see_through(*stats, run.model.geometry.grid(3))
         if run.args.compile:
             teacher.compile(dynamic=False)
     with closing(run.report.log) as log:

@@ -150,9 +150,8 @@ def open_frozen(args: argparse.Namespace) -> Frozen:
     elif is_arrays(args):
         raise UsageError(f"flags of arrays are for images, and {weights.path} is a video model")
     fill_geometry_flags(args, weights.architecture, str(weights.path), [*weights.guessed])
-    complete_arrays(args)
-    if args.arrays:
-        tell_kind(args, args.data_path)
+    complete_arrays(args, weights)
+    tell_kind(args, args.data_path)
     arguments.derive_loading(args, device.type)
     if weights.architecture.ndim == 3:
         complete_protocol(args, weights.args)

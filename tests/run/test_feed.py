@@ -25,6 +25,12 @@ def test_pictures_become_the_model_s_input_and_labels_stay():
     assert torch.equal(same_floats, floats)
 
 
+def test_own_statistics_take_the_place_of_imagenets():
+    [(images,)] = DeviceFeed(CPU, ((0.0, 0.5, 1.0), (1.0, 0.5, 0.25)))([(PIXELS,)])
+    expected = torch.stack([PIXELS[:, i] / 255 * (1, 2, 4)[i] - (0, 1, 4)[i] for i in range(3)], 1)
+    torch.testing.assert_close(images, expected)
+
+
 def test_batches_come_in_order_and_none_is_lost():
     batches = [(torch.tensor([i]),) for i in range(5)]
     assert [value.item() for (value,) in DeviceFeed(CPU)(batches)] == [0, 1, 2, 3, 4]

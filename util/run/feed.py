@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from util.data.transforms import normalize
+from util.data.transforms import Stats, normalize
 from util.run.distributed import all_reduce_max
 
 
@@ -21,10 +21,11 @@ class DeviceFeed:
 
     Args:
         device: where the model is.
+        stats: by which 8-bit images are normalised; ImageNet's by default.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, stats: Stats | None = None) -> None:
+        self.device, self.stats = device, stats
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._waited = 0.0
         # Events around each wait that the device has not reached yet.
@@ -35,7 +36,7 @@ class DeviceFeed:
         batches = iter(batches)
         fetch = self._fetch if self.stream is None else self._fetch_beside
         while (batch := fetch(batches)) is not None:
-            yield tuple(normalize(x, 1) for x in batch)
+            yield tuple(normalize(x, 1, self.stats) for x in batch)
 
     def waited(self) -> float:
         """Seconds of waiting since the last call, as far as the device has come."""

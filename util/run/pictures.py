@@ -15,7 +15,7 @@ from util.data.datasets import open_images
 from util.data.files import open_regular
 from util.data.folders import find_train_folder
 from util.data.images import MAX_PIXELS
-from util.data.transforms import denormalize, eval_transform
+from util.data.transforms import Stats, denormalize, eval_transform
 from util.errors import UsageError
 from util.run.run_log import read_log
 
@@ -139,6 +139,7 @@ def load_images(
     img_size: tuple[int, int],
     in_chans: int,
     form: ArrayFormat | None = None,
+    stats: Stats | None = None,
 ) -> Tensor:
     """Files as a normalised batch `[N, C, H, W]`, resized and cropped from the centre.
 
@@ -147,11 +148,12 @@ def load_images(
         img_size: (H, W).
         in_chans: channels of the images.
         form: of files of arrays; 8-bit pictures by default.
+        stats: to normalise pictures by; ImageNet's by default.
 
     Raises:
         UsageError: a file that cannot be decoded.
     """
-    transform = _whole_view(img_size, in_chans, MAX_PIXELS, form)
+    transform = _whole_view(img_size, in_chans, MAX_PIXELS, form, stats)
     images = []
     for path in paths:
         try:
@@ -172,6 +174,7 @@ def load_samples(
     count: int = 16,
     max_pixels: int = MAX_PIXELS,
     form: ArrayFormat | None = None,
+    stats: Stats | None = None,
 ) -> Tensor:
     """Images to watch a run by: spread over `val/`, else over the training images.
 
@@ -182,6 +185,7 @@ def load_samples(
         count: the most images.
         max_pixels: a larger image is left out.
         form: of files of arrays; 8-bit pictures by default.
+        stats: to normalise pictures by; ImageNet's by default.
 
     Returns:
         `[N, C, H, W]`, at most `count`; files that cannot be decoded are left out.
@@ -189,7 +193,7 @@ def load_samples(
     Raises:
         UsageError: not one can be decoded.
     """
-    transform = _whole_view(img_size, in_chans, max_pixels, form)
+    transform = _whole_view(img_size, in_chans, max_pixels, form, stats)
     for source in (data_path / "val", find_train_folder(data_path)):
         images = []
         with contextlib.suppress(UsageError):  # no such folder, or no image in it
@@ -204,11 +208,15 @@ def load_samples(
 
 
 def _whole_view(
-    img_size: tuple[int, int], in_chans: int, max_pixels: int, form: ArrayFormat | None
+    img_size: tuple[int, int],
+    in_chans: int,
+    max_pixels: int,
+    form: ArrayFormat | None,
+    stats: Stats | None,
 ) -> Callable[[BinaryIO], Tensor]:
     """As much of a picture as the proportions allow, normalised."""
     if form is None:
-        return eval_transform(img_size, in_chans, max_pixels)
+        return eval_transform(img_size, in_chans, max_pixels, stats)
     return centre_transform(form, tuple(img_size))
 
 

@@ -10,6 +10,7 @@ from util.data.loader import BadImages, Loader
 from util.run.distributed import cores_per_process, gather_objects, print_once
 from util.run.feed import DeviceFeed, Pace
 from util.run.logger import Meters, Progress, clock, peak_memory_mb
+from util.run.normalization import given_stats
 from util.run.optim_step import OptimStep, StepResult
 from util.run.run_log import RunLog
 
@@ -37,7 +38,7 @@ class Reporter:
     def __init__(self, args: argparse.Namespace, device: torch.device, loader: Loader) -> None:
         self.args, self.device, self.loader = args, device, loader
         self.meters = Meters(("loss", "grad_norm"), device)
-        self.feed = DeviceFeed(device)
+        self.feed = DeviceFeed(device, given_stats(args))
         self.bad_images = BadImages(lambda text: print_once(text, error=True))
         self._new_bad: set = set()
         self._told_of_waiting = False

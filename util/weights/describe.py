@@ -26,6 +26,7 @@ def describe(weights: Weights) -> str:
         "input": f"{show_size(architecture.img_size)} pixels, "
         f"{architecture.in_chans} channels, "
         f"{show_size(architecture.grid)} patches of {show_size(architecture.stride)}",
+        "images": f"normalised by {show_stats(weights.stats)}" if weights.stats else None,
         "decoder": _decoder(weights) if weights.kind == "autoencoder" else None,
         "guessed": guesses(weights),
         "run": ", ".join(map(str, filter(None, said))),
@@ -44,6 +45,12 @@ def _decoder(weights: Weights) -> str:
         f"{decoder.decoder_embed_dim} wide, {decoder.decoder_depth} blocks, "
         f"{decoder.decoder_num_heads} heads, {fused}"
     )
+
+
+def show_stats(stats: Sequence[Sequence[float]]) -> str:
+    """Mean and deviation of each channel as flags, with few digits."""
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in stats)
+    return f"--mean {mean} --std {std}"
 
 
 def guesses(weights: Weights) -> str | None:
