@@ -161,7 +161,7 @@ def pretrain(
     teacher: Teacher | None = None,
     measure: Callable[..., dict[str, float] | None] | None = None,
 ) -> None:
-    """Run the epochs, with a picture after each and at the end.
+    """Run the epochs, with a picture after every `--picture_freq` of them and the last.
 
     Args:
         run: set to where it begins.
@@ -181,19 +181,36 @@ def pretrain(
             values = train_one_epoch(
                 run, epoch, start, run.args.mask_ratio, run.args.predict_share or 1.0, teacher
             )
-            if is_main_process():
-                log.image(epoch + 1, "reconstruction", draw())
             last = epoch + 1 == run.args.epochs
-            if measure and (last or (epoch + 1) % run.args.knn_freq == 0):
+            if is_main_process() and (last or is_due(epoch, run.args.picture_freq)):
+                show_reconstruction(run, epoch, draw())
+            if measure and (last or is_due(epoch, run.args.knn_freq)):
                 values |= measure_accuracy(run, epoch, measure)
             run.end_epoch(epoch, values)
     if is_main_process():
         folder = run.args.output_dir
         with log.unless_it_fails(folder / "loss.png"):
             save_loss_curve(folder / "log.txt", folder / "loss.png")
-        with log.unless_it_fails(folder / "reconstruction.png"):
-            save_image(draw(), folder / "reconstruction.png")
         print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {folder}")
+
+
+def is_due(epoch: int, freq: int) -> bool:
+    """True after every `freq` epochs, `epoch` counting from 0; never if that is 0."""
+    return freq > 0 and (epoch + 1) % freq == 0
+
+
+def show_reconstruction(run: Run, epoch: int, picture: Tensor) -> None:
+    """Put a picture `[3, height, width]` in TensorBoard, and in the place of the last one's file.
+
+    Args:
+        run: that it is of.
+        epoch: number of the epoch that is trained, from 0.
+        picture: values in [0, 1].
+    """
+    run.report.log.picture(epoch + 1, "reconstruction", picture)
+    path = run.args.output_dir / "reconstruction.png"
+    with run.report.log.unless_it_fails(path):
+        save_image(picture, path)
 
 
 def measure_accuracy(
@@ -213,7 +230,7 @@ def measure_accuracy(
     values = measure(stopping=lambda: run.stop.received > 0)
     if values is None:
         raise Stopped(run.stopped_at(f"the evaluation of epoch {epoch + 1}"))
-    run.report.log.scalars(epoch + 1, values)
+    run.report.log.scalars(epoch + 1, "test", values)
     numbers = "  ".join(f"{name} {value:.2f}%" for name, value in values.items())
     print_once(f"Epoch {epoch + 1}/{run.args.epochs}  {numbers}")
     return values

@@ -74,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, **recipe)
     arguments.add_knn_args(parser)
-    arguments.add_run_args(parser)
+    arguments.add_run_args(parser, pictures=True)
     parser.add_argument(
         "--demo",
         action="store_true",

@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     recipe = dict(batch_size=32, epochs=800, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, min_blr=1e-5, **recipe)
-    arguments.add_run_args(parser)
+    arguments.add_run_args(parser, pictures=True)
     args = parser.parse_args(argv)
     if args.data_path is None:
         parser.error("--data_path is missing: a folder of videos, or a list of them")

@@ -21,7 +21,7 @@ from torchvision.utils import save_image
 from engine_features import attention_map
 from tools.inference import add_inference_args, open_frozen
 from util.data.datasets import LabeledImages
-from util.data.files import reason_of
+from util.data.files import is_one_of, reason_of
 from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run.args import check_png
@@ -57,6 +57,8 @@ def main(args: argparse.Namespace) -> None:
     check_png(args.output)
     frozen = open_frozen(args)
     dataset = frozen.dataset(args.data_path)
+    if is_one_of(args.output, map(dataset.path, range(len(dataset)))):
+        raise UsageError(f"--output {args.output} is one of the {dataset.what}: give another name")
     samples = load_spread(dataset, args.max_files)
     if frozen.is_video:
         samples = samples.flatten(0, 1)  # [N, views, C, T, H, W]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from SEG import options, train
+from SEG.predict import name_outputs
 from SEG.resume import check_resumable
 from tests.pictures import picture
 from tests.runs import code_of
@@ -324,6 +325,15 @@ def test_prediction_writes_class_maps_and_overlays_of_any_pictures(trained, prog
         assert overlay.size == size and overlay.mode == "RGB"
         assert re.search(rf"^{name}: .*\d %", result.out.replace("%", " %"), re.MULTILINE)
     assert "3 images" in result.out
+
+
+def test_a_class_map_is_not_written_over_a_picture(tmp_path):
+    image = tmp_path / "classes" / "x.png"
+    image.parent.mkdir()
+    Image.new("RGB", (4, 4)).save(image)
+    assert name_outputs([image], tmp_path / "out") == {"x": image}
+    with pytest.raises(UsageError, match="is one of the images: give another folder"):
+        name_outputs([image], tmp_path)
 
 
 def test_prediction_skips_and_names_what_is_no_picture(trained, programs, tmp_path):

@@ -106,8 +106,8 @@ def test_pretraining_says_what_it_does_and_leaves_what_images_leave(pretrained_r
         assert phrase in result.out
     assert [line["epoch"] for line in log_lines(output)] == [0, 1, 2]
     assert {"train_loss", "train_lr"} <= log_lines(output)[0].keys()
-    assert [step for step, _ in curve(output, "loss")][-1] == 3000
-    assert events(output).Tags()["images"] == ["reconstruction"]
+    assert [step for step, _ in curve(output, "train/loss")][-1] == 3000
+    assert events(output).Tags()["images"] == ["pictures/reconstruction"]
     assert Image.open(output / "reconstruction.png").width > 4 * 32
     with av.open(str(output / "reconstruction.mp4")) as movie:
         assert len(list(movie.decode(video=0))) == 4

@@ -530,8 +530,8 @@ def add_layer_args(group: argparse._ArgumentGroup, layer_decay: float) -> None:
     )
 
 
-def add_run_args(parser: Parser) -> None:
-    """Output, resuming, device and precision."""
+def add_run_args(parser: Parser, *, pictures: bool = False) -> None:
+    """Output, resuming, device and precision; with `pictures` how often there are some."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--config",
@@ -577,6 +577,15 @@ def add_run_args(parser: Parser) -> None:
         metavar="STEPS",
         help="also write checkpoint.pth every so many steps within an epoch; 0: at its end only",
     )
+    if pictures:
+        group.add_argument(
+            "--picture_freq",
+            type=non_negative_int,
+            default=1,
+            metavar="EPOCHS",
+            help="reconstructions in TensorBoard and reconstruction.png every so many epochs, and "
+            "after the last; 0: then only",
+        )
     group.add_argument(
         "--print_freq",
         type=positive_int,

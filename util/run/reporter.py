@@ -13,6 +13,7 @@ from util.run.logger import Meters, Progress, clock, peak_memory_mb
 from util.run.normalization import given_stats
 from util.run.optim_step import OptimStep, StepResult
 from util.run.run_log import RunLog
+from util.run.same_run import hyperparameters
 
 # A larger share of waiting for data is said in a line, once so many seconds of an epoch have
 # passed since its first log line: in its first steps the workers start.
@@ -47,6 +48,7 @@ class Reporter:
         """Begin the logs, or go on with them where `step` steps of an epoch are done."""
         part = step / self.loader.steps_per_epoch
         self.log = RunLog(self.args.output_dir, self.args.log_dir, epoch, part)
+        self.log.hyperparameters(hyperparameters(self.args))
 
     def begin_epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Begin to count; return the epoch's micro-batches on the device.
@@ -81,14 +83,15 @@ class Reporter:
             TrainingError: too many files are bad.
         """
         steps = self.loader.steps_per_epoch
-        values = {"lr": lr, **self.meters.read(), "memory_mb": peak_memory_mb(self.device)}
+        train = {"lr": lr, **self.meters.read()}
         if skipped := step.skipped.item():
-            values["skipped_steps"] = skipped
+            train["skipped_steps"] = skipped
         if bad := self._count_bad_files():
-            values["bad_images"] = bad
-        values |= self.pace.read(self.done)
-        self.log.scalars(self.epoch + self.done / steps, values)
-        self.progress.show(self.done, values)
+            train["bad_images"] = bad
+        perf = {"memory_mb": peak_memory_mb(self.device), **self.pace.read(self.done)}
+        for group, values in {"train": train, "perf": perf}.items():
+            self.log.scalars(self.epoch + self.done / steps, group, values)
+        self.progress.show(self.done, train | perf)
         self._judge_waiting()
 
     def finish(self) -> dict[str, float]:
