@@ -185,7 +185,8 @@ def centre_box(picture: Picture, proportions: tuple[int, int], share: float = 1.
 
 
 def centre_transform(
-    form: ArrayFormat, size: tuple[int, int], share: float = 1.0
+    form: ArrayFormat, size: tuple[int, int], share: float = 1.0, *, keep_nodata: bool = False
 ) -> Callable[[BinaryIO], Tensor]:
     """The view by which a classifier is evaluated, or a picture looked at; see `centre_box`."""
-    return array_transform(form, size, partial(centre_box, proportions=size, share=share))
+    choose = partial(centre_box, proportions=size, share=share)
+    return array_transform(form, size, choose, keep_nodata=keep_nodata)
