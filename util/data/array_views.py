@@ -28,7 +28,7 @@ class ArrayFormat:
         bands: channels of the file to take in this order, counted from 1; None for all.
         layout: "hwc" or "chw" where shapes leave it open.
         array_key: of the array in a `.npz`.
-        nodata: the number that stands for no data, beside NaN and infinity.
+        nodata: the number that stands for no data, beside NaN, infinity and a file's own.
         clip_min, clip_max: of each channel; what lies beyond is set to them.
         mean, std: of each channel, after clipping.
         max_pixels: a larger picture is refused.
@@ -70,8 +70,8 @@ class ArrayFormat:
         """
         numbers = picture.read(box, self.bands)
         part = numbers.astype(np.float32)
-        if self.nodata is not None:
-            part[numbers == self.nodata] = np.nan
+        for nodata in {self.nodata, picture.nodata} - {None}:
+            part[numbers == nodata] = np.nan
         part = torch.from_numpy(part)
         part[~part.isfinite()] = torch.nan
         if self.clip_min is not None or self.clip_max is not None:

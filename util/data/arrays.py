@@ -31,6 +31,7 @@ ARRAY_EXTENSIONS = (*IMAGE_EXTENSIONS, ".npy", ".npz", ".btf")
 LAYOUTS = ("hwc", "chw")
 _WHOLE = slice(None)
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is raised, too
+_GDAL_NODATA = 42113  # a tag of TIFF
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF
 
 
@@ -46,12 +47,14 @@ class Picture(NamedTuple):
         shape: a length for each of them.
         dtype: of the numbers.
         fetch: from slices, one for each axis, to that part.
+        nodata: the number that stands for no data by what the file says; None if it says nothing.
     """
 
     axes: str
     shape: tuple[int, ...]
     dtype: np.dtype
     fetch: Callable[[tuple[slice, ...]], np.ndarray]
+    nodata: float | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -121,12 +124,12 @@ def open_picture(
     path = getattr(file, "name", "the array")
     try:
         found = retried(partial(_open_any, file, array_key, max_pixels), path)
-        axes, shape, dtype, fetch = found
+        axes, shape, dtype, fetch, nodata = found
         if dtype.kind not in "biuf":
             raise OSError(f"its numbers are of type {dtype}, not integers or floats")
         if axes is None:
             axes = _axes_of(shape, in_chans, bands, layout)
-        picture = Picture(axes, shape, dtype, partial(_fetch, fetch, path))
+        picture = Picture(axes, shape, dtype, partial(_fetch, fetch, path), nodata)
         _check(picture, in_chans, bands, max_pixels)
         return picture
     except (TrainingError, UsageError):
@@ -148,8 +151,14 @@ def _fetch(fetch: Callable, path: str, slices: tuple[slice, ...]) -> np.ndarray:
         raise OSError(f"{path} cannot be decoded: {error}") from error
 
 
-# Axes (None where the file does not say), shape, type, and what reads a part.
-_Found = tuple[str | None, tuple[int, ...], np.dtype, Callable[[tuple[slice, ...]], np.ndarray]]
+class _Found(NamedTuple):
+    """What a file says of itself: as in `Picture`, the axes None where it does not say."""
+
+    axes: str | None
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[tuple[slice, ...]], np.ndarray]
+    nodata: float | None = None
 
 
 def _open_any(file: BinaryIO, array_key: str | None, max_pixels: int) -> _Found:
@@ -175,7 +184,7 @@ def _open_any(file: BinaryIO, array_key: str | None, max_pixels: int) -> _Found:
 
 
 def _in_memory(array: np.ndarray, axes: str | None) -> _Found:
-    return axes, array.shape, array.dtype, array.__getitem__
+    return _Found(axes, array.shape, array.dtype, array.__getitem__)
 
 
 def _squeezed(
@@ -194,7 +203,7 @@ def _squeezed(
             tuple(dropped)
         )
 
-    return None, tuple(shape[i] for i in kept), dtype, part if dropped else fetch
+    return _Found(None, tuple(shape[i] for i in kept), dtype, part if dropped else fetch)
 
 
 def _open_npy(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, Callable]:
@@ -266,7 +275,7 @@ def _open_tiff(file: BinaryIO) -> _Found:
         found = fetch(tuple(next(wanted) if keep else _WHOLE for keep in kept))
         return found.reshape([*compress(found.shape, kept)])
 
-    return _axes_and_shape(names, shape, dtype, part)
+    return _Found(_axes_of_tiff(names, shape), shape, dtype, part, _nodata_of(series))
 
 
 def _decode(series: "TiffPageSeries", path: str) -> np.ndarray:
@@ -286,18 +295,26 @@ def _decode(series: "TiffPageSeries", path: str) -> np.ndarray:
         ) from error
 
 
-def _axes_and_shape(names: str, shape: tuple[int, ...], dtype: np.dtype, fetch: Callable) -> _Found:
+def _nodata_of(series: "TiffPageSeries") -> float | None:
+    """The number that GDAL's tag names; None without it or for text that is no number."""
+    try:
+        return float(str(series.keyframe.tags.valueof(_GDAL_NODATA)).strip(" \0"))
+    except ValueError:
+        return None
+
+
+def _axes_of_tiff(names: str, shape: tuple[int, ...]) -> str | None:
     """The axes by a TIFF's names of them; one that nothing is known of ("Q") tells nothing."""
     if len(names) not in (2, 3):
         raise ChannelsError(
             f"its axes {names} of lengths {shape} are not rows, columns and channels"
         )
     if "Q" in names or not {"Y", "X"} <= set(names):
-        return None, shape, dtype, fetch
+        return None
     axes = "".join({"Y": "h", "X": "w"}.get(name, "c") for name in names)
     if axes not in ("hw", "hwc", "chw"):
         raise ChannelsError(f"its axes {names} of lengths {shape} are in an order of their own")
-    return axes, shape, dtype, fetch
+    return axes
 
 
 def _raw(

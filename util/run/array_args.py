@@ -67,7 +67,7 @@ def add_format_args(parser: Parser) -> argparse._ArgumentGroup:
         "--nodata",
         type=finite_float,
         metavar="V",
-        help="the number that stands for no data; NaN and infinity always do",
+        help="the number that stands for no data; NaN, infinity and what a GeoTIFF says always do",
     )
     return group
 
@@ -239,6 +239,8 @@ def tell_kind(args: argparse.Namespace, root: Path) -> None:
             f"{files.path(index)} is {height} x {width} of {picture.channels} channels "
             f"({picture.axes}), {picture.dtype}"
         )
+        if picture.nodata is not None:
+            first += f", in which {picture.nodata:g} stands for no data, as it says"
         break
     bands = f", bands {show_value(args.bands)}" if args.bands else ""
     print_once(f"files are read as arrays{bands}, not as 8-bit pictures: {first}")
