@@ -65,15 +65,20 @@ class ArrayFormat:
     def read(self, picture: Picture, box: Box) -> Tensor:
         """A part of a picture `[in_chans, height, width]`, clipped; NaN where there are no data.
 
+        Infinity and what is beyond the range of float32 are none either.
+
         Raises:
             OSError: the file ends before it.
         """
         numbers = picture.read(box, self.bands)
-        part = numbers.astype(np.float32)
-        for nodata in {self.nodata, picture.nodata} - {None}:
-            part[numbers == nodata] = np.nan
+        # Numbers that float32 cannot hold become it when they are normalised.
+        exact = np.can_cast(numbers.dtype, np.float32)
+        part = numbers.astype(np.float32 if exact else np.float64)
+        with np.errstate(over="ignore"):  # float32 has no such number: none is equal
+            for nodata in {self.nodata, picture.nodata} - {None}:
+                part[part == nodata] = np.nan
         part = torch.from_numpy(part)
-        part[~part.isfinite()] = torch.nan
+        part[~(part.abs() <= torch.finfo(torch.float32).max)] = torch.nan
         if self.clip_min is not None or self.clip_max is not None:
             bounds = (self.clip_min, self.clip_max)
             low, high = (b and part.new_tensor(b).view(-1, 1, 1) for b in bounds)
@@ -81,10 +86,10 @@ class ArrayFormat:
         return part
 
     def normalize(self, part: Tensor) -> Tensor:
-        """Numbers `[in_chans, …]` to mean 0 and standard deviation 1 of each channel."""
+        """Numbers `[in_chans, …]` to mean 0 and standard deviation 1 of each channel, float32."""
         shape = (-1,) + (1,) * (part.ndim - 1)
         mean, std = (part.new_tensor(values).view(shape) for values in (self.mean, self.std))
-        return (part - mean) / std
+        return ((part - mean) / std).float()
 
 
 def resize(part: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,14 +1,15 @@
 """Files of arrays: pictures of any number of channels and any type of number.
 
-The content decides what a file is, whatever it is called: `.npy`, `.npz`, TIFF, PNG of 8 or 16
-bits, or another picture that Pillow knows. Where the numbers lie in the file as they are (`.npy`,
-uncompressed TIFF) a crop reads the crop. It reads instead of mapping the file into memory, because
-storage that fails is an error then, and not the end of the process.
+The content decides what a file is, whatever it is called: `.npy`, `.npz`, TIFF, PNG and PGM of 8
+or 16 bits, or another picture that Pillow knows. Where the numbers lie in the file as they are
+(`.npy`, PGM, uncompressed TIFF) a crop reads the crop. It reads instead of mapping the file into
+memory, because storage that fails is an error then, and not the end of the process.
 """
 
 import io
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -32,6 +33,8 @@ LAYOUTS = ("hwc", "chw")
 _WHOLE = slice(None)
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is raised, too
 _GDAL_NODATA = 42113  # a tag of TIFF
+# Kind, width, height and largest number, comments between them.
+_PNM = re.compile(rb"P([56])" + rb"(?:\s|#[^\n]*\n)+(\d{1,9})" * 3 + rb"\s")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF
 
 
@@ -169,16 +172,18 @@ def _open_any(file: BinaryIO, array_key: str | None, max_pixels: int) -> _Found:
         return _squeezed(*_open_npy(file))
     if start.startswith(b"PK"):
         return _squeezed(*_open_npz(file, array_key))
-    if start.startswith(_TIFF):
-        return _open_tiff(file)
-    if start == b"\x89PNG\r\n\x1a\n":
-        open_image(file, max_pixels)
-        file.seek(0)
+    if start.startswith(_TIFF) and (found := _open_tiff(file)):
+        return found
+    if start.startswith((b"P5", b"P6")) and (found := _open_pnm(file)):
+        return found
+    header = open_image(file, max_pixels)  # a damaged file: it says so
+    file.seek(0)
+    if header.format == "PNG" and header.mode != "P":
         data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
         return _in_memory(decode_png(data, ImageReadMode.UNCHANGED).numpy(), "chw")
-    header = open_image(file, max_pixels)  # another format, or damaged: it says which
-    channels = 1 if header.mode in ("1", "L", "I", "F", "I;16") else 3
-    file.seek(0)
+    if header.mode.startswith(("I", "F")):  # numbers of more than 8 bits
+        return _in_memory(np.asarray(header), "hw")
+    channels = 1 if header.mode in ("1", "L") else 3
     image = np.asarray(load_image(file, channels, max_pixels))
     return _in_memory(image, "hwc" if channels == 3 else "hw")
 
@@ -246,12 +251,25 @@ def _open_npz(file: BinaryIO, key: str | None) -> tuple[tuple[int, ...], np.dtyp
     return _open_npy(content)
 
 
-def _open_tiff(file: BinaryIO) -> _Found:
-    """A TIFF's first series of pages."""
+def _open_pnm(file: BinaryIO) -> _Found | None:
+    """A gray or colour picture of netpbm's binary formats; None for a header that is none."""
+    match = _PNM.match(file.read(4096))
+    if not match or not 0 < int(match[4]) < 1 << 16:
+        return None
+    height, width, channels = int(match[3]), int(match[2]), {b"5": (), b"6": (3,)}[match[1]]
+    shape, dtype = (height, width, *channels), np.dtype("u1" if int(match[4]) < 256 else ">u2")
+    fetch = _raw(file, match.end(), shape, dtype)
+    return _Found("hwc" if channels else "hw", shape, dtype, fetch)
+
+
+def _open_tiff(file: BinaryIO) -> _Found | None:
+    """A TIFF's first series of pages; None if its numbers are those of a palette's colours."""
     import tifffile  # takes half a second
 
     tiff = tifffile.TiffFile(file)
     series = tiff.series[0]
+    if series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        return None
     if len(tiff.series) > 1:
         raise OSError(
             f"its pages are of {len(tiff.series)} kinds: write one picture a file, of pages alike"

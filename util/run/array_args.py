@@ -225,14 +225,15 @@ def tell_kind(args: argparse.Namespace, root: Path) -> None:
     if not args.arrays:
         return
     files, form = open_images(root, arrays=True), array_format(args)
-    first = "none of the first could be read"
+    first = ""
     for index in range(min(_LOOKS, len(files))):
         try:
             with files.open(index) as file:
                 picture = form.open(file)
         except ChannelsError as error:
             raise UsageError(str(error)) from error
-        except (OSError, TrainingError):
+        except (OSError, TrainingError) as error:
+            first = first or f"none of the first could be read ({error})"
             continue
         width, height = picture.size
         first = (

@@ -191,20 +191,26 @@ def load_samples(
         decoded are left out.
 
     Raises:
-        UsageError: not one can be decoded.
+        UsageError: not one can be decoded, or not one holds data.
     """
-    transform = _whole_view(img_size, in_chans, max_pixels, form)
+    transform, first = _whole_view(img_size, in_chans, max_pixels, form), ""
     for source in (data_path / "val", find_train_folder(data_path)):
         images = []
         with contextlib.suppress(UsageError):  # no such folder, or no image in it
             files = open_images(source, arrays=form is not None)
             count = min(count, len(files))
             for i in range(count):
-                with contextlib.suppress(OSError), files.open(i * len(files) // count) as file:
-                    images.append(transform(file))
+                try:
+                    with files.open(i * len(files) // count) as file:
+                        images.append(transform(file))
+                except OSError as error:
+                    first = first or f", the first: {error}"
         if images:
-            return torch.stack(images)
-    raise UsageError(f"none of the images tried below {data_path} can be decoded")
+            samples = torch.stack(images)
+            if samples.isnan().all():
+                raise UsageError(f"the {len(images)} files of {source} tried hold no data at all")
+            return samples
+    raise UsageError(f"none of the images tried below {data_path} can be decoded{first}")
 
 
 def _whole_view(
