@@ -12,6 +12,7 @@ from engine_evaluate import mean_over_views
 from engine_features import Predict, encode, encode_views
 from models_convvit import ConvViT, convvit_from_weights
 from util.data.datasets import LabeledImages
+from util.data.folders import find_train_folder
 from util.data.loader import Loader
 from util.data.samplers import EvalSampler
 from util.errors import UsageError
@@ -152,7 +153,7 @@ def open_frozen(args: argparse.Namespace) -> Frozen:
     fill_geometry_flags(args, weights.architecture, str(weights.path), [*weights.guessed])
     complete_arrays(args)
     if args.arrays:
-        tell_kind(args, args.data_path)
+        tell_kind(args, find_train_folder(args.data_path))
     arguments.derive_loading(args, device.type)
     if weights.architecture.ndim == 3:
         complete_protocol(args, weights.args)

@@ -217,13 +217,19 @@ def random_view(
 
 
 def tell_kind(args: argparse.Namespace, root: Path) -> None:
-    """Print how the files of a data path are read; arrays are tried on the first of them.
+    """Print how the files of a data path are read; raises as `first_of`."""
+    if args.arrays:
+        bands = f", bands {show_value(args.bands)}" if args.bands else ""
+        first = first_of(args, root)
+        print_once(f"files are read as arrays{bands}, not as 8-bit pictures: {first}")
+
+
+def first_of(args: argparse.Namespace, root: Path) -> str:
+    """A few words on the first of a data path's arrays that can be read.
 
     Raises:
         UsageError: no files, or channels that are not those of the flags.
     """
-    if not args.arrays:
-        return
     files, form = open_images(root, arrays=True), array_format(args)
     first = ""
     for index in range(min(_LOOKS, len(files))):
@@ -236,12 +242,9 @@ def tell_kind(args: argparse.Namespace, root: Path) -> None:
             first = first or f"none of the first could be read ({error})"
             continue
         width, height = picture.size
-        first = (
+        says = "" if picture.nodata is None else f", {picture.nodata:g} is no data, as it says"
+        return (
             f"{files.path(index)} is {height} x {width} of {picture.channels} channels "
-            f"({picture.axes}), {picture.dtype}"
+            f"({picture.axes}), {picture.dtype}{says}"
         )
-        if picture.nodata is not None:
-            first += f", in which {picture.nodata:g} stands for no data, as it says"
-        break
-    bands = f", bands {show_value(args.bands)}" if args.bands else ""
-    print_once(f"files are read as arrays{bands}, not as 8-bit pictures: {first}")
+    return first

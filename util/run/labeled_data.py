@@ -17,6 +17,7 @@ from util.errors import UsageError
 from util.run.array_args import (
     array_format,
     complete_arrays,
+    first_of,
     follow_checkpoint,
     tell_kind,
 )
@@ -88,10 +89,11 @@ def evaluated_images(
         unlabeled: they may have no labels.
 
     Raises:
-        UsageError: none there, or none with labels.
+        UsageError: none there, none with labels, or arrays of other channels.
     """
     size = tuple(args.input_size)
     if args.arrays:
+        first_of(args, path)  # before a model is trained
         transform = centre_transform(array_format(args), size, center_share(size))
     else:
         transform = center_crop_transform(size, args.in_chans, args.max_pixels)
