@@ -9,7 +9,6 @@ if __name__ == "__main__":  # from here on, while the rest is imported
     leave_on_signals()
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -143,12 +142,14 @@ def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) ->
     Raises:
         UsageError: not one can be decoded.
     """
-    clips = []
+    clips, first = [], ""
     for path in evenly_chosen(videos, count).paths:
-        with contextlib.suppress(OSError):
+        try:
             clips.append(load_clip(path, args))
+        except OSError as error:
+            first = first or f", the first: {error}"
     if not clips:
-        raise UsageError(f"none of the videos tried of {videos.source} can be decoded")
+        raise UsageError(f"none of the videos tried of {videos.source} can be decoded{first}")
     return torch.stack(clips)
 
 

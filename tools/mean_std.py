@@ -88,6 +88,11 @@ def main(args: argparse.Namespace) -> None:
         f"{count - len(bad)} of {len(files)} files of {root}, {args.in_chans} channels, {kind}",
         file=sys.stderr,
     )
+    if still := [str(number) for number, std in enumerate(found["std"], 1) if not std]:
+        print(
+            f"note: channel {', '.join(still)} never changes: leave it away by --bands",
+            file=sys.stderr,
+        )
     print(" ".join(f"--{n} {' '.join(f'{v:.6g}' for v in values)}" for n, values in found.items()))
 
 

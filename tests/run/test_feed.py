@@ -48,9 +48,9 @@ def test_pace_gives_images_a_second_and_the_share_of_waiting(monkeypatch):
     feed, now = DeviceFeed(CPU), [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     pace = Pace(feed, 4, batch_size=8)
-    now[0], feed._waited = 110.0, 2.0
+    now[0], feed.waiting.seconds = 110.0, 2.0
     assert pace.read(9) == {"images_per_s": 4.0, "data_wait": pytest.approx(0.2)}
-    now[0], feed._waited = 115.0, 4.0
+    now[0], feed.waiting.seconds = 115.0, 4.0
     assert pace.read(10) == {"images_per_s": 1.6, "data_wait": pytest.approx(0.8)}
     assert pace.data_wait == pytest.approx(6 / 15)
 

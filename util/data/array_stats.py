@@ -12,6 +12,7 @@ from tqdm import tqdm
 from util.data.array_views import ArrayFormat
 from util.data.arrays import ChannelsError, Picture
 from util.data.crop import Box
+from util.data.files import reason_of
 from util.data.folders import ImageFolder
 from util.data.shards import Shards
 from util.errors import UsageError
@@ -86,7 +87,8 @@ def _pictures(
         except ChannelsError as error:
             raise UsageError(str(error)) from error
         except OSError as error:
-            bad.append(str(error))
+            path = files.path(index)
+            bad.append(f"{path} cannot be decoded: {reason_of(error, path)}")
 
 
 def _strips(picture: Picture, form: ArrayFormat) -> Iterator[Tensor]:

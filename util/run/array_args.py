@@ -57,7 +57,7 @@ def add_format_args(parser: Parser) -> argparse._ArgumentGroup:
         "--nodata",
         type=finite_float,
         metavar="V",
-        help="the number that stands for no data; NaN and infinity always do",
+        help="the number that stands for no data; NaN, infinity and what a GeoTIFF says always do",
     )
     return group
 
@@ -203,29 +203,36 @@ def random_view(
 
 
 def tell_kind(args: argparse.Namespace, root: Path) -> None:
-    """Print how files are read and, of pictures, normalised; arrays are tried on the first.
+    """Print how files are read and, of pictures, normalised; raises as `first_of`."""
+    if not args.arrays:
+        tell_stats(args)
+        return
+    bands = f", bands {show_value(args.bands)}" if args.bands else ""
+    first = first_of(args, root)
+    print_once(f"files are read as arrays{bands}, not as 8-bit pictures: {first}")
+
+
+def first_of(args: argparse.Namespace, root: Path) -> str:
+    """A few words on the first of a data path's arrays that can be read.
 
     Raises:
         UsageError: no files, or channels that are not those of the flags.
     """
-    if not args.arrays:
-        tell_stats(args)
-        return
     files, form = open_images(root, arrays=True), array_format(args)
-    first = "none of the first could be read"
+    first = ""
     for index in range(min(_LOOKS, len(files))):
         try:
             with files.open(index) as file:
                 picture = form.open(file)
         except ChannelsError as error:
             raise UsageError(str(error)) from error
-        except (OSError, TrainingError):
+        except (OSError, TrainingError) as error:
+            first = first or f"none of the first could be read ({error})"
             continue
         width, height = picture.size
-        first = (
+        says = "" if picture.nodata is None else f", {picture.nodata:g} is no data, as it says"
+        return (
             f"{files.path(index)} is {height} x {width} of {picture.channels} channels "
-            f"({picture.axes}), {picture.dtype}"
+            f"({picture.axes}), {picture.dtype}{says}"
         )
-        break
-    bands = f", bands {show_value(args.bands)}" if args.bands else ""
-    print_once(f"files are read as arrays{bands}, not as 8-bit pictures: {first}")
+    return first

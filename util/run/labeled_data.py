@@ -18,6 +18,7 @@ from util.errors import UsageError
 from util.run.array_args import (
     array_format,
     complete_arrays,
+    first_of,
     follow_checkpoint,
     tell_kind,
 )
@@ -128,8 +129,10 @@ def evaluated_images(
         unlabeled: they may have no labels.
 
     Raises:
-        UsageError: none there, or none with labels.
+        UsageError: none there, none with labels, or arrays of other channels.
     """
+    if args.arrays:
+        first_of(args, path)  # before a model is trained
     return LabeledImages(path, _evaluation_view(args), unlabeled, bool(args.arrays))
 
 

@@ -125,6 +125,12 @@ def _complete(args: argparse.Namespace, content: dict | None, weights: Weights |
         fill_geometry_flags(args, None)
     if "arrays" in args:
         complete_arrays(args, weights)
+        there = weights.architecture.in_chans if weights else args.in_chans
+        if args.in_chans not in (1, there) and there not in (1, 3):
+            raise UsageError(
+                f"{weights.path} is a model of {there} channels, and this run has {args.in_chans}: "
+                f"only a model of one or three starts one of others"
+            )
     else:
         complete_stats(args, weights)
 

@@ -281,7 +281,7 @@ def _is_text(value: object) -> bool:
 
 # Arguments of a run that people ask for first.
 RECIPE = ("epochs", "warmup_epochs", "effective_batch_size", "lr", "weight_decay", "mask_ratio")
-RECIPE += ("layer_decay", "drop_path", "seed")
+RECIPE += ("predict_share", "mimic_weight", "layer_decay", "drop_path", "seed")
 # What entries and arguments must be for anything to be concluded from them.
 _INFO = {"epoch": _is_count, "step": _is_count, "program": _is_text, "classes": _are(_is_text)}
 _INFO["best"] = lambda v: isinstance(v, Mapping) and _is_number(v.get("acc1"))
@@ -293,8 +293,10 @@ _ARGS = {
     **dict.fromkeys(("decoder_embed_dim", "decoder_depth", "mimic_dim"), _is_size),
     **dict.fromkeys(("embed_dim", "depth"), _are(_is_size, 3)),
     "mlp_ratio": _are(_is_ratio, 3),
+    "bands": _are(_is_size),
+    "nodata": _is_number,
     **dict.fromkeys(
-        ("multi_scale", "norm_pix_loss", "complementary"), lambda v: isinstance(v, bool)
+        ("multi_scale", "norm_pix_loss", "complementary", "arrays"), lambda v: isinstance(v, bool)
     ),
     "masking": lambda v: v in ("tube", "random"),
     **dict.fromkeys(("model", "teacher", "teacher_digest"), _is_text),
