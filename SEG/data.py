@@ -141,7 +141,8 @@ class ImagesAndMasks(BaseSegDataset):
                 f"or --ignore on the command line"
             )
         self.ignored = ignored_numbers({**kwargs, "ignored": ignored})
-        meta = dict(classes=names, palette=class_colours(names), ignored=list(self.ignored))
+        others = [number for number in self.ignored if number]  # 0 is in reduce_zero_label
+        meta = dict(classes=names, palette=class_colours(names), ignored=others)
         super().__init__(metainfo=meta, img_suffix=img_suffix, **kwargs)
 
     def _name(self, image: Path, folder: Path) -> str:
