@@ -106,6 +106,8 @@ def set_length(config: Config, iterations: int | None, kept: Container[str] = ()
             for key in {"begin", "end", "max_iters", "val_interval", "interval"} & part.keys():
                 if part[key] and f"{name}.{key}" not in kept:
                     part[key] = max(1, round(part[key] * iterations / length))
+            if part.get("begin") and "end" in part:
+                part["begin"] = min(part["begin"], part["end"] - 1)
         length = iterations
     end = max((schedule.get("end", length) for schedule in schedules), default=length)
     if end != length:
