@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="STRIDE",
         help="strides of the three stages",
     )
-    add("--batch_size", type=positive_int, default=64, metavar="N", help="of any training")
+    add("--batch_size", type=positive_int, default=128, metavar="N", help="of any training")
     add("--lr", type=positive_float, default=2e-3, metavar="LR", help="peak, of pretraining")
     add("--finetune_lr", type=positive_float, default=1e-3, metavar="LR", help="peak, fine-tuning")
     add(

@@ -143,7 +143,8 @@ class Arm:
         flags: of `main_pretrain.py` that differ.
         depth: blocks of the three stages, if they differ.
         pretrained: whether it is pretrained at all.
-        main: fine-tuned with every share of the labels, which costs the most; the others with one.
+        main: measured as it trains and fine-tuned with every share of the labels, which costs the
+            most; the others are fine-tuned with one.
         equal_cost: pretrained for as many FLOPs as ConvMAE instead of as many epochs.
         mimics: has the ConvViT of the arm `TEACHER`, trained with all labels, as its teacher.
     """

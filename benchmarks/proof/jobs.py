@@ -233,7 +233,7 @@ def jobs_of(args: argparse.Namespace, arm: Arm, seed: int, device: torch.device)
             passes = counts[f"labels-{share:g}"] * epochs + counts["test"]
             run = partial(finetune, share)
             jobs.append(Job(arm, seed, f"finetune-{share:g}", passes, run, needs))
-    if arm.pretrained and args.curve_points > 1:
+    if arm.pretrained and arm.main and args.curve_points > 1:
         passes = looked_at * (args.curve_points - 1)
         jobs.append(Job(arm, seed, "curve", passes, curve, needs))
     if seed == 0 and arm.name == next((name for name in DRAWN if name in args.arms), None):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -155,6 +156,7 @@ def _serve(args: argparse.Namespace, connection: Connection) -> None:
     """Do the jobs whose keys come, until there are no more or a signal comes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program tells us
     stop_between_trainings()
+    threading.Thread(target=_follow_parent, daemon=True).start()
     log = os.open(args.output_dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, sys.stdout.fileno())
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -172,6 +174,12 @@ def _serve(args: argparse.Namespace, connection: Connection) -> None:
     except (EOFError, BrokenPipeError, Stopped):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers and the program send it
         sys.stdout.flush()
+
+
+def _follow_parent() -> None:
+    """Have this process save and leave when the program was killed."""
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _receive(worker: Worker) -> tuple[Job, dict]:
