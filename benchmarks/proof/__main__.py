@@ -23,7 +23,7 @@ from benchmarks.proof.arms import ARMS, TEACHER
 from benchmarks.proof.book import Book
 from benchmarks.proof.data import prepare, write_cifar10
 from benchmarks.proof.jobs import Job, all_jobs, flops_of
-from benchmarks.proof.page import duration, write_page
+from benchmarks.proof.page import duration, headline, write_page
 from benchmarks.proof.workers import run_beside, run_here
 from util.errors import UsageError
 from util.layers.architecture import SIZES, Architecture
@@ -270,7 +270,8 @@ def publish(args: argparse.Namespace) -> None:
     if not book.found:
         raise UsageError(f"{book.path} is not there or holds no results: run the experiment first")
     write_page(args.page, book)
-    print_once(f"done: {args.page}, and its pictures beside it")
+    shares = [float(share) for share in book.settings["finetunings"]]
+    print_once(f"{headline(book.found, shares)}\ndone: {args.page}, and its pictures beside it")
 
 
 if __name__ == "__main__":

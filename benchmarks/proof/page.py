@@ -27,6 +27,8 @@ MEASURES = {
 }
 # A difference counts if it is so many standard errors from zero.
 ERRORS = 2
+# Arms of the four lines for a README.
+HEADLINE = ("random", "mae", "convmae", "fast_cost")
 # The reconstructions, in the output folder.
 PICTURE = "reconstruction.png"
 
@@ -73,6 +75,18 @@ def accuracy_table(results: Results, shares: Sequence[float]) -> str:
         seconds = [job["seconds_an_epoch"] for job in trained if job["seconds_an_epoch"]]
         seeds = str(len(results[name]))
         rows.append([arm.what, seeds, epochs, cost, *cells, spread(seconds)])
+    return markdown_table(rows)
+
+
+def headline(results: Results, shares: Sequence[float]) -> str:
+    """The table in four lines, for a README: fine-tuning and features of the first arms."""
+    measures = measures_of(shares)
+    shown = [name for name in measures if name.startswith("finetune")] + ["regression_scales"]
+    rows = [["encoder", *(measures[name] for name in shown)]]
+    for name in HEADLINE:
+        if name in results:
+            cells = [spread(list(values(results, name, m).values())) for m in shown]
+            rows.append([ARMS[name].what, *cells])
     return markdown_table(rows)
 
 
@@ -276,6 +290,7 @@ def write_page(page: Path, book: Book) -> None:
     labels = ", ".join(f"{share:g} % = {counts[f'labels-{share:g}']}" for share in shares)
     judged = "training pictures held out" if settings["tune"] else "test pictures"
     several = f", {setting['jobs']} jobs at a time" if setting["jobs"] > 1 else ""
+    beside = " with the other jobs beside" if several else ""
     depth = " ".join(map(str, setting["depth"]))
     lines = [
         "# The paper's claims, replayed small",
@@ -294,11 +309,13 @@ def write_page(page: Path, book: Book) -> None:
         "of the last block, or of all scales concatenated (the three stages; of a plain ViT the "
         "first, middle and last block). k-NN: 20 neighbours, cosine; regression: scikit-learn's "
         f"logistic regression, C = 1. Fine-tuning with {labels or 'no'} labelled pictures, the "
-        "accuracy of the last epoch. ± is the standard deviation over seeds. MFLOP are those of a "
-        "picture in pretraining, forward and backward; on a CPU the seconds are the processor's. "
-        "The arms without masked convolution and with masks of stage 1 compute everything, masked "
-        "or not. The teacher of MR-MCMAE is the random ConvViT fine-tuned with all labels, so that "
-        "arm has seen them.",
+        f"accuracy of the last epoch. Peak learning rates {settings['lr']:g} and, in fine-tuning, "
+        f"{settings['finetune_lr']:g} at batches of {settings['batch_size']}, the same for all "
+        f"arms; layer decay 0.8, for random weights none. ± is the standard deviation over seeds. "
+        f"MFLOP are those of a picture in pretraining, forward and backward; seconds are on a CPU "
+        f"the processor's, on a GPU the clock's{beside}. The arms without masked convolution and "
+        f"with masks of stage 1 compute everything, masked or not. The teacher of MR-MCMAE is the "
+        f"ConvViT trained from random weights with all labels, so that arm has seen them.",
         "",
         accuracy_table(results, shares),
         "",

@@ -9,6 +9,7 @@ from benchmarks.proof.page import (
     bits,
     claims_table,
     difference,
+    headline,
     masked_error,
     position_table,
     verdict,
@@ -70,6 +71,15 @@ def test_pictures_that_both_judge_alike_are_no_doubt():
 def test_bits_of_a_number_that_fills_no_byte_come_back():
     right = [True, False, True]
     assert bits(verdict_of(right)).tolist() == right
+
+
+def test_the_headline_has_a_line_for_each_of_its_arms_that_is_there():
+    found = results("regression_scales", convmae=[first(50)], random=[first(30)], leaky=[first(1)])
+    lines = headline(found, [10]).splitlines()[2:]
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
+        ["ConvViT, random weights", "–", "30.0"],
+        ["ConvMAE", "–", "50.0"],
+    ]
 
 
 def test_features_without_the_position_table_stand_in_a_sentence():
