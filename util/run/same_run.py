@@ -26,7 +26,7 @@ MAY_CHANGE = frozenset(
         "knn_path",
         "log_dir",
     }
-    | {"max_bad_images", "max_pixels", "nb_classes", "num_workers", "output_dir"}
+    | {"max_bad_images", "max_pixels", "memory_budget", "nb_classes", "num_workers", "output_dir"}
     | {
         "picture_freq",
         "pin_mem",
