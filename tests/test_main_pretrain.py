@@ -7,6 +7,7 @@ import os
 import pickle
 import pty
 import random
+import re
 import select
 import shutil
 import signal
@@ -1217,6 +1218,15 @@ def test_a_decoder_that_is_to_predict_something_else_is_told_of(whole, images, l
 def test_a_folder_for_k_nn_without_its_frequency_is_refused(images, launcher, tmp_path):
     result = launcher.run(*flags(images, tmp_path, knn_path=images))
     assert_one_line(result, 2, "--knn_path needs --knn_freq")
+
+
+def test_a_finished_run_names_the_data_that_it_is_given_in_vain(whole, launcher, tmp_path):
+    images = write_images(tmp_path / "others", 4)
+    shutil.copytree(whole, tmp_path / "run")
+    result = launcher.run(*flags(images, tmp_path / "run"))
+    assert_ok(result)
+    assert re.search(r"nothing to train: .* --data_path .* there, .*others here\): give another "
+                     r"--output_dir", result.out)  # fmt: skip
 
 
 def test_a_run_of_before_keeps_the_warm_up_that_was_not_given(images, launcher, tmp_path):
