@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, fields
 
 import torch
@@ -19,8 +19,10 @@ from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.layers.decoder import Decoder
 from util.run.distributed import is_main_process, print_once, rank, world_size
+from util.run.feed import Stopwatch
 from util.run.geometry_args import described_architecture
 from util.run.logger import count_parameters
+from util.run.normalization import given_stats
 from util.run.pictures import save_loss_curve
 from util.run.program import Stopped
 from util.run.run import Run
@@ -30,6 +32,7 @@ from util.weights.read import Weights
 from util.weights.start import start_from
 
 Factory = Callable[..., MaskedAutoencoderConvViT]
+TEACHER = "teacher_seconds"  # its forward passes in the logs
 
 
 def build_model(
@@ -116,7 +119,10 @@ def build_run(
     model.to(device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    return Run.prepare(args, device, loader, model, optimizer, content, program=program)
+    losses = ("loss_reconstruction", "loss_mimic") if getattr(args, "mimic_dim", None) else ()
+    return Run.prepare(
+        args, device, loader, model, optimizer, content, program=program, losses=losses
+    )
 
 
 def build_teacher(args: argparse.Namespace, device: torch.device) -> Teacher | None:
@@ -171,9 +177,12 @@ def pretrain(
     """
     run.describe(title(run) + (f"\nteacher {teacher.describe()}" if teacher else ""))
     if teacher:
-        teacher.see_through(*channel_stats(run.model.in_chans), run.model.geometry.grid(3))
+        stats = given_stats(run.args) or channel_stats(run.model.in_chans)
+        teacher.see_through(*stats, run.model.geometry.grid(3))
         if run.args.compile:
-            teacher.compile()
+            teacher.compile(dynamic=False)
+        if run.device.type != "mps":  # whose time this process does not see
+            run.report.watches[TEACHER] = Stopwatch(run.device)
     with closing(run.report.log) as log:
         for epoch, start in run.epochs():
             values = train_one_epoch(
@@ -256,6 +265,7 @@ def train_one_epoch(
         The epoch's means.
     """
     run.model.train()
+    watch = run.report.watches.get(TEACHER, nullcontext())
     for step in run.steps(epoch, start_step):
         for (imgs,) in step.micro_batches:
             noise = draw_noise(len(imgs), run.model.geometry.num_mask_units, imgs.device)
@@ -263,10 +273,12 @@ def train_one_epoch(
             if getattr(run.args, "arrays", None):
                 imgs, options["valid"] = split_nodata(imgs)
             with step.autocast():
-                features = teacher(imgs) if teacher else None
-                options |= {"predict_share": predict_share, "features": features}
-                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise, **options)
-            step.backward(loss)
+                if teacher:
+                    with watch:
+                        options["features"] = teacher(imgs)
+                options["predict_share"] = predict_share
+                loss, _, _, *parts = run.ddp_model(imgs, mask_ratio, noise, **options)
+            step.backward(loss, *parts)
         step.update()
     return run.means(epoch)
 

@@ -133,6 +133,7 @@ def main(args: argparse.Namespace) -> None:
     files = name_outputs(args.images, args.out)
     weights, _ = options.read_segmentor(args.checkpoint)
     options.set_num_classes(config, weights.num_classes)
+    options.use_stats(config, weights)
     device = options.start(config)
     check_writable(args.out, "--out")
     names = class_names(weights.classes or weights.num_classes)

@@ -1063,6 +1063,16 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit_and_with_no_other(
     assert "teacher test_vit: 0." in result.out and "GFLOP an image" in result.out
     content = load(whole / "checkpoint.pth")
     assert content["args"]["mimic_weight"] == 1.0
+    names = ("loss", "loss_reconstruction", "loss_mimic", "teacher_seconds")
+    shown = result.out.splitlines()[-2].split("  ")
+    assert all(sum(part.startswith(f"{name} ") for part in shown) == 1 for name in names)
+    for line in log_lines(whole):
+        loss, *parts = (line[f"train_{name}"] for name in names[:3])
+        assert loss == pytest.approx(sum(parts)) and min(parts) > 0
+        assert 0 < line["teacher_seconds"] < line["epoch_seconds"] / STEPS
+    steps = zip(*(curve(whole, name) for name in names[:3]), strict=True)
+    for (_, loss), *parts in steps:
+        assert loss == pytest.approx(sum(value for _, value in parts))
     more = {name for name in content["model"] if name.startswith("mimic")}
     assert more == {"mimic.weight", "mimic.bias"}
     assert not any("teacher" in name for name in content["model"])

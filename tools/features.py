@@ -11,6 +11,7 @@ if __name__ == "__main__":  # from here on, while the rest is imported
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from util.errors import UsageError
 from util.run.args import check_png
 from util.run.distributed import print_once
 from util.run.feature_pictures import feature_grid, pca_colors, scale_colors
+from util.run.normalization import given_stats
 from util.run.parser import Parser, positive_int
 from util.run.pictures import stretched
 from util.run.program import run_main
@@ -70,7 +72,8 @@ def main(args: argparse.Namespace) -> None:
             attention.append(attention_map(model, x).float().cpu())
         stages.append([grid.float().cpu() for grid in maps])
     maps = [pca_colors(torch.cat(grids)) for grids in zip(*stages, strict=True)]
-    show = stretched(samples, args.rgb) if args.arrays else denormalize
+    undo = partial(denormalize, stats=given_stats(args))
+    show = stretched(samples, args.rgb) if args.arrays else undo
     maps.append(scale_colors(torch.cat(attention)))
     save_image(feature_grid(samples, maps, args.columns, show), args.output)
     print_once(
