@@ -16,11 +16,13 @@ from SEG.masks import ignored_numbers
 from SEG.overrides import apply_overrides, nearest, registered
 from util.data.classes import check_classes
 from util.errors import TrainingError, UsageError
-from util.run.distributed import init_processes, world_size
+from util.run.distributed import init_processes, print_once, world_size
+from util.run.normalization import agreed_stats
 from util.run.optim_step import amp_dtype
 from util.run.parser import Parser, non_negative_int, positive_int
 from util.run.program import FULL
 from util.weights.checkpoint import load_file
+from util.weights.describe import show_stats
 from util.weights.read import KINDS, Weights, read_weights, weights_of
 
 ROOT = Path(__file__).parent.parent
@@ -228,6 +230,36 @@ def set_num_classes(config: Config, num_classes: int) -> None:
     for head in ("decode_head", "auxiliary_head"):
         if head in config.model:
             config.model[head].num_classes = num_classes
+
+
+def use_stats(config: Config, weights: Weights) -> str:
+    """Normalise images as the run did that a model begins with, and tell it.
+
+    A mean and a deviation of the config stay if they are not ImageNet's.
+
+    Args:
+        config: changed in place.
+        weights: of that run.
+
+    Returns:
+        The line that was printed, see `agreed_stats`.
+    """
+    preprocessor, line = config.model.get("data_preprocessor") or {}, ""
+    mean, std = (preprocessor.get(name) for name in ("mean", "std"))
+    if mean is None and weights.stats:
+        line = (
+            f"note: the config normalises no images (model.data_preprocessor.mean); those of "
+            f"{weights.path} were by {show_stats(weights.stats)}"
+        )
+    elif mean and std and len(mean) == len(std):  # mmengine refuses others
+        own = tuple(tuple(value / 255 for value in values) for values in (mean, std))
+        stats, line = agreed_stats(own, weights)
+        if stats is not own:
+            for name, values in zip(("mean", "std"), stats, strict=True):
+                preprocessor[name] = [255 * value for value in values]
+    if line:
+        print_once(line)
+    return line
 
 
 def start(config: Config, amp: str | None = None) -> torch.device:

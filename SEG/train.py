@@ -22,6 +22,7 @@ from util.run.parser import Parser, complete_resume, positive_int
 from util.run.program import run_main
 from util.run.setup import hold_output
 from util.weights.checkpoint import load_file
+from util.weights.read import read_weights, weights_of
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -173,6 +174,8 @@ def begin_from(config: Config, pretrained: str | None, resume: str) -> int:
     if last:
         content = load_file(last)
         check_resumable(last, content, config)
+        if (line := options.use_stats(config, weights_of(content, last))).startswith("note"):
+            raise UsageError(f"{last} is of another run: {line.removeprefix('note: ')}")
         config.load_from, config.resume, backbone.pretrained = str(last), True, None
         print_once(f"going on from {last}")
         return content["meta"]["iter"]
@@ -185,6 +188,8 @@ def begin_from(config: Config, pretrained: str | None, resume: str) -> int:
             f"the checkpoint to begin from, {backbone.pretrained}, does not exist: give another as "
             f"--pretrained FILE, or --pretrained none for random weights"
         )
+    if backbone.get("pretrained"):
+        options.use_stats(config, read_weights(backbone.pretrained))
     return 0
 
 

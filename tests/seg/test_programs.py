@@ -14,12 +14,14 @@ from PIL import Image
 
 from SEG import options, train
 from SEG.options import SPLITS
+from SEG.predict import name_outputs
 from SEG.resume import check_resumable
 from tests.pictures import picture
 from tests.runs import code_of
-from tests.seg.small import CONFIG, CROP, OPTIONS
+from tests.seg.small import CONFIG, CROP, OPTIONS, STATS
 from util.errors import UsageError
 from util.run.lock import FolderLock
+from util.weights.read import read_weights
 
 TINY = "SEG/configs/upernet_convmae_tiny_240.py"
 
@@ -66,6 +68,26 @@ def test_a_checkpoint_holds_plain_values_and_tensors_only(trained):
     assert {"state_dict", "optimizer", "param_schedulers", "message_hub", "meta"} <= content.keys()
     assert content["meta"]["dataset_meta"]["classes"] == [*"0123456789", "background"]
     assert content["meta"]["iter"] == 6
+
+
+def test_images_are_normalised_as_in_the_pretraining_and_checkpoints_keep_it(trained):
+    work, result = trained
+    assert "images are normalised by --mean 0.3 0.3 0.3 --std 0.25 0.25 0.25" in result.out
+    mean, std = read_weights(work / "iter_6.pth").stats
+    assert mean == pytest.approx([STATS[0]] * 3) and std == pytest.approx([STATS[1]] * 3)
+    config = options.read_config(train.parse_args([CONFIG]))
+    options.use_stats(config, read_weights(work / "iter_6.pth"))
+    assert config.model.data_preprocessor.mean == pytest.approx([255 * STATS[0]] * 3)
+
+
+def test_a_run_is_not_resumed_with_another_normalisation(trained, tmp_path):
+    chosen = ["--cfg-options", "model.data_preprocessor.mean=[9,9,9]"]
+    config = options.read_config(train.parse_args([CONFIG, *chosen]))
+    config.work_dir = str(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"is of another run: images are normalised by --mean 0\.035"
+    ):
+        train.begin_from(config, None, str(trained[0] / "iter_4.pth"))
 
 
 def test_a_resumed_run_goes_on_where_it_was_stopped(trained, programs, data, tmp_path):
@@ -307,6 +329,15 @@ def test_prediction_writes_class_maps_and_overlays_of_any_pictures(trained, prog
         assert overlay.size == size and overlay.mode == "RGB"
         assert re.search(rf"^{name}: .*\d %", result.out.replace("%", " %"), re.MULTILINE)
     assert "3 images" in result.out
+
+
+def test_a_class_map_is_not_written_over_a_picture(tmp_path):
+    image = tmp_path / "classes" / "x.png"
+    image.parent.mkdir()
+    Image.new("RGB", (4, 4)).save(image)
+    assert name_outputs([image], tmp_path / "out") == {"x": image}
+    with pytest.raises(UsageError, match="is one of the images: give another folder"):
+        name_outputs([image], tmp_path)
 
 
 def test_prediction_skips_and_names_what_is_no_picture(trained, programs, tmp_path):
