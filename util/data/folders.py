@@ -12,6 +12,7 @@ import numpy as np
 
 from util.data.files import open_regular, read_file, retried
 from util.data.images import IMAGE_EXTENSIONS
+from util.data.paths import Paths
 from util.errors import UsageError
 
 HIDDEN = "hidden"
@@ -137,15 +138,14 @@ class NumberedFiles:
 
     def __init__(self, root: Path, paths: Sequence[str], left_out: Counter[str]) -> None:
         self.root, self.left_out = root, left_out
-        # One array, because workers would copy a list bit by bit as they touch its strings.
-        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._paths = Paths(paths)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def path(self, index: int) -> str:
         """Path of a file, for messages."""
-        return os.fsdecode(self._paths[index])
+        return self._paths[index]
 
     def open(self, index: int) -> BinaryIO:
         """A file, read whole.
