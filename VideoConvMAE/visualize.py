@@ -9,9 +9,9 @@ if __name__ == "__main__":  # from here on, while the rest is imported
     leave_on_signals()
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ from torchvision.utils import make_grid, save_image
 
 from util.data.files import is_one_of
 from util.data.images import MAX_PIXELS
-from util.data.transforms import denormalize
+from util.data.transforms import Stats, denormalize
 from util.errors import UsageError
 from util.run.args import check_png
+from util.run.normalization import add_stats_args, complete_stats, given_stats
 from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import reconstruct
 from util.run.program import run_main
@@ -37,7 +38,13 @@ from VideoConvMAE.sampling import eval_clips
 from VideoConvMAE.transforms import views_transform
 
 
-def triples(model: nn.Module, clips: Tensor, mask_ratio: float, seed: int = 0) -> Tensor:
+def triples(
+    model: nn.Module,
+    clips: Tensor,
+    mask_ratio: float,
+    seed: int = 0,
+    stats: Stats | None = None,
+) -> Tensor:
     """Original, masked and filled in, `[N, 3, T, 3, H, W]` in [0, 1], on the CPU.
 
     Args:
@@ -45,9 +52,11 @@ def triples(model: nn.Module, clips: Tensor, mask_ratio: float, seed: int = 0) -
         clips: `[N, C, T, H, W]`, normalised.
         mask_ratio: share of the patches to remove.
         seed: of the masks.
+        stats: by which the clips were normalised; ImageNet's by default.
     """
-    masked, filled = reconstruct(model, clips, mask_ratio, seed)
-    rows = torch.stack([denormalize(clips, 1), masked, filled], dim=1)  # [N, 3, C, T, H, W]
+    show = partial(denormalize, stats=stats)
+    masked, filled = reconstruct(model, clips, mask_ratio, seed, show)
+    rows = torch.stack([show(clips, 1), masked, filled], dim=1)  # [N, 3, C, T, H, W]
     rows = rows.movedim(2, 3).cpu()
     rows = rows.expand(-1, -1, -1, 3, -1, -1)  # gray as RGB
     # Small pictures are enlarged so that a person sees them.
@@ -56,7 +65,12 @@ def triples(model: nn.Module, clips: Tensor, mask_ratio: float, seed: int = 0) -
 
 
 def clip_grid(
-    model: nn.Module, clips: Tensor, mask_ratio: float, seed: int = 0, columns: int = 8
+    model: nn.Module,
+    clips: Tensor,
+    mask_ratio: float,
+    seed: int = 0,
+    columns: int = 8,
+    stats: Stats | None = None,
 ) -> Tensor:
     """Frames as columns, original, masked and filled in as rows, one clip below the other.
 
@@ -66,11 +80,12 @@ def clip_grid(
         mask_ratio: share of the patches to remove.
         seed: of the masks.
         columns: frames to show of each clip, at equal distances.
+        stats: by which the clips were normalised; ImageNet's by default.
 
     Returns:
         `[3, height, width]` in [0, 1], on the CPU.
     """
-    rows = triples(model, clips, mask_ratio, seed)
+    rows = triples(model, clips, mask_ratio, seed, stats)
     length = rows.shape[2]
     columns = min(columns, length)
     rows = rows[:, :, [i * length // columns for i in range(columns)]]
@@ -79,7 +94,13 @@ def clip_grid(
 
 
 def clip_movie(
-    model: nn.Module, clips: Tensor, mask_ratio: float, path: Path, seed: int = 0, fps: int = 8
+    model: nn.Module,
+    clips: Tensor,
+    mask_ratio: float,
+    path: Path,
+    seed: int = 0,
+    fps: int = 8,
+    stats: Stats | None = None,
 ) -> None:
     """Original, masked and filled in side by side as an mp4, one clip below the other.
 
@@ -90,8 +111,9 @@ def clip_movie(
         path: the file.
         seed: of the masks.
         fps: frames a second.
+        stats: by which the clips were normalised; ImageNet's by default.
     """
-    rows = triples(model, clips, mask_ratio, seed).transpose(1, 2)  # [N, T, 3, 3, H, W]
+    rows = triples(model, clips, mask_ratio, seed, stats).transpose(1, 2)  # [N, T, 3, 3, H, W]
     frames = [make_grid(rows[:, t].flatten(0, 1), nrow=3, padding=4) for t in range(rows.shape[1])]
     movie = (torch.stack(frames).movedim(1, -1) * 255).round().byte()  # [T, H, W, 3]
     height, width = (side - side % 2 for side in movie.shape[1:3])  # the codec wants even sides
@@ -103,14 +125,15 @@ def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
 
     Args:
         path: a file or a folder of pictures.
-        args: `input_size` and what `complete_protocol` takes.
+        args: `input_size` and what `complete_protocol` and `complete_stats` take.
 
     Raises:
         OSError: it cannot be decoded.
     """
     with open_video(path, args.in_chans, args.short_side or None, args.max_pixels) as video:
         (chosen,) = eval_clips(args.sampling, len(video), args.num_frames, args.stride, 1)
-        return views_transform(tuple(args.input_size))(video.frames(chosen))[0]
+        view = views_transform(tuple(args.input_size), stats=given_stats(args))
+        return view(video.frames(chosen))[0]
 
 
 def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) -> Tensor:
@@ -119,12 +142,14 @@ def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) ->
     Raises:
         UsageError: not one can be decoded.
     """
-    clips = []
+    clips, first = [], ""
     for path in evenly_chosen(videos, count).paths:
-        with contextlib.suppress(OSError):
+        try:
             clips.append(load_clip(path, args))
+        except OSError as error:
+            first = first or f", the first: {error}"
     if not clips:
-        raise UsageError(f"none of the videos tried of {videos.source} can be decoded")
+        raise UsageError(f"none of the videos tried of {videos.source} can be decoded{first}")
     return torch.stack(clips)
 
 
@@ -143,6 +168,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mask_ratio", type=mask_ratio, default=0.9, help="share of patches to remove")
     add("--columns", type=positive_int, default=8, metavar="N", help="frames to show")
     add("--seed", type=seed, default=0, help="of the masks")
+    add_stats_args(parser)
     add_sampling_args(parser, ("dense", "uniform"))
     parser.set_defaults(max_pixels=MAX_PIXELS)
     return parser.parse_args(argv)
@@ -165,6 +191,7 @@ def main(args: argparse.Namespace) -> None:
     args.num_frames, *args.input_size = model.geometry.img_size
     args.in_chans, args.short_side = model.in_chans, None
     complete_protocol(args)
+    complete_stats(args, weights)
     clips = []
     for path in files[: args.max_videos]:
         try:
@@ -172,8 +199,10 @@ def main(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UsageError(str(error)) from error
     batch = torch.stack(clips)
-    save_image(clip_grid(model, batch, args.mask_ratio, args.seed, args.columns), args.output)
-    clip_movie(model, batch, args.mask_ratio, movie, args.seed)
+    options = dict(seed=args.seed, stats=given_stats(args))
+    grid = clip_grid(model, batch, args.mask_ratio, columns=args.columns, **options)
+    save_image(grid, args.output)
+    clip_movie(model, batch, args.mask_ratio, movie, **options)
     print(f"{len(clips)} videos: original, masked, reconstruction in {args.output} and {movie}")
 
 

@@ -27,6 +27,7 @@ from benchmarks.measuring import (
     time_rounds,
 )
 from models_convmae import MODELS, MaskedAutoencoderConvViT
+from util.run.distributed import use_fast_kernels
 from util.run.logger import markdown_table
 from util.run.parser import Parser, positive_int, share
 
@@ -110,6 +111,8 @@ def main(argv: Sequence[str]) -> None:
     """Measure and print."""
     args = get_args_parser().parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        use_fast_kernels()
     print_environment(environment("memory_budget", argv, device))
     forms = {f"budget {budget:g}": (budget, False) for budget in args.budgets}
     forms["--grad_checkpointing"] = (1, True)

@@ -26,6 +26,7 @@ from benchmarks.measuring import (
     time_rounds,
 )
 from util.errors import UsageError
+from util.run.distributed import use_fast_kernels
 from util.run.logger import markdown_table
 from util.run.optim_step import amp_dtype
 from util.run.parser import Parser, positive_int
@@ -382,7 +383,7 @@ def run(benchmark: Benchmark, parser: Parser, argv: Sequence[str]) -> None:
     try:
         settle_options(args, [*benchmark.bases, *benchmark.more])
         if args.device == "cuda":
-            torch.set_float32_matmul_precision("high")
+            use_fast_kernels()
         if args.measure_memory:
             form = Form.of(args.measure_memory, args)
             print(json.dumps(measure_memory(ready_step(benchmark, form, args), args.device)))

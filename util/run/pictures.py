@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from util.data.array_views import ArrayFormat, centre_transform
+from util.data.array_views import ArrayFormat, centre_transform, split_nodata
 from util.data.datasets import open_images
 from util.data.files import open_regular
 from util.data.folders import find_train_folder
 from util.data.images import MAX_PIXELS
-from util.data.transforms import denormalize, eval_transform
+from util.data.transforms import Stats, denormalize, eval_transform
 from util.errors import UsageError
 from util.run.run_log import read_log
 
@@ -39,15 +39,18 @@ def reconstruct(
 
     Args:
         model: a `MaskedAutoencoderConvViT`.
-        imgs: `[N, C, *img_size]`, pictures or clips, normalised.
+        imgs: `[N, C, *img_size]`, pictures or clips, normalised; NaN where there are no data.
         mask_ratio: share of patches to remove.
         seed: of the masks.
         show: from inputs, and the dimension of their channels, to pictures.
 
     Returns:
         masked: pictures of `imgs`, in [0, 1], removed patches gray.
-        filled: the same with removed patches predicted, visible ones as they were.
+        filled: the same with removed patches predicted, visible ones as they were. Where there
+            are no data nothing is predicted.
     """
+    originals = show(imgs, 1)
+    imgs, valid = split_nodata(imgs)
     noise = torch.rand(
         len(imgs), model.geometry.num_mask_units, generator=torch.Generator().manual_seed(seed)
     )
@@ -57,16 +60,11 @@ def reconstruct(
     pred, mask = pred[: len(imgs)], mask[: len(imgs)]  # of several masks the first
     model.train(training)
 
-    patches = model.patchify(imgs)
-    if model.norm_pix_loss:  # undo the normalisation of the target
-        mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
-        pred = pred * (var + 1e-6) ** 0.5 + mean
-    removed = model.unpatchify(mask.unsqueeze(-1).expand_as(patches)).bool()
-    originals = show(imgs, 1)
-    removed = removed[:, :1]
+    pred = model.undo_target(pred, imgs, model.patchify(valid.float()))
+    removed = model.unpatchify(mask.unsqueeze(-1).expand_as(pred)).bool()[:, :1]
+    pred = model.unpatchify(pred).masked_fill(~valid, torch.nan)
     masked = originals.masked_fill(removed, GRAY)
-    filled = torch.where(removed, show(model.unpatchify(pred), 1), originals)
-    return masked, filled
+    return masked, torch.where(removed, show(pred, 1), originals)
 
 
 def reconstruction_grid(
@@ -104,23 +102,26 @@ def stretched(imgs: Tensor, rgb: Sequence[int] | None = None) -> Show:
     """A way to look at channels of any range: from `PERCENTILES` of them, dark, to bright.
 
     Args:
-        imgs: `[N, C, H, W]`, normalised, whose range counts.
+        imgs: `[N, C, H, W]`, normalised, whose range counts; NaN where there are no data.
         rgb: channels to show as red, green and blue, counted from 1; by default the first three,
             and of one or two channels the first in false colours.
 
     Returns:
-        From `[N, C, H, W]` to `[N, 3, H, W]` in [0, 1].
+        From `[N, C, H, W]` to `[N, 3, H, W]` in [0, 1], black where there are no data.
     """
     chosen = [number - 1 for number in rgb or (range(1, 4) if imgs.shape[1] > 2 else [1])]
-    values = imgs[:, chosen].transpose(0, 1).flatten(1).cpu().numpy()
-    low, high = np.percentile(values, PERCENTILES, axis=1)[..., None, None]
+    bounds = []
+    for values in imgs[:, chosen].transpose(0, 1).flatten(1).cpu().numpy():
+        values = values[~np.isnan(values)]
+        bounds.append(np.percentile(values, PERCENTILES) if len(values) else (0.0, 1.0))
+    low, high = np.array(bounds).T[..., None, None]
     span = np.where(high > low, high - low, 1.0)
 
     def show(inputs: Tensor, dim: int = 1) -> Tensor:
         values = inputs.movedim(dim, 1)[:, chosen]
         low_, span_ = (values.new_tensor(v) for v in (low, span))
-        values = ((values - low_) / span_).clamp(0, 1)
-        return values if len(chosen) == 3 else _false_colours(values)
+        values, valid = split_nodata(((values - low_) / span_).clamp(0, 1))
+        return values if len(chosen) == 3 else _false_colours(values) * valid
 
     return show
 
@@ -139,19 +140,23 @@ def load_images(
     img_size: tuple[int, int],
     in_chans: int,
     form: ArrayFormat | None = None,
+    stats: Stats | None = None,
 ) -> Tensor:
     """Files as a normalised batch `[N, C, H, W]`, resized and cropped from the centre.
+
+    Of arrays NaN stands for no data.
 
     Args:
         paths: of the files.
         img_size: (H, W).
         in_chans: channels of the images.
         form: of files of arrays; 8-bit pictures by default.
+        stats: to normalise pictures by; ImageNet's by default.
 
     Raises:
         UsageError: a file that cannot be decoded.
     """
-    transform = _whole_view(img_size, in_chans, MAX_PIXELS, form)
+    transform = _whole_view(img_size, in_chans, MAX_PIXELS, form, stats)
     images = []
     for path in paths:
         try:
@@ -172,6 +177,7 @@ def load_samples(
     count: int = 16,
     max_pixels: int = MAX_PIXELS,
     form: ArrayFormat | None = None,
+    stats: Stats | None = None,
 ) -> Tensor:
     """Images to watch a run by: spread over `val/`, else over the training images.
 
@@ -182,34 +188,46 @@ def load_samples(
         count: the most images.
         max_pixels: a larger image is left out.
         form: of files of arrays; 8-bit pictures by default.
+        stats: to normalise pictures by; ImageNet's by default.
 
     Returns:
-        `[N, C, H, W]`, at most `count`; files that cannot be decoded are left out.
+        `[N, C, H, W]`, at most `count`, of arrays with NaN for no data; files that cannot be
+        decoded are left out.
 
     Raises:
-        UsageError: not one can be decoded.
+        UsageError: not one can be decoded, or not one holds data.
     """
-    transform = _whole_view(img_size, in_chans, max_pixels, form)
+    transform, first = _whole_view(img_size, in_chans, max_pixels, form, stats), ""
     for source in (data_path / "val", find_train_folder(data_path)):
         images = []
         with contextlib.suppress(UsageError):  # no such folder, or no image in it
             files = open_images(source, arrays=form is not None)
             count = min(count, len(files))
             for i in range(count):
-                with contextlib.suppress(OSError), files.open(i * len(files) // count) as file:
-                    images.append(transform(file))
+                try:
+                    with files.open(i * len(files) // count) as file:
+                        images.append(transform(file))
+                except OSError as error:
+                    first = first or f", the first: {error}"
         if images:
-            return torch.stack(images)
-    raise UsageError(f"none of the images tried below {data_path} can be decoded")
+            samples = torch.stack(images)
+            if samples.isnan().all():
+                raise UsageError(f"the {len(images)} files of {source} tried hold no data at all")
+            return samples
+    raise UsageError(f"none of the images tried below {data_path} can be decoded{first}")
 
 
 def _whole_view(
-    img_size: tuple[int, int], in_chans: int, max_pixels: int, form: ArrayFormat | None
+    img_size: tuple[int, int],
+    in_chans: int,
+    max_pixels: int,
+    form: ArrayFormat | None,
+    stats: Stats | None,
 ) -> Callable[[BinaryIO], Tensor]:
     """As much of a picture as the proportions allow, normalised."""
     if form is None:
-        return eval_transform(img_size, in_chans, max_pixels)
-    return centre_transform(form, tuple(img_size))
+        return eval_transform(img_size, in_chans, max_pixels, stats)
+    return centre_transform(form, tuple(img_size), keep_nodata=True)
 
 
 def save_loss_curve(log: Path, output: Path) -> None:
