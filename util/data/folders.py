@@ -151,7 +151,7 @@ class NumberedFiles:
     def part(self, keep: np.ndarray) -> "NumberedFiles":
         """Only some of the files: those of `keep`, `[n]`, bool."""
         other = copy.copy(self)
-        other._paths = self._paths[keep]
+        other._paths = Paths(self.path(index) for index in np.flatnonzero(keep))
         return other
 
     def open(self, index: int) -> BinaryIO:
