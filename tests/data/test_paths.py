@@ -17,9 +17,10 @@ def test_paths_come_back_as_they_were_given():
     assert list(Paths([])) == []
 
 
-def test_beyond_the_last_there_is_none():
+@pytest.mark.parametrize("index", [len(NAMES), -len(NAMES) - 1])
+def test_beyond_the_ends_there_is_none(index):
     with pytest.raises(IndexError):
-        Paths(NAMES)[len(NAMES)]
+        Paths(NAMES)[index]
 
 
 def test_a_long_path_does_not_lengthen_the_others():

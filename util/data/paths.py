@@ -1,9 +1,8 @@
 """Many paths in little memory, which processes share."""
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
-
-import numpy as np
 
 
 class Paths(Sequence[str]):
@@ -17,16 +16,17 @@ class Paths(Sequence[str]):
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
-        self._text, ends = bytearray(), []
+        text, self._ends = bytearray(), array("q", [0])
         for path in paths:
-            self._text += os.fsencode(path)
-            ends.append(len(self._text))
-        self._ends = np.array([0, *ends])
+            text += os.fsencode(path)
+            self._ends.append(len(text))
+        self._text = bytes(text)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        place = range(len(self))[index]
-        start, end = self._ends[place : place + 2]
-        return os.fsdecode(bytes(self._text[start:end]))
+        place = index if index >= 0 else len(self) + index
+        if place < 0:
+            raise IndexError(index)
+        return os.fsdecode(self._text[self._ends[place] : self._ends[place + 1]])
