@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
 
 import main_finetune
 import main_linprobe
@@ -67,7 +68,7 @@ def test_what_is_missing_is_named(device, lacking, phrase, machine):
 
 def test_a_run_that_did_not_ask_goes_on_without_and_says_so(machine, capsys):
     machine(programs=[])
-    args = argparse.Namespace(compile=True)
+    args = argparse.Namespace(compile=True, memory_budget=1)
     settle_compile(args, None, CUDA)
     assert args.compile is False
     assert "not compiled, as torch.compile needs a compiler" in capsys.readouterr().err
@@ -76,13 +77,28 @@ def test_a_run_that_did_not_ask_goes_on_without_and_says_so(machine, capsys):
 def test_a_run_that_asked_for_it_is_refused(machine):
     machine(programs=[])
     with pytest.raises(UsageError, match=r"--compile: .* needs a compiler .* --no_compile"):
-        settle_compile(argparse.Namespace(compile=True), True, CUDA)
+        settle_compile(argparse.Namespace(compile=True, memory_budget=1), True, CUDA)
 
 
 def test_a_run_without_it_needs_nothing(machine, capsys):
     machine(programs=[])
-    settle_compile(argparse.Namespace(compile=False), None, CUDA)
+    settle_compile(argparse.Namespace(compile=False, memory_budget=1), None, CUDA)
     assert capsys.readouterr().err == ""
+
+
+@functorch.patch(activation_memory_budget=1.0)
+def test_a_memory_budget_holds_for_what_is_compiled(machine):
+    machine()
+    settle_compile(argparse.Namespace(compile=True, memory_budget=0.5), None, CUDA)
+    assert functorch.activation_memory_budget == 0.5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@functorch.patch(activation_memory_budget=1.0)
+def test_a_memory_budget_of_steps_that_are_not_compiled_is_refused(compiled, machine):
+    machine(programs=[])
+    with pytest.raises(UsageError, match="--memory_budget is for compiled steps"):
+        settle_compile(argparse.Namespace(compile=compiled, memory_budget=0.5), None, CUDA)
 
 
 # --- one graph -----------------------------------------------------------------------------------

@@ -30,16 +30,17 @@ def settle_compile(args: argparse.Namespace, asked: bool | None, device: torch.d
     Raises:
         UsageError: it was asked for; a memory budget for steps that are not compiled.
     """
-    budget = getattr(args, "memory_budget", 1.0)
+    if args.compile and (lack := missing_for_compile(device)):
+        if asked:
+            raise UsageError(f"--compile: torch.compile needs {lack}; or run with --no_compile")
+        print_once(
+            f"note: not compiled, as torch.compile needs {lack}: steps take longer", error=True
+        )
+        args.compile = False
+    budget = getattr(args, "memory_budget", 1.0)  # a probe has none
     functorch.activation_memory_budget = budget
-    if budget != 1 and not args.compile:
-        raise UsageError("--memory_budget is for compiled steps: give --compile too")
-    if not args.compile or not (lack := missing_for_compile(device)):
-        return
-    if asked:
-        raise UsageError(f"--compile: torch.compile needs {lack}; or run with --no_compile")
-    print_once(f"note: not compiled, as torch.compile needs {lack}: steps take longer", error=True)
-    args.compile = False
+    if budget < 1 and not args.compile:
+        raise UsageError("--memory_budget is for compiled steps, and these are not compiled")
 
 
 def missing_for_compile(device: torch.device) -> str:
