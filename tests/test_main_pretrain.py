@@ -1069,7 +1069,8 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit_and_with_no_other(
         loss, *parts = (line[f"train_{name}"] for name in names[:3])
         assert loss == pytest.approx(sum(parts)) and min(parts) > 0
         assert 0 < line["teacher_seconds"] < line["epoch_seconds"] / STEPS
-    steps = zip(*(curve(whole, name) for name in names[:3]), strict=True)
+    assert all(seconds > 0 for _, seconds in curve(whole, "perf/teacher_seconds"))
+    steps = zip(*(curve(whole, f"train/{name}") for name in names[:3]), strict=True)
     for (_, loss), *parts in steps:
         assert loss == pytest.approx(sum(value for _, value in parts))
     more = {name for name in content["model"] if name.startswith("mimic")}
@@ -1089,15 +1090,42 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit_and_with_no_other(
     assert_ok(visualize(launcher, *command, "--output", tmp_path / "grid.png"))
 
 
-def test_a_model_with_a_class_token_can_be_looked_at_and_fine_tuned(images, launcher, tmp_path):
-    assert_ok(launcher.run(*flags(images, tmp_path, "--class_token", epochs=1, warmup_epochs=0)))
-    checkpoint = tmp_path / "checkpoint.pth"
+@pytest.fixture(scope="session")
+def with_class_token(images, launcher, tmp_path_factory) -> Path:
+    """A run of two epochs of a model with a class token."""
+    output = tmp_path_factory.mktemp("class_token")
+    assert_ok(launcher.run(*flags(images, output, "--class_token", epochs=2, save_freq=1)))
+    return output
+
+
+def test_a_model_with_a_class_token_can_be_looked_at_and_made_a_classifier(
+    with_class_token, images, launcher, tmp_path
+):
+    checkpoint = with_class_token / "checkpoint.pth"
     assert load(checkpoint)["model"]["pos_embed"].shape == (1, 65, 128)
     command = ["--checkpoint", checkpoint, "--images", images, "--max_images", 1]
     assert_ok(visualize(launcher, *command, "--output", tmp_path / "grid.png"))
     model = convvit_from_checkpoint(checkpoint, num_classes=3)
     assert torch.equal(model.cls_token, load(checkpoint)["model"]["cls_token"])
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_a_run_with_a_class_token_goes_on_bit_for_bit(with_class_token, images, launcher, tmp_path):
+    values = dict(epochs=2, save_freq=1, resume=with_class_token / "checkpoint-0.pth")
+    assert_ok(launcher.run(*flags(images, tmp_path, "--class_token", **values)))
+    assert same(weights(tmp_path), weights(with_class_token))
+
+
+@pytest.mark.parametrize("program", ["main_finetune.py", "main_linprobe.py"])
+def test_a_class_token_is_fine_tuned_and_probed(
+    program, with_class_token, labeled, launcher, tmp_path
+):
+    start = {"finetune": with_class_token / "checkpoint.pth", "data_path": labeled, "epochs": 1}
+    more = {"output_dir": tmp_path, "batch_size": 4, "num_workers": 0, "device": "cpu"}
+    line = command_line(start | more | {"warmup_epochs": 0}, "--cls_token")
+    assert_ok(launcher.run(*line, program=program))
+    found, pretrained = weights(tmp_path)["cls_token"], weights(with_class_token)["cls_token"]
+    assert torch.equal(found, pretrained) == (program == "main_linprobe.py")
 
 
 def test_flags_of_a_teacher_without_one_are_refused(images, launcher, tmp_path):
