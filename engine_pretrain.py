@@ -21,7 +21,7 @@ from util.layers.decoder import Decoder
 from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.geometry_args import described_architecture
 from util.run.logger import count_parameters
-from util.run.pictures import save_loss_curve
+from util.run.pictures import Drawing, save_loss_curve
 from util.run.program import Stopped
 from util.run.run import Run
 from util.run.same_run import check_state
@@ -156,7 +156,7 @@ def title(run: Run) -> str:
 
 def pretrain(
     run: Run,
-    draw: Callable[[], Tensor] | None,
+    draw: Callable[[], Drawing] | None,
     teacher: Teacher | None = None,
     measure: Callable[..., dict[str, float] | None] | None = None,
 ) -> None:
@@ -164,7 +164,7 @@ def pretrain(
 
     Args:
         run: set to where it begins.
-        draw: gives a reconstruction, `[3, height, width]` in [0, 1]; in the main process.
+        draw: gives a reconstruction; in the main process.
         teacher: whose tokens the model mimics.
         measure: gives numbers by name, after every `--knn_freq` epochs and the last; or None if
             its argument `stopping` became true.
@@ -180,7 +180,7 @@ def pretrain(
                 run, epoch, start, run.args.mask_ratio, run.args.predict_share or 1.0, teacher
             )
             if is_main_process():
-                log.image(epoch + 1, "reconstruction", draw())
+                log.image(epoch + 1, "reconstruction", draw().picture)
             last = epoch + 1 == run.args.epochs
             if measure and (last or (epoch + 1) % run.args.knn_freq == 0):
                 values |= measure_accuracy(run, epoch, measure)
@@ -189,9 +189,11 @@ def pretrain(
         folder = run.args.output_dir
         with log.unless_it_fails(folder / "loss.png"):
             save_loss_curve(folder / "log.txt", folder / "loss.png")
+        drawing = draw()
         with log.unless_it_fails(folder / "reconstruction.png"):
-            save_image(draw(), folder / "reconstruction.png")
+            save_image(drawing.picture, folder / "reconstruction.png")
         print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {folder}")
+        print(f"in reconstruction.png: {drawing.errors}")
 
 
 def measure_accuracy(

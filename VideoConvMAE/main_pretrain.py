@@ -8,7 +8,6 @@ if __name__ == "__main__":  # from here on, while the rest is imported
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes, is_main_process, print_once
 from util.run.parser import Parser, add_switch, share
+from util.run.pictures import Drawing, reconstruct
 from util.run.program import run_main
 from util.run.run import Run
 from util.run.setup import complete_run, train_loader
@@ -26,7 +26,7 @@ from VideoConvMAE.datasets import Clips
 from VideoConvMAE.lists import VideoList, find_unlabeled
 from VideoConvMAE.models import MASKINGS, MODELS
 from VideoConvMAE.transforms import CROP_SCALES, pretrain_transform
-from VideoConvMAE.visualize import clip_grid, clip_movie, load_samples
+from VideoConvMAE.visualize import clip_movie, draw_clips, load_samples
 
 PROGRAM, MODEL = "video pretraining", "videoconvmae_base_patch16"
 
@@ -100,7 +100,10 @@ def main(args: argparse.Namespace) -> None:
     draw = None
     if is_main_process():
         samples = load_samples(videos, args).to(device)
-        draw = partial(clip_grid, run.model, samples, args.mask_ratio)
+
+        def draw() -> Drawing:
+            return draw_clips(reconstruct(run.model, samples, args.mask_ratio))
+
     pretrain(run, draw)
     if is_main_process():
         write_movie(run, samples)
@@ -109,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
 def write_movie(run: Run, samples: Tensor) -> None:
     """The samples, masked and filled in, as an mp4 in the output folder."""
     path = run.args.output_dir / "reconstruction.mp4"
-    clip_movie(run.model, samples, run.args.mask_ratio, path)
+    clip_movie(reconstruct(run.model, samples, run.args.mask_ratio), path)
     print(f"and {path}")
 
 

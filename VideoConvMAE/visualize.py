@@ -15,16 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from util.data.files import is_one_of
 from util.data.images import MAX_PIXELS
-from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run.args import check_png
 from util.run.parser import Parser, mask_ratio, positive_int, seed
-from util.run.pictures import reconstruct
+from util.run.pictures import Drawing, Reconstruction, captioned, enlarged, reconstruct
 from util.run.program import run_main
 from util.weights.describe import guesses
 from util.weights.read import read_weights
@@ -37,40 +36,24 @@ from VideoConvMAE.sampling import eval_clips
 from VideoConvMAE.transforms import views_transform
 
 
-def triples(model: nn.Module, clips: Tensor, mask_ratio: float, seed: int = 0) -> Tensor:
-    """Original, masked and filled in, `[N, 3, T, 3, H, W]` in [0, 1], on the CPU.
-
-    Args:
-        model: a `MaskedAutoencoderConvViT` of clips.
-        clips: `[N, C, T, H, W]`, normalised.
-        mask_ratio: share of the patches to remove.
-        seed: of the masks.
-    """
-    masked, filled = reconstruct(model, clips, mask_ratio, seed)
-    rows = torch.stack([denormalize(clips, 1), masked, filled], dim=1)  # [N, 3, C, T, H, W]
+def triples(found: Reconstruction) -> Tensor:
+    """Original, masked and filled in, `[N, 3, T, 3, H, W]` in [0, 1], on the CPU."""
+    rows = torch.stack([found.original, found.masked, found.filled], dim=1)  # [N, 3, C, T, H, W]
     rows = rows.movedim(2, 3).cpu()
-    rows = rows.expand(-1, -1, -1, 3, -1, -1)  # gray as RGB
-    # Small pictures are enlarged so that a person sees them.
-    scale = max(1, 64 // rows.shape[-1])
-    return rows.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    return enlarged(rows.expand(-1, -1, -1, 3, -1, -1), 64)  # gray as RGB
 
 
-def clip_grid(
-    model: nn.Module, clips: Tensor, mask_ratio: float, seed: int = 0, columns: int = 8
-) -> Tensor:
+def clip_grid(found: Reconstruction, columns: int = 8) -> Tensor:
     """Frames as columns, original, masked and filled in as rows, one clip below the other.
 
     Args:
-        model: a `MaskedAutoencoderConvViT` of clips.
-        clips: `[N, C, T, H, W]`, normalised.
-        mask_ratio: share of the patches to remove.
-        seed: of the masks.
+        found: of clips.
         columns: frames to show of each clip, at equal distances.
 
     Returns:
         `[3, height, width]` in [0, 1], on the CPU.
     """
-    rows = triples(model, clips, mask_ratio, seed)
+    rows = triples(found)
     length = rows.shape[2]
     columns = min(columns, length)
     rows = rows[:, :, [i * length // columns for i in range(columns)]]
@@ -78,24 +61,25 @@ def clip_grid(
     return make_grid(grids, nrow=1, padding=6, pad_value=1)
 
 
-def clip_movie(
-    model: nn.Module, clips: Tensor, mask_ratio: float, path: Path, seed: int = 0, fps: int = 8
-) -> None:
+def clip_movie(found: Reconstruction, path: Path, fps: int = 8) -> None:
     """Original, masked and filled in side by side as an mp4, one clip below the other.
 
     Args:
-        model: a `MaskedAutoencoderConvViT` of clips.
-        clips: `[N, C, T, H, W]`, normalised.
-        mask_ratio: share of the patches to remove.
+        found: of clips.
         path: the file.
-        seed: of the masks.
         fps: frames a second.
     """
-    rows = triples(model, clips, mask_ratio, seed).transpose(1, 2)  # [N, T, 3, 3, H, W]
+    rows = triples(found).transpose(1, 2)  # [N, T, 3, 3, H, W]
     frames = [make_grid(rows[:, t].flatten(0, 1), nrow=3, padding=4) for t in range(rows.shape[1])]
     movie = (torch.stack(frames).movedim(1, -1) * 255).round().byte()  # [T, H, W, 3]
     height, width = (side - side % 2 for side in movie.shape[1:3])  # the codec wants even sides
     write_mp4(path, movie[:, :height, :width].numpy(), fps, crf="18")
+
+
+def draw_clips(found: Reconstruction, columns: int = 8) -> Drawing:
+    """The picture of `clip_grid` with the errors below it."""
+    text = f"Original, masked, filled in; {found.errors}"
+    return Drawing(captioned(clip_grid(found, columns), text), found.errors)
 
 
 def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
@@ -172,9 +156,11 @@ def main(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UsageError(str(error)) from error
     batch = torch.stack(clips)
-    save_image(clip_grid(model, batch, args.mask_ratio, args.seed, args.columns), args.output)
-    clip_movie(model, batch, args.mask_ratio, movie, args.seed)
+    found = reconstruct(model, batch, args.mask_ratio, args.seed)
+    save_image(draw_clips(found, args.columns).picture, args.output)
+    clip_movie(found, movie)
     print(f"{len(clips)} videos: original, masked, reconstruction in {args.output} and {movie}")
+    print(found.errors)
 
 
 def _files(paths: Sequence[Path]) -> list[str]:
