@@ -30,7 +30,7 @@ from util.weights.read import read_weights
 from VideoConvMAE.args import add_sampling_args, complete_protocol
 from VideoConvMAE.datasets import evenly_chosen
 from VideoConvMAE.decode import open_video, write_mp4
-from VideoConvMAE.lists import VideoList, find_videos
+from VideoConvMAE.lists import TEST_SPLIT, VideoList, find_split, find_videos
 from VideoConvMAE.models import videoconvmae_from_weights
 from VideoConvMAE.sampling import eval_clips
 from VideoConvMAE.transforms import views_transform
@@ -98,18 +98,29 @@ def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
 
 
 def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) -> Tensor:
-    """Clips to watch a run by, `[N, C, T, H, W]`; videos that cannot be decoded are left out.
+    """Clips to watch a run by, `[N, C, T, H, W]`: of held-out videos, else of the training's.
+
+    Videos that cannot be decoded are left out.
+
+    Args:
+        videos: of the training.
+        args: of the run, see `load_clip`; `data_path` may hold a validation split.
+        count: the most clips.
 
     Raises:
         UsageError: not one can be decoded.
     """
-    clips = []
-    for path in evenly_chosen(videos, count).paths:
-        with contextlib.suppress(OSError):
-            clips.append(load_clip(path, args))
-    if not clips:
-        raise UsageError(f"none of the videos tried of {videos.source} can be decoded")
-    return torch.stack(clips)
+    sources = [videos]
+    with contextlib.suppress(UsageError):  # no such split, or no video in it
+        sources.insert(0, find_split(args.data_path, TEST_SPLIT, args.video_root))
+    for source in sources:
+        clips = []
+        for path in evenly_chosen(source, count).paths:
+            with contextlib.suppress(OSError):
+                clips.append(load_clip(path, args))
+        if clips:
+            return torch.stack(clips)
+    raise UsageError(f"none of the videos tried of {videos.source} can be decoded")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
