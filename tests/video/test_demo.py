@@ -121,7 +121,7 @@ def test_without_a_network_a_line_says_what_to_do(monkeypatch, tmp_path):
 def shortened(folder, films):
     from VideoConvMAE import demo
 
-    demo.CLIPS, demo.PANS = {"train": 32, "val": 4}, {"train": 16, "val": 8}
+    demo.CLIPS, demo.PANS = {"train": 16, "val": 2}, {"train": 16, "val": 8}
     short = ["--epochs", "1", "--finetune_epochs", "1"]
     demo.main(demo.parse_args(["--output_dir", folder, "--films", films, *short]))
     raise SystemExit
