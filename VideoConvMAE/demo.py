@@ -36,7 +36,7 @@ MODEL = dict(input_size=SIDE, patch_size=[2, 2, 2], num_frames=8)
 # Photographs need a wider decoder than digits: a token predicts 384 values.
 PRETRAIN = dict(
     model="videoconvmae_tiny_patch16", decoder_embed_dim=128, decoder_num_heads=4, mask_ratio=0.75,
-    crop_scales=1, blr=2.4e-2,
+    crop_scales=1, blr=1.6e-2,
 )  # fmt: skip
 # So small a task needs no more regularisation; a flip would turn one direction into another.
 FINETUNE = dict(
