@@ -55,7 +55,7 @@ class Reconstruction:
     @property
     def errors(self) -> str:
         """Both errors in words."""
-        fill = "its own mean in each patch" if self.means_given else "the mean of the visible ones"
+        fill = "each patch's own mean" if self.means_given else "the mean of the visible ones"
         return (
             f"root mean square error of the removed pixels, of 0 to 1: {self.error:.3f}; of "
             f"filling in {fill}: {self.trivial:.3f}"
@@ -146,7 +146,8 @@ def triples_grid(found: Reconstruction, columns: int = 2) -> Tensor:
 def captioned(picture: Tensor, text: str) -> Tensor:
     """A picture `[3, H, W]` in [0, 1] with black text on white below it, in lines as wide."""
     font = ImageFont.load_default(13)
-    lines = textwrap.wrap(text, int(picture.shape[2] / font.getlength(text) * len(text)) - 4)
+    columns = int(picture.shape[2] / font.getlength(text) * len(text)) - 4
+    lines = textwrap.wrap(text, max(1, columns))
     strip = Image.new("RGB", (picture.shape[2], 17 * len(lines) + 6), "white")
     ImageDraw.Draw(strip).multiline_text((8, 0), "\n".join(lines), "black", font, spacing=3)
     return torch.cat([picture, to_tensor(strip)], dim=1)
