@@ -173,7 +173,7 @@ def pretrain(
     if teacher:
         teacher.see_through(*channel_stats(run.model.in_chans), run.model.geometry.grid(3))
         if run.args.compile:
-            teacher.compile()
+            teacher.compile(dynamic=False)
     with closing(run.report.log) as log:
         for epoch, start in run.epochs():
             values = train_one_epoch(

@@ -25,7 +25,7 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def running_cells(grid: Sequence[int]) -> Tensor:
+def running_cells(grid: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Cells of 2x2 patches that run on in time: the place of each patch in its cell, `[L]`.
 
     The places are 0 to 3 in rows, and move on by one with each step in time, so that patches of
@@ -33,8 +33,10 @@ def running_cells(grid: Sequence[int]) -> Tensor:
 
     Args:
         grid: patches of a clip in time, rows and columns.
+        device: of the result.
     """
-    time, row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    sides = [torch.arange(length, device=device) for length in grid]
+    time, row, column = torch.meshgrid(*sides, indexing="ij")
     return ((2 * (row % 2) + column % 2 + time) % 4).flatten()
 
 
@@ -274,7 +276,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         """
         ids_removed = torch.argsort(ids_restore, dim=1)[:, visible:]
         if self.geometry.ndim == 3:
-            places = running_cells(self.geometry.grid(3)).to(ids_restore.device)[ids_removed]
+            places = running_cells(self.geometry.grid(3), ids_restore.device)[ids_removed]
             turn = (places - places[:, :1]) % 4
             ids_removed = ids_removed.gather(1, torch.argsort(turn, dim=1, stable=True))
         return ids_removed[:, :predicted]

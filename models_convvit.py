@@ -40,6 +40,7 @@ from util.layers.geometry import (
     Geometry,
     channels_first,
     channels_last,
+    coordinates,
     to_cells,
     to_nested_blocks,
 )
@@ -318,7 +319,7 @@ class ConvViTEncoder(nn.Module):
         """
         blocks = to_nested_blocks(imgs, self.geometry.nesting(0))
         image = (torch.arange(len(ids_keep), device=imgs.device) % len(imgs)).unsqueeze(1)
-        block = torch.unravel_index(ids_keep, self.geometry.grid(3))
+        block = coordinates(ids_keep, self.geometry.grid(3))
         return blocks[(image, *block)].flatten(2, -2)
 
     def under_patches(self, x: Tensor, stage: int) -> Tensor:

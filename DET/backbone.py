@@ -7,16 +7,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer_sam import (
-    get_rel_pos,
-    window_partition,
-    window_unpartition,
-)
+from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
 from models_convvit import Attention, ConvViT
 from util.layers.pos_embed import get_sincos_pos_embed
-from util.layers.rel_pos import RelativePositionBias
+from util.layers.rel_pos import RelativePositionBias, shifts_along_axis
 
 try:
     from detectron2.modeling import Backbone
@@ -83,8 +79,8 @@ class DecomposedAttention(GridAttention):
         q, k, v = self.split_heads(x.flatten(1, 2))  # [N, heads, L, c]
         scaled = q * q.shape[-1] ** -0.5
         q = q.unflatten(2, grid)  # [N, heads, H, W, c]
-        rows = torch.einsum("nmhwc,hyc->nmhwy", q, get_rel_pos(height, height, self.rel_pos_h))
-        columns = torch.einsum("nmhwc,wxc->nmhwx", q, get_rel_pos(width, width, self.rel_pos_w))
+        rows = torch.einsum("nmhwc,hyc->nmhwy", q, shifts_along_axis(self.rel_pos_h, height))
+        columns = torch.einsum("nmhwc,wxc->nmhwx", q, shifts_along_axis(self.rel_pos_w, width))
         q = torch.cat([scaled, rows.flatten(2, 3), columns.flatten(2, 3)], dim=-1)
 
         row, column = (torch.eye(size, dtype=k.dtype, device=k.device) for size in grid)

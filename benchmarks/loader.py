@@ -4,8 +4,11 @@
 the same JPEG files in every form; what counts is the processor time it takes:
 
 - `mae`: Pillow decodes, crops and resizes; each image to float and normalised (MAE's pipeline);
-- `ours`: this project's data set, batches of 8-bit pixels as the device gets them;
+- `ours`: this project's data set, batches as the device gets them: 8-bit pixels in pretraining;
 - `normalized`: the same, and the batch normalised on this core too.
+
+With `--task finetune` the first two with RandAugment and random erasing as `main_finetune.py` and
+MAE (timm's `create_transform`) have them, and what the operations of RandAugment take.
 """
 
 import json
@@ -26,7 +29,8 @@ import torch
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from torch import Tensor
 from torchvision import transforms
 
@@ -38,15 +42,19 @@ from benchmarks.measuring import (
     ratios,
     time_rounds,
 )
-from util.data.datasets import ImageFiles
+from util.data.datasets import ImageFiles, seeded
 from util.data.loader import collate
-from util.data.transforms import normalize, pretrain_transform
+from util.data.transforms import finetune_transform, normalize, pretrain_transform
 from util.errors import UsageError
 from util.run.logger import markdown_table
 from util.run.parser import Parser, positive_int
 
-FORMS = ("mae", "ours", "normalized")
+TASKS = {"pretrain": ("mae", "ours", "normalized"), "finetune": ("mae", "ours")}
 BATCH_SIZE = 64
+# Of the fine-tuning recipe, as MAE and `main_finetune.py` have it.
+POLICY = "rand-m9-mstd0.5-inc1"
+RATE = 0.5  # share of the images that a drawn operation changes
+CALLS = 30  # of each operation that is timed on its own
 
 
 @dataclass(frozen=True)
@@ -55,31 +63,54 @@ class Files:
 
     Attributes:
         folder: where they are.
-        count: how many.
+        indices: their places in the data set of the folder.
+        total: files of the folder.
         mean_bytes: size of one.
+        left_out: other files of the folder, which are not read.
     """
 
     folder: Path
-    count: int
+    indices: list[int]
+    total: int
     mean_bytes: float
+    left_out: str
 
     @classmethod
-    def of(cls, folder: Path) -> "Files":
-        """Look at a folder."""
-        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-        return cls(folder, len(sizes), sum(sizes) / max(1, len(sizes)))
+    def of(cls, folder: Path, most: int) -> "Files":
+        """The images of a folder, no more than `most`, at equal distances.
+
+        Raises:
+            UsageError: there are none.
+        """
+        dataset = ImageFiles(folder, lambda file: file)
+        total = len(dataset)
+        indices = np.linspace(0, total - 1, min(most, total)).astype(int).tolist()
+        sizes = [len(dataset.files.open(index).read()) for index in indices]
+        return cls(folder, indices, total, sum(sizes) / len(sizes), dataset.left_out)
+
+    def __str__(self) -> str:
+        share = "" if len(self.indices) == self.total else f" of {self.total:,}"
+        others = f"; {self.left_out}" if self.left_out else ""
+        return f"{len(self.indices)}{share}, {self.mean_bytes / 1000:.0f} kB each{others}"
 
 
 def get_args_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="python -m benchmarks.loader",
-        description="Images a second that one core decodes and augments for pretraining, as MAE "
-        "does it and as here, on the same files.",
+        description="Images a second that one core decodes and augments for training, as MAE does "
+        "it and as here, on the same files.",
     )
     add = parser.add_argument
+    add("--task", default="pretrain", choices=list(TASKS), help="whose augmentation")
     add("--data_path", type=Path, help="folder of JPEGs (default: made of two photographs)")
-    add("--num_images", type=positive_int, default=128, metavar="N", help="files to make")
+    add(
+        "--num_images",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="files to make, or to read of the folder",
+    )
     add(
         "--image_size",
         type=positive_int,
@@ -115,24 +146,48 @@ def write_photos(folder: Path, count: int, size: Sequence[int]) -> None:
         picture.save(folder / f"{number:04d}.jpg", quality=int(draw.integers(93, 97)))
 
 
-def mae_transform(size: int) -> Callable[[BinaryIO], Tensor]:
-    """MAE's pretraining pipeline: PIL and torchvision, an image at a time."""
-    augment = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=3),  # bicubic
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
-        ]
-    )
+def mae_transform(task: str, size: int) -> Callable[[BinaryIO], Tensor]:
+    """MAE's pipeline: PIL and torchvision or timm, an image at a time."""
+    stats = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    if task == "finetune":
+        augment = create_transform(
+            size,
+            is_training=True,
+            color_jitter=None,
+            auto_augment=POLICY,
+            interpolation="bicubic",
+            **dict(re_prob=0.25, re_mode="pixel", re_count=1),
+            **stats,
+        )
+    else:
+        augment = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=3),  # bicubic
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(**stats),
+            ]
+        )
     return lambda file: augment(Image.open(file).convert("RGB"))
 
 
-def read_all(dataset: ImageFiles, finish: Callable[[Tensor], Tensor], draw: Iterator[int]) -> None:
-    """Read a data set once, in batches, as a worker of the loader does."""
-    for start in range(0, len(dataset), BATCH_SIZE):
-        indices = range(start, min(start + BATCH_SIZE, len(dataset)))
-        images, _ = collate([dataset[index, next(draw)] for index in indices])
+def read_all(
+    dataset: ImageFiles,
+    indices: Sequence[int],
+    finish: Callable[[Tensor], Tensor],
+    draw: Iterator[int],
+) -> None:
+    """Read files once, in batches, as a worker of the loader does.
+
+    Raises:
+        UsageError: one cannot be decoded, so that the forms would not read the same.
+    """
+    for start in range(0, len(indices), BATCH_SIZE):
+        part = indices[start : start + BATCH_SIZE]
+        images, bad = collate([dataset[index, next(draw)] for index in part])
+        if bad:
+            index, reason = bad[0]
+            raise UsageError(f"{dataset.path(index)} cannot be decoded: {reason}; leave it out")
         finish(images)
 
 
@@ -146,15 +201,52 @@ def seeds() -> Iterator[int]:
 def measure(files: Files, args: Namespace) -> dict[str, list[float]]:
     """Seconds that an image takes in each form, one entry a round."""
     size = (args.input_size, args.input_size)
-    ours = ImageFiles(files.folder, pretrain_transform(size))
-    mae = ImageFiles(files.folder, mae_transform(args.input_size))
+    own = {"pretrain": pretrain_transform, "finetune": finetune_transform}[args.task]
+    ours = ImageFiles(files.folder, own(size))
+    mae = ImageFiles(files.folder, mae_transform(args.task, args.input_size))
+    forms = {"mae": (mae, lambda images: images), "ours": (ours, lambda images: images)}
+    forms["normalized"] = (ours, normalize)
     runs = {
-        "mae": partial(read_all, mae, lambda images: images, seeds()),
-        "ours": partial(read_all, ours, lambda images: images, seeds()),
-        "normalized": partial(read_all, ours, normalize, seeds()),
+        name: partial(read_all, forms[name][0], files.indices, forms[name][1], seeds())
+        for name in TASKS[args.task]
     }
     seconds = time_rounds(runs, args.rounds, processor_time, warmup=1)
-    return {form: [s / len(ours) for s in times] for form, times in seconds.items()}
+    return {form: [s / len(files.indices) for s in times] for form, times in seconds.items()}
+
+
+def operation_times(files: Files, size: int) -> dict[str, float]:
+    """Seconds that each operation of RandAugment takes on a picture, at the recipe's strengths."""
+    with Image.open(ImageFiles(files.folder, lambda file: file).files.open(files.indices[0])) as i:
+        picture = i.convert("RGB").resize((size, size))
+    policy = rand_augment_transform(POLICY, dict(interpolation=Image.Resampling.BICUBIC))
+
+    def calls(operation: AugmentOp) -> None:
+        with seeded(0):
+            for _ in range(CALLS):
+                operation(picture)
+
+    for operation in policy.ops:
+        operation.prob = 1.0
+    times = {
+        op.name: min(processor_time(partial(calls, op)) for _ in range(3)) for op in policy.ops
+    }
+    return {name: seconds / CALLS for name, seconds in times.items()}
+
+
+def operations_table(times: dict[str, float], image: float) -> str:
+    """Milliseconds of each operation, and the share of an image's time that it takes on average.
+
+    Args:
+        times: of `operation_times`.
+        image: seconds that an image takes in all.
+    """
+    rows = [["operation", "ms a call", "share of an image's time"]]
+    often = 2 * RATE / len(times)  # two are drawn
+    for name, seconds in sorted(times.items(), key=lambda item: -item[1]):
+        rows.append([name, f"{1000 * seconds:.2f}", f"{seconds * often / image:.1%}"])
+    total = sum(times.values()) * often
+    rows.append(["all, as drawn", f"{1000 * total:.2f}", f"{total / image:.1%}"])
+    return markdown_table(rows)
 
 
 def table(seconds: dict[str, list[float]]) -> str:
@@ -172,11 +264,14 @@ def report(files: Files, args: Namespace, argv: Sequence[str]) -> None:
     surroundings = environment("loader", argv) | {
         "libraries": f"torchvision {torchvision.__version__}, Pillow {PIL.__version__}, "
         f"simplejpeg {simplejpeg.__version__}",
-        "files": f"{files.count}, {files.mean_bytes / 1000:.0f} kB each",
+        "files": str(files),
     }
     print_environment(surroundings)
     seconds = measure(files, args)
     print(f"\n{table(seconds)}")
+    if args.task == "finetune":
+        times = operation_times(files, args.input_size)
+        print(f"\n{operations_table(times, median(seconds['ours']))}")
     if args.json:
         content = {"environment": surroundings, "seconds_per_image": seconds}
         args.json.write_text(json.dumps(content, indent=2) + "\n")
@@ -189,11 +284,11 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(1)
     try:
         if args.data_path:
-            report(Files.of(args.data_path), args, argv)
+            report(Files.of(args.data_path, args.num_images), args, argv)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 write_photos(Path(folder), args.num_images, args.image_size)
-                report(Files.of(Path(folder)), args, argv)
+                report(Files.of(Path(folder), args.num_images), args, argv)
     except UsageError as error:
         parser.error(str(error))
 

@@ -60,6 +60,12 @@ def processor_time(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def step_time(device: str) -> Callable[[Callable[[], object]], float]:
+    """A measure for `time_rounds`: `processor_time` on a CPU with one thread, else `wall_clock`."""
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    return processor_time if alone else wall_clock(device)
+
+
 def ratios(a: Sequence[float], b: Sequence[float]) -> list[float]:
     """`a / b` within each round."""
     return [x / y for x, y in zip(a, b, strict=True)]

@@ -22,10 +22,12 @@ from benchmarks.measuring import (
     environment,
     median_and_range,
     print_environment,
+    ratios,
+    step_time,
     time_rounds,
-    wall_clock,
 )
 from models_convmae import MODELS, MaskedAutoencoderConvViT
+from util.run.distributed import use_fast_kernels
 from util.run.logger import markdown_table
 from util.run.parser import Parser, positive_int, share
 
@@ -75,8 +77,8 @@ def ready_step(
     return step, kept
 
 
-def main(argv: Sequence[str]) -> None:
-    """Measure and print."""
+def get_args_parser() -> Parser:
+    """The command line."""
     parser = Parser(prog="python -m benchmarks.memory_budget", description=__doc__.split("\n")[0])
     add = parser.add_argument
     sizes = [
@@ -90,20 +92,36 @@ def main(argv: Sequence[str]) -> None:
     add("--budgets", type=share, nargs="+", default=[1, 0.7, 0.5, 0.3], metavar="SHARE")
     add("--rounds", type=positive_int, default=5, metavar="N", help="timed steps of each")
     add("--bytes_only", action="store_true", help="no times: seconds in the place of minutes")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def table(kept: dict[str, int], seconds: dict[str, list[float]]) -> str:
+    """MiB kept, and where they were measured the times and their ratio to the first form's."""
+    rows = [["form", "MiB kept"], *([name, f"{n / 2**20:.1f}"] for name, n in kept.items())]
+    if seconds:
+        first = next(iter(seconds))
+        rows[0] += ["s/step (min–max)", f"times {first} (min–max)"]
+        for row in rows[1:]:
+            own = seconds[row[0]]
+            row += [median_and_range(own), median_and_range(ratios(own, seconds[first]))]
+    return markdown_table(rows)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure and print."""
+    args = get_args_parser().parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        use_fast_kernels()
     print_environment(environment("memory_budget", argv, device))
     forms = {f"budget {budget:g}": (budget, False) for budget in args.budgets}
     forms["--grad_checkpointing"] = (1, True)
     ready = {name: ready_step(args, *form) for name, form in forms.items()}
-    rows = [["form", "MiB kept"], *([n, f"{kept / 2**20:.1f}"] for n, (_, kept) in ready.items())]
+    seconds = {}
     if not args.bytes_only:
         steps = {name: step for name, (step, _) in ready.items()}
-        seconds = time_rounds(steps, args.rounds, wall_clock(device))
-        rows[0].append("s/step (min–max)")
-        for row in rows[1:]:
-            row.append(median_and_range(seconds[row[0]]))
-    print(f"\n{markdown_table(rows)}")
+        seconds = time_rounds(steps, args.rounds, step_time(device))
+    print(f"\n{table({name: kept for name, (_, kept) in ready.items()}, seconds)}")
 
 
 if __name__ == "__main__":

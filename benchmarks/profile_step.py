@@ -21,6 +21,7 @@ from benchmarks import finetune_step, pretrain_step
 from benchmarks.measuring import environment, print_environment
 from benchmarks.steps import Form, ready_step, settle_options
 from util.errors import UsageError
+from util.run.distributed import use_fast_kernels
 from util.run.logger import markdown_table
 from util.run.parser import positive_int
 
@@ -33,7 +34,7 @@ KINDS = {
     "attention": r"scaled_dot_product|flash|fmha|attention",
     "convolution": r"conv|dgrad|wgrad|fprop|depthwise",
     "matrix products": r"\bmm\b|addmm|bmm|gemm|cutlass|xmma|nvjet|matmul",
-    "optimizer": r"adam|multi_tensor|foreach|lamb",
+    "optimizer": r"adam|multi_tensor|foreach|lamb(?!da)",
     "norms": r"norm",
     "GELU": r"gelu",
     "copies and layout": r"copy|memcpy|memset|fill|zero|cat|clone|contiguous",
@@ -130,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message=".*Profiler.*")
     torch.manual_seed(0)
     if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")
+        use_fast_kernels()
     form = args.forms[0]
     print_environment(environment("profile_step", argv, args.device) | {"form": form.name})
     profiler = profile_steps(module, form, args)

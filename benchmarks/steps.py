@@ -1,4 +1,4 @@
-"""Forms of a training step, and their costs beside each other."""
+"""Forms of a step, of training or inference, and their costs beside each other."""
 
 import argparse
 import json
@@ -22,10 +22,11 @@ from benchmarks.measuring import (
     median_and_range,
     print_environment,
     ratios,
+    step_time,
     time_rounds,
-    wall_clock,
 )
 from util.errors import UsageError
+from util.run.distributed import use_fast_kernels
 from util.run.logger import markdown_table
 from util.run.optim_step import amp_dtype
 from util.run.parser import Parser, positive_int
@@ -97,11 +98,13 @@ class Benchmark:
         program: name of the module, for the command line.
         build: model of a form's base from the options; may raise a ValueError.
         batch: images and what else the loss takes, on the device.
-        loss: from a form's base and its model, the options and a batch to a scalar.
+        loss: from a form's base and its model, the options and a batch to a scalar; without
+            training to whatever the model gives.
         bases: names of the forms; the first is compared with all others.
         more: names of forms that are run only if they are asked for.
         masks: from a model and the options to the masks of an image. Each counts as an image, so
             that the batch is as many times smaller.
+        training: a step is forward, backward and AdamW; else forward alone, nothing kept.
     """
 
     program: str
@@ -111,6 +114,7 @@ class Benchmark:
     bases: Sequence[str]
     more: Sequence[str] = ()
     masks: Callable[[nn.Module, argparse.Namespace], int] = lambda *_: 1
+    training: bool = True
 
 
 def add_step_args(parser: Parser, benchmark: Benchmark, sizes: Sequence[str], batch: int) -> None:
@@ -174,8 +178,23 @@ def settle_options(args: argparse.Namespace, bases: Sequence[str]) -> None:
 
 
 def ready_step(benchmark: Benchmark, form: Form, args: argparse.Namespace) -> Callable[[], None]:
-    """Model, optimizer and batch of a form; a call takes one optimizer step on them."""
+    """Model, optimizer and batch of a form; a call takes one optimizer step on them.
+
+    Without training a call is a forward pass.
+    """
     model = benchmark.build(form.base, args)
+    compiled = torch.compile(model, dynamic=False) if form.compile else model  # fixed sizes
+    images = args.batch_size // benchmark.masks(model, args)
+    batch = [part[:images] for part in benchmark.batch(args)]
+    loss = partial(benchmark.loss, form.base, compiled, args, *batch)
+    if not benchmark.training:
+
+        @torch.inference_mode()
+        def forward() -> None:
+            with torch.autocast(args.device, form.dtype, enabled=form.dtype is not None):
+                loss()
+
+        return forward
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     # The optimizer's memory is there from the beginning, as in the middle of a run.
@@ -184,10 +203,6 @@ def ready_step(benchmark: Benchmark, form: Form, args: argparse.Namespace) -> Ca
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     scaler = torch.amp.GradScaler(args.device, enabled=form.dtype == torch.float16)
-    compiled = torch.compile(model, dynamic=False) if form.compile else model  # fixed sizes
-    images = args.batch_size // benchmark.masks(model, args)
-    batch = [part[:images] for part in benchmark.batch(args)]
-    loss = partial(benchmark.loss, form.base, compiled, args, *batch)
 
     def step() -> None:
         with torch.autocast(args.device, form.dtype, enabled=form.dtype is not None):
@@ -209,8 +224,8 @@ def conv_backward_flops(grad_out_shape, x_shape, w_shape, *args, out_shape) -> i
     return sum(output_mask[:2]) * 2 * prod(grad_out_shape) * prod(w_shape[1:])
 
 
-def count_flops(loss: Callable[[], Tensor]) -> int:
-    """Count the floating-point operations of a loss and its gradients.
+def count_flops(loss: Callable[[], Tensor], backward: bool = True) -> int:
+    """Count the floating-point operations of a loss and its gradients, or of a forward pass.
 
     Matrix products and convolutions only. Attention runs in its unfused form for this: torch has
     no formula for the CPU's fused one, and the count shall not depend on the device.
@@ -220,12 +235,16 @@ def count_flops(loss: Callable[[], Tensor]) -> int:
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False, custom_mapping=formulas) as counter,
     ):
-        loss().backward()
+        if backward:
+            loss().backward()
+        else:
+            with torch.no_grad():
+                loss()
     return counter.get_total_flops()
 
 
 def flops_of(benchmark: Benchmark, form: Form, args: argparse.Namespace) -> int:
-    """Floating-point operations of forward and backward on one image, or on one of its masks.
+    """Floating-point operations of a step on one image, or on one of its masks.
 
     Raises:
         ValueError: a batch that the number of masks does not divide.
@@ -238,7 +257,8 @@ def flops_of(benchmark: Benchmark, form: Form, args: argparse.Namespace) -> int:
             f"--batch_size {args.batch_size} must be a multiple of {masks}, the masks of an image "
             f"in the form {form.name}"
         )
-    return count_flops(partial(benchmark.loss, form.base, model, args, *one)) // masks
+    loss = partial(benchmark.loss, form.base, model, args, *one)
+    return count_flops(loss, benchmark.training) // masks
 
 
 def resident_bytes(field: str) -> int:
@@ -249,13 +269,13 @@ def resident_bytes(field: str) -> int:
     raise ValueError(f"no {field} in /proc/self/status")
 
 
-def measure_memory(benchmark: Benchmark, form: Form, args: argparse.Namespace) -> int | None:
-    """Peak memory in bytes of two steps, over what is there before. For a fresh process only.
+def measure_memory(step: Callable[[], None], device: str) -> int | None:
+    """Peak memory in bytes of two steps, over what is there before.
 
-    On a CPU that is resident memory; with `--compile` the compiler's own is in it.
+    On CUDA what torch allocates. On a CPU resident memory, so for a fresh process only, with the
+    compiler's own if the step is compiled in it.
     """
-    step = ready_step(benchmark, form, args)
-    cuda = args.device == "cuda"
+    cuda = device == "cuda"
     if not cuda and sys.platform != "linux":
         return None
     if cuda:
@@ -286,9 +306,12 @@ def measure(
         flops = {form.name: flops_of(benchmark, form, args) for form in args.forms}
     except ValueError as error:
         raise UsageError(str(error)) from error
-    memory = {f.name: measure_memory_afresh(benchmark.program, f, argv) for f in args.forms}
+    if args.device == "cpu":
+        memory = {f.name: measure_memory_afresh(benchmark.program, f, argv) for f in args.forms}
     steps = {form.name: ready_step(benchmark, form, args) for form in args.forms}
-    seconds = time_rounds(steps, args.rounds, wall_clock(args.device), WARMUP_STEPS)
+    if args.device == "cuda":
+        memory = {name: measure_memory(step, args.device) for name, step in steps.items()}
+    seconds = time_rounds(steps, args.rounds, step_time(args.device), WARMUP_STEPS)
     return {name: Result(seconds[name], flops[name], memory[name]) for name in steps}
 
 
@@ -360,10 +383,10 @@ def run(benchmark: Benchmark, parser: Parser, argv: Sequence[str]) -> None:
     try:
         settle_options(args, [*benchmark.bases, *benchmark.more])
         if args.device == "cuda":
-            torch.set_float32_matmul_precision("high")
+            use_fast_kernels()
         if args.measure_memory:
             form = Form.of(args.measure_memory, args)
-            print(json.dumps(measure_memory(benchmark, form, args)))
+            print(json.dumps(measure_memory(ready_step(benchmark, form, args), args.device)))
         else:
             report(benchmark, args, argv)
     except UsageError as error:

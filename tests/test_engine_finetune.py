@@ -2,8 +2,10 @@
 
 import contextlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 from unittest.mock import Mock
 
 import pytest
@@ -19,7 +21,9 @@ import main_finetune
 from build_classifier import Trainee
 from engine_evaluate import evaluate, judge
 from engine_finetune import Best, train_one_epoch
-from models_convvit import convvit_tiny_patch16
+from models_convvit import ConvViT, convvit_tiny_patch16
+from tests.fake_gpu import GPU, FakeRun, fake_gpu, to_fake_gpu
+from tests.modules import INPUTS, SIZES
 from tests.pictures import picture
 from util.data.datasets import LabeledImages
 from util.data.loader import Loader
@@ -27,6 +31,7 @@ from util.data.samplers import EvalSampler
 from util.data.transforms import center_crop_transform
 from util.errors import TrainingError
 from util.run.geometry_args import fill_geometry_flags
+from util.run.lars import LARS
 
 CPU = torch.device("cpu")
 
@@ -111,6 +116,30 @@ def test_a_training_step_mixes_images_and_labels_as_timm_does():
     trainee = Trainee(model, model, None, SoftTargetCrossEntropy(), Mixup(**settings))
     train_one_epoch(run, 0, 0, trainee)
     torch.testing.assert_close(run.loss, expected)
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "probe"])
+def test_no_step_of_a_classifier_waits_for_a_gpu(kind):
+    args = arguments(*(["--model_ema"] if kind == "image" else []))
+    fill_geometry_flags(args, None)
+    sizes = SIZES | INPUTS["video" if kind == "video" else "image"]
+    models = {args.model: lambda **_: ConvViT(num_classes=6, drop_path_rate=0.1, **sizes)}
+    build = build_classifier.build_probe if kind == "probe" else build_classifier.build_finetuning
+    with mock.patch.dict(build_classifier.MODELS, models):
+        trainee = build(args, CPU, None, range(6))
+    with fake_gpu():
+        model = to_fake_gpu(trainee.model)
+        if kind == "probe":
+            optimizer = LARS(model.head.parameters(), lr=1.0)
+        else:
+            optimizer = build_classifier.build_optimizer(args, model)
+        ema = trainee.ema and to_fake_gpu(trainee.ema)
+        imgs = torch.empty(4, 3, *model.geometry.img_size, dtype=torch.uint8)
+        run = FakeRun(model, optimizer, [imgs, torch.empty(4).long(), torch.empty(4)])
+        with run.never_waiting():
+            train_one_epoch(run, 0, 0, replace(trainee, ema=ema))
+    assert run.report.done == 1
+    assert {t.device for state in optimizer.state.values() for t in state.values()} == {GPU}
 
 
 # --- a probe -------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ def test_a_step_is_traced_and_its_time_is_told_by_kind(tmp_path, capsys, program
         ("aten::_fused_adamw_", "optimizer"),
         ("Memcpy DtoD (Device -> Device)", "copies and layout"),
         ("aten::index_select", "gather and scatter"),
+        ("elementwise_kernel<gpu_kernel_impl(TensorIteratorBase&)::{lambda(int)#1}>", "other"),
         ("aten::unheard_of", "other"),
     ],
 )

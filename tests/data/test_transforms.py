@@ -124,6 +124,27 @@ def test_classification_transforms_give_plain_tensors_of_the_size_asked_for(make
         assert out.shape == (in_chans, *size) and out.dtype == torch.float32
 
 
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_a_fine_tuning_view_is_augmented_and_erased_as_timm_does_it(in_chans):
+    mean, std = channel_stats(in_chans)
+    _, augment, finish = create_transform(
+        *((in_chans, 48, 64),),
+        is_training=True,
+        separate=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        **dict(re_prob=0.5, re_mode="pixel", mean=mean, std=std),
+    )
+    view = pretrain_transform((48, 64), in_chans, scale=(0.08, 1))
+    transform, image = finetune_transform((48, 64), in_chans, reprob=0.5), png(picture(0, 64, 80))
+    for seed in range(40):
+        with seeded(seed):
+            got = transform(BytesIO(image.getvalue()))
+        with seeded(seed):
+            expected = finish(augment(v2.ToPILImage()(view(BytesIO(image.getvalue())))))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_posterizing_to_no_bits_is_black():
     for name in ("Posterize", "PosterizeIncreasing"):
         operation = auto_augment.NAME_TO_OP[name]
@@ -133,9 +154,9 @@ def test_posterizing_to_no_bits_is_black():
 
 def test_the_recipes_augmentation_runs_for_long():
     """Every operation of RandAugment at every strength it is drawn with."""
-    transform, image = finetune_transform((32, 32)), picture(0, 64, 80)
+    transform, image = finetune_transform((32, 32)), png(picture(0, 64, 80)).getvalue()
     with seeded(0):
-        assert all(transform(png(image)).isfinite().all() for _ in range(2000))
+        assert all(transform(BytesIO(image)).isfinite().all() for _ in range(2000))
 
 
 def test_a_classifier_sees_224_of_256_pixels_around_the_centre():

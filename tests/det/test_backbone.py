@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from DET.backbone import (
     GridAttention,
     SingleScaleConvViTDet,
 )
+from tests.fake_gpu import GPU, NeverWait, fake_gpu, to_fake_gpu
 from util.layers.architecture import SIZES
 from util.layers.pos_embed import get_sincos_pos_embed
 
@@ -383,3 +385,22 @@ def test_a_backbone_takes_any_number_of_channels(backbone):
     assert all(x.isfinite().all() for x in features.values())
     assert {x.shape[0] for x in features.values()} == {1}
     assert model.patch_embed1.proj.weight.shape[1] == 7
+
+
+# --- a GPU ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)], ids=["trained size", "another size"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_all_that_a_backbone_makes_is_on_the_gpu(backbone, size):
+    model = small(backbone).train()
+    with fake_gpu():
+        to_fake_gpu(model)
+        imgs = torch.empty(2, 3, *size, device=GPU)
+        # The tables of another size are made on the host: only training does not wait for them.
+        with (
+            torch.autocast("cuda", torch.bfloat16),
+            NeverWait() if size == (64, 64) else nullcontext(),
+        ):
+            maps = model(imgs)
+    assert {features.device for features in maps.values()} == {GPU}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from util.layers.geometry import Geometry, to_nested_blocks
+from util.layers.geometry import Geometry, coordinates, to_nested_blocks
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,13 @@ def test_nested_blocks_equal_a_plain_loop(size, units):
                 for d in range(ndim):
                     place[d] = place[d] * unit[d] + inner[level * ndim + d]
             assert blocks[(image, *inner, channel)] == x[(image, channel, *place)]
+
+
+@pytest.mark.parametrize("size", [(7,), (3, 5), (2, 3, 4)])
+def test_coordinates_are_numpy_s(size):
+    index = torch.randint(math.prod(size), (2, 9))
+    expected = np.unravel_index(index.numpy(), size)
+    assert all(map(np.array_equal, coordinates(index, size), expected))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -1,8 +1,14 @@
 import pytest
 import torch
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
+from timm.models.vision_transformer_sam import get_rel_pos
 
-from util.layers.rel_pos import RelativePositionBias, RelativePositions, resize_relative_table
+from util.layers.rel_pos import (
+    RelativePositionBias,
+    RelativePositions,
+    resize_relative_table,
+    shifts_along_axis,
+)
 
 HEADS = 3
 # Larger, smaller, and one of each; from and to a single row.
@@ -112,3 +118,11 @@ def test_a_grid_met_in_inference_mode_can_be_trained_on_later():
     with torch.inference_mode():
         relative((5, 8))
     relative((5, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("size", [5, 3, 8, 1])
+def test_shifts_along_an_axis_are_timms(size):
+    table = torch.randn(9, 4)
+    torch.testing.assert_close(
+        shifts_along_axis(table, size), get_rel_pos(size, size, table), rtol=0, atol=0
+    )

@@ -73,7 +73,9 @@ def scontrol(tmp_path):
 def joined(monkeypatch):
     """Stands in for the process group: the list of the backends that were asked for."""
     backends = []
-    monkeypatch.setattr(distributed.dist, "init_process_group", backends.append)
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda backend, **options: backends.append(backend)
+    )
     return backends
 
 

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.checks import assert_one_line, command_line
 from tests.runs import MAIN, code_of, free_port, write_images
@@ -103,6 +104,16 @@ def test_what_the_system_refuses_is_one_line(tmp_path, capfd):
     loop.symlink_to(loop)
     assert run_main(lambda args: loop.read_text(), None) == 1
     assert capfd.readouterr().err == f"failed: {loop}: {os.strerror(errno.ELOOP)}\n"
+
+
+def test_a_gpu_without_enough_memory_is_one_line_that_says_what_to_try(capfd):
+    def main(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has")
+
+    assert run_main(main, None) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("failed: the GPU's memory is full (CUDA out of memory. Tried to")
+    assert error.count("\n") == 1 and "--batch_size" in error and "--grad_checkpointing" in error
 
 
 def test_an_error_of_the_program_s_own_keeps_its_traceback():

@@ -1,5 +1,6 @@
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors import safe_open
 from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
 from SEG.backbone import ConvMAE
+from tests.fake_gpu import GPU, NeverWait, fake_gpu, to_fake_gpu
 from util.errors import UsageError
 from util.layers.geometry import to_cells
 from util.layers.rel_pos import resize_relative_table
@@ -229,3 +231,18 @@ def test_the_backbone_takes_any_number_of_channels_and_a_colour_checkpoint(tmp_p
     torch.testing.assert_close(model.patch_embed1.proj.weight[:, :3], kernel * (3 / 7))
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 7, 64, 64))[0].shape == (1, 16, 16, 16)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)], ids=["trained size", "another size"])
+def test_all_that_the_backbone_makes_is_on_the_gpu(size):
+    model = small().train()
+    with fake_gpu():
+        to_fake_gpu(model)
+        imgs = torch.empty(2, 3, *size, device=GPU)
+        # The tables of another size are made on the host: only training does not wait for them.
+        with (
+            torch.autocast("cuda", torch.bfloat16),
+            NeverWait() if size == (64, 64) else nullcontext(),
+        ):
+            maps = model(imgs)
+    assert {features.device for features in maps} == {GPU}

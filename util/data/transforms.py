@@ -6,10 +6,12 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data import auto_augment as timm_policies
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -134,23 +136,21 @@ def finetune_transform(
     Returns:
         Image file to `[in_chans, H, W]`, float32, normalised.
     """
-    mean, std = channel_stats(in_chans)
-    _, augment, finish = create_transform(
+    _, augment, _ = create_transform(
         (in_chans, *img_size),
         is_training=True,
-        separate=True,  # the first part is crop and flip
+        separate=True,  # what comes before and after is done here, on 8-bit pixels
         color_jitter=color_jitter,
         auto_augment=auto_augment,
         interpolation="bicubic",
-        re_prob=reprob,
-        re_mode=remode,
-        re_count=recount,
-        mean=mean,
-        std=std,
+        mean=channel_stats(in_chans)[0],
     )
     crop = dict(hflip=hflip, scale=scale, max_pixels=max_pixels)
     view = pretrain_transform(img_size, in_chans, **crop)
-    return v2.Compose([view, v2.ToPILImage(), augment, finish])
+    parts = [view, to_image, augment, to_pixels, normalize]
+    if reprob > 0:
+        parts.append(RandomErasing(reprob, mode=remode, max_count=recount, device="cpu"))
+    return v2.Compose(parts)
 
 
 def center_crop_transform(
@@ -214,10 +214,22 @@ def eval_transform(
         [
             partial(load_image, in_chans=in_chans, max_pixels=max_pixels),
             partial(ImageOps.fit, size=(width, height), method=Image.Resampling.BICUBIC),
-            v2.PILToTensor(),
+            to_pixels,
             normalize,
         ]
     )
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A picture of pixels `[C, H, W]`, uint8; thrice as fast as torchvision's."""
+    bands = [Image.fromarray(channel.numpy()) for channel in pixels]
+    return Image.merge(check_channels(len(bands)), bands)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """The pixels of a picture of 8 bits, `[C, H, W]`, uint8, contiguous."""
+    array = np.array(image).reshape(image.height, image.width, -1)
+    return torch.from_numpy(array).movedim(-1, 0).contiguous()
 
 
 def normalize(images: Tensor, dim: int = -3) -> Tensor:

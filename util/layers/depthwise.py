@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.layers.geometry import channels_first, channels_last
+from util.layers.geometry import channels_first, channels_last, coordinates
 
 
 def _same(weight: Tensor) -> list[int]:
@@ -202,7 +202,7 @@ class Windows(NamedTuple):
         # A unit as long as the grid has nothing on either side.
         reach = zip(kernel, unit, canvas[1:], strict=True)
         halo = tuple([0 if u == size else k // 2 for k, u, size in reach])
-        clip, *corner = torch.unravel_index(index.view(-1, math.prod(unit)).amin(1), canvas)
+        clip, *corner = coordinates(index.view(-1, math.prod(unit)).amin(1), canvas)
         place, inside = clip.view(-1, 1, 1, 1), True
         for d, (first, u, h, size) in enumerate(zip(corner, unit, halo, canvas[1:], strict=True)):
             shape = [-1 if axis == d else 1 for axis in range(3)]

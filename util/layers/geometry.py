@@ -145,6 +145,25 @@ class Geometry:
         return math.prod(self.stride(3))
 
 
+def coordinates(index: Tensor, size: Sequence[int]) -> list[Tensor]:
+    """The place of each entry of a flattened grid along its dimensions.
+
+    As `torch.unravel_index`, which copies the size to the device and so waits for it.
+
+    Args:
+        index: any shape, integers.
+        size: of the grid.
+
+    Returns:
+        A tensor of the shape of `index` for each dimension.
+    """
+    places = []
+    for length in reversed(size):
+        places.append(index % length)
+        index = index // length
+    return places[::-1]
+
+
 # By `permute` of positive axes: the old ONNX exporter gets `movedim` and negative ones wrong.
 
 

@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.layers.pos_embed_rel import gen_relative_position_index
 from torch import Tensor, nn
 
@@ -67,6 +68,26 @@ class RelativePositionBias(RelativePositions, nn.Module):
     def forward(self, grid: Sequence[int] | None = None) -> Tensor:
         """The bias `[heads, L, L]` for a grid, see `relative_position_bias`."""
         return self.relative_position_bias(grid)
+
+
+def shifts_along_axis(table: Tensor, size: int) -> Tensor:
+    """The entries of each query and key along one axis, as ViTDet looks them up.
+
+    timm has this too (`get_rel_pos`), with places that are made on the host.
+
+    Args:
+        table: `[2 * old - 1, C]`, an entry a shift; for another size it is interpolated.
+        size: tokens along the axis.
+
+    Returns:
+        `[size, size, C]`, for query and key.
+    """
+    length = 2 * size - 1
+    if len(table) != length:
+        table = F.interpolate(table.T.unsqueeze(0), length, mode="linear")[0].T
+    places = torch.arange(size, device=table.device)
+    shifts = places.unsqueeze(1) - places + size - 1
+    return table.index_select(0, shifts.flatten()).unflatten(0, shifts.shape)
 
 
 def resize_relative_table(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:

@@ -135,14 +135,16 @@ def init_processes(device: str = "auto") -> torch.device:
                 f"visible; start as many processes as GPUs (--nproc_per_node)"
             )
         torch.cuda.set_device(local_rank)
-        torch.set_float32_matmul_precision("high")  # tf32
-        torch.backends.cudnn.allow_tf32 = True
+        use_fast_kernels()
     elif device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: not available here; use --device cpu or auto")
     if int(env.get("WORLD_SIZE", 1)) > 1:
         os.environ.update(env)
         try:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            if device == "cuda":
+                dist.init_process_group("nccl", device_id=torch.device(device, local_rank))
+            else:
+                dist.init_process_group("gloo")
         except ValueError as error:  # a part of the environment is missing or wrong
             raise UsageError(f"the processes cannot meet: {printable(error, 300)}") from error
         except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -151,6 +153,16 @@ def init_processes(device: str = "auto") -> torch.device:
                 f"{printable(error, 200)}"
             ) from error
     return torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+
+
+def use_fast_kernels() -> None:
+    """Have CUDA multiply in tf32, and cuDNN try its convolutions and take the fastest.
+
+    The sizes of a run stay the same, so it tries once.
+    """
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
 
 
 def wrap_model(model: nn.Module, device: torch.device, compile_model: bool) -> nn.Module:

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+import torch
 import torch.distributed as dist
 
-from util.errors import TrainingError, UsageError
+from util.errors import TrainingError, UsageError, printable
 from util.run.distributed import complain, print_once
 from util.signals import (
     INTERRUPTED,
@@ -79,6 +80,12 @@ def run_main(
             complain(f"failed: {error.filename}: {error.strerror}")
         else:
             raise
+        code = 1
+    except torch.OutOfMemoryError as error:
+        complain(
+            f"failed: the GPU's memory is full ({printable(error, 120)}): lower --batch_size, in a "
+            f"training with --accum_iter raised as much, or give --grad_checkpointing"
+        )
         code = 1
     except KeyboardInterrupt:
         complain("interrupted: the last checkpoint counts")

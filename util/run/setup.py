@@ -14,6 +14,7 @@ from util.data.samplers import EvalSampler, StepSampler
 from util.data.shards import is_shards
 from util.errors import UsageError
 from util.run.args import check_tables, check_writable, derive_args
+from util.run.compiler import settle_compile
 from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.lock import hold
 from util.run.optim_step import amp_dtype
@@ -42,6 +43,7 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     """
     given = plain(args)
     derive_args(args, device.type, world_size())
+    settle_compile(args, given["compile"], device)
     amp_dtype(args.amp, device)
     check_outside_data(args)
     hold_output(args.output_dir)
