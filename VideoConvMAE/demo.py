@@ -23,6 +23,7 @@ from VideoConvMAE import main_finetune, main_pretrain
 from VideoConvMAE.demo_data import (
     DIRECTIONS,
     SIDE,
+    VIEW,
     fetch_films,
     read_films,
     write_clips,
@@ -32,16 +33,16 @@ from VideoConvMAE.demo_data import (
 CLIPS = {"train": 600, "val": 60}
 PANS = {"train": 160, "val": 200}
 COMMON = dict(stride=1, batch_size=16, num_workers=1, print_freq=50, save_freq=1000)
-MODEL = dict(input_size=SIDE, patch_size=[2, 2, 2], num_frames=8)
+MODEL = dict(patch_size=[2, 2, 2], num_frames=8)
 # Photographs need a wider decoder than digits: a token predicts 384 values.
 PRETRAIN = dict(
     model="videoconvmae_tiny_patch16", decoder_embed_dim=128, decoder_num_heads=4, mask_ratio=0.75,
-    crop_scales=1, blr=1.6e-2,
+    input_size=SIDE, crop_scales=1, blr=1.6e-2,
 )  # fmt: skip
 # So small a task needs no more regularisation; a flip would turn one direction into another.
 FINETUNE = dict(
     blr=3.2e-2, drop_path=0, crop_scale=[1, 1], aa="none", reprob=0, mixup=0, cutmix=0, repeats=1,
-    test_clips=1, test_crops=1,
+    test_clips=2, test_crops=1, input_size=VIEW,
 )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
     output, epochs = args.output_dir, args.finetune_epochs
     films = read_films(args.films or fetch_films(output / "films"))
     clips = write_clips(output / "clips", films, CLIPS)
-    videos = write_pans(output / "videos", films, PANS)
+    videos = write_pans(output / "views", films, PANS)
     checkpoint = pretrain(clips, output / "pretrain", args.epochs)
     random = dict(model="videoconvvit_tiny_patch16", **MODEL)
     accuracies = {

@@ -24,9 +24,11 @@ FILMS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 DIRECTIONS = {"down": (2, 0), "left": (0, -2), "right": (0, 2), "up": (-2, 0)}
 FRAMES, FPS = 16, 12  # of a clip
 SIDE = 64  # of its frames, in pixels
+VIEW = 32  # of the views that move: smaller, as to tell a direction takes few pixels
 _SHORT_SIDE = 112  # of a film's frames before they are cropped
 _MOST_FRAMES = 300  # that are taken of a film
 _HELD_OUT = 0.2  # share of a film, its end
+_PLACES = 5  # that are tried for a view, lest it shows the sky alone
 
 
 def fetch_films(folder: str | os.PathLike) -> Path:
@@ -75,7 +77,7 @@ def read_films(folder: Path) -> dict[str, list[np.ndarray]]:
         except OSError as error:
             raise UsageError(str(error)) from error
         end = len(frames) - max(FRAMES, round(len(frames) * _HELD_OUT))
-        margin = SIDE + 2 * (FRAMES - 1)
+        margin = max(SIDE, VIEW + 2 * (FRAMES - 1))
         if end < FRAMES or min(frames.shape[1:3]) < margin:
             raise UsageError(
                 f"{path}: the demo needs {2 * FRAMES} frames of {margin}x{margin} pixels or more"
@@ -113,8 +115,8 @@ def write_pans(
 ) -> Path:
     """Write `root/{split}/{direction}/{number}.mp4`: a view moves over a frame that stands still.
 
-    It moves by 2 pixels a frame and begins anywhere, so that a single frame does not tell the
-    direction.
+    It moves by 2 pixels a frame and begins anywhere that is not of one colour, so that a single
+    frame does not tell the direction and several do.
 
     Args:
         root: a folder.
@@ -139,21 +141,27 @@ def write_pans(
 
 
 def pan(picture: np.ndarray, step: tuple[int, int], draw: random.Random) -> np.ndarray:
-    """A clip of a picture whose view moves: `[FRAMES, SIDE, SIDE, 3]`, uint8.
+    """A clip of a picture whose view moves: `[FRAMES, VIEW, VIEW, 3]`, uint8.
 
     Args:
         picture: `[H, W, 3]`, uint8.
         step: pixels from a frame to the next, by row and column.
-        draw: where it begins.
+        draw: where it begins; of several places that with the most contrast.
     """
     way = [abs(s) * (FRAMES - 1) for s in step]
-    spare = [side - SIDE - w for side, w in zip(picture.shape[:2], way, strict=True)]
-    top, left = (
-        draw.randint(0, room) + (w if s < 0 else 0)
-        for room, w, s in zip(spare, way, step, strict=True)
-    )
-    views = [(top + step[0] * i, left + step[1] * i) for i in range(FRAMES)]
-    return np.stack([picture[y : y + SIDE, x : x + SIDE] for y, x in views])
+    heights, widths = (VIEW + w for w in way)
+
+    def place() -> np.ndarray:
+        top, left = (
+            draw.randint(0, whole - part)
+            for whole, part in zip(picture.shape, (heights, widths), strict=False)
+        )
+        return picture[top : top + heights, left : left + widths]
+
+    strip = max((place() for _ in range(_PLACES)), key=np.std)
+    begins = [w if s < 0 else 0 for s, w in zip(step, way, strict=True)]
+    views = [(begins[0] + step[0] * i, begins[1] + step[1] * i) for i in range(FRAMES)]
+    return np.stack([strip[y : y + VIEW, x : x + VIEW] for y, x in views])
 
 
 def _crop(film: np.ndarray, draw: random.Random) -> np.ndarray:

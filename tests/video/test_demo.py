@@ -92,7 +92,7 @@ def test_videos_that_are_there_are_left_as_they_are(videos, films):
 
 def test_a_short_film_is_refused_by_name(tmp_path):
     write_mp4(tmp_path / "short.mp4", np.zeros((31, 112, 112, 3), np.uint8), 8)
-    with pytest.raises(UsageError, match=r"short\.mp4: the demo needs 32 frames of 94x94 pixels"):
+    with pytest.raises(UsageError, match=r"short\.mp4: the demo needs 32 frames of 64x64 pixels"):
         read_films(tmp_path)
 
 
