@@ -104,7 +104,8 @@ def fit(
         values = train_one_epoch(run, epoch, start, trainee)
         run.save_trained(epoch)
         tests, evaluation = evaluate_epoch(run, epoch, val_loader, trainee.ema, predict)
-        run.report.log.scalars(epoch + 1, tests)
+        points = {name.removeprefix("test_"): value for name, value in tests.items()}
+        run.report.log.scalars(epoch + 1, "test", points)
         is_best = best.improves(evaluation.acc1)
         evaluation.report(f", best {best.acc1:.3f}")
         values |= {**tests, "n_parameters": trained_parameters}

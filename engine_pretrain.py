@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, fields
 
 import torch
@@ -19,8 +19,10 @@ from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.layers.decoder import Decoder
 from util.run.distributed import is_main_process, print_once, rank, world_size
+from util.run.feed import Stopwatch
 from util.run.geometry_args import described_architecture
 from util.run.logger import count_parameters
+from util.run.normalization import given_stats
 from util.run.pictures import Drawing, save_loss_curve
 from util.run.program import Stopped
 from util.run.run import Run
@@ -30,6 +32,7 @@ from util.weights.read import Weights
 from util.weights.start import start_from
 
 Factory = Callable[..., MaskedAutoencoderConvViT]
+TEACHER = "teacher_seconds"  # its forward passes in the logs
 
 
 def build_model(
@@ -116,7 +119,10 @@ def build_run(
     model.to(device)
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    return Run.prepare(args, device, loader, model, optimizer, content, program=program)
+    losses = ("loss_reconstruction", "loss_mimic") if getattr(args, "mimic_dim", None) else ()
+    return Run.prepare(
+        args, device, loader, model, optimizer, content, program=program, losses=losses
+    )
 
 
 def build_teacher(args: argparse.Namespace, device: torch.device) -> Teacher | None:
@@ -160,7 +166,7 @@ def pretrain(
     teacher: Teacher | None = None,
     measure: Callable[..., dict[str, float] | None] | None = None,
 ) -> None:
-    """Run the epochs, with a picture after each and at the end.
+    """Run the epochs, with a picture after every `--picture_freq` of them and the last.
 
     Args:
         run: set to where it begins.
@@ -171,29 +177,51 @@ def pretrain(
     """
     run.describe(title(run) + (f"\nteacher {teacher.describe()}" if teacher else ""))
     if teacher:
-        teacher.see_through(*channel_stats(run.model.in_chans), run.model.geometry.grid(3))
+        stats = given_stats(run.args) or channel_stats(run.model.in_chans)
+        teacher.see_through(*stats, run.model.geometry.grid(3))
         if run.args.compile:
             teacher.compile(dynamic=False)
+        if run.device.type != "mps":  # whose time this process does not see
+            run.report.watches[TEACHER] = Stopwatch(run.device)
+    drawing = None
     with closing(run.report.log) as log:
         for epoch, start in run.epochs():
             values = train_one_epoch(
                 run, epoch, start, run.args.mask_ratio, run.args.predict_share or 1.0, teacher
             )
-            if is_main_process():
-                log.image(epoch + 1, "reconstruction", draw().picture)
             last = epoch + 1 == run.args.epochs
-            if measure and (last or (epoch + 1) % run.args.knn_freq == 0):
+            if is_main_process() and (last or is_due(epoch, run.args.picture_freq)):
+                drawing = draw()
+                show_reconstruction(run, epoch, drawing.picture)
+            if measure and (last or is_due(epoch, run.args.knn_freq)):
                 values |= measure_accuracy(run, epoch, measure)
             run.end_epoch(epoch, values)
     if is_main_process():
         folder = run.args.output_dir
         with log.unless_it_fails(folder / "loss.png"):
             save_loss_curve(folder / "log.txt", folder / "loss.png")
-        drawing = draw()
-        with log.unless_it_fails(folder / "reconstruction.png"):
-            save_image(drawing.picture, folder / "reconstruction.png")
         print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {folder}")
-        print(f"in reconstruction.png: {drawing.errors}")
+        if drawing:
+            print(f"in reconstruction.png: {drawing.errors}")
+
+
+def is_due(epoch: int, freq: int) -> bool:
+    """True after every `freq` epochs, `epoch` counting from 0; never if that is 0."""
+    return freq > 0 and (epoch + 1) % freq == 0
+
+
+def show_reconstruction(run: Run, epoch: int, picture: Tensor) -> None:
+    """Put a picture `[3, height, width]` in TensorBoard, and in the place of the last one's file.
+
+    Args:
+        run: that it is of.
+        epoch: number of the epoch that is trained, from 0.
+        picture: values in [0, 1].
+    """
+    run.report.log.picture(epoch + 1, "reconstruction", picture)
+    path = run.args.output_dir / "reconstruction.png"
+    with run.report.log.unless_it_fails(path):
+        save_image(picture, path)
 
 
 def measure_accuracy(
@@ -213,7 +241,7 @@ def measure_accuracy(
     values = measure(stopping=lambda: run.stop.received > 0)
     if values is None:
         raise Stopped(run.stopped_at(f"the evaluation of epoch {epoch + 1}"))
-    run.report.log.scalars(epoch + 1, values)
+    run.report.log.scalars(epoch + 1, "test", values)
     numbers = "  ".join(f"{name} {value:.2f}%" for name, value in values.items())
     print_once(f"Epoch {epoch + 1}/{run.args.epochs}  {numbers}")
     return values
@@ -241,6 +269,7 @@ def train_one_epoch(
         The epoch's means.
     """
     run.model.train()
+    watch = run.report.watches.get(TEACHER, nullcontext())
     for step in run.steps(epoch, start_step):
         for (imgs,) in step.micro_batches:
             noise = draw_noise(len(imgs), run.model.geometry.num_mask_units, imgs.device)
@@ -248,10 +277,12 @@ def train_one_epoch(
             if getattr(run.args, "arrays", None):
                 imgs, options["valid"] = split_nodata(imgs)
             with step.autocast():
-                features = teacher(imgs) if teacher else None
-                options |= {"predict_share": predict_share, "features": features}
-                loss, _, _ = run.ddp_model(imgs, mask_ratio, noise, **options)
-            step.backward(loss)
+                if teacher:
+                    with watch:
+                        options["features"] = teacher(imgs)
+                options["predict_share"] = predict_share
+                loss, _, _, *parts = run.ddp_model(imgs, mask_ratio, noise, **options)
+            step.backward(loss, *parts)
         step.update()
     return run.means(epoch)
 

@@ -29,6 +29,7 @@ from util.run import args as arguments
 from util.run.array_args import add_array_args, random_view
 from util.run.distributed import init_processes
 from util.run.labeled_data import build_data
+from util.run.normalization import given_stats
 from util.run.parser import Parser
 from util.run.program import run_main
 from util.run.setup import complete_run
@@ -92,6 +93,7 @@ def build_transform(args: argparse.Namespace) -> Callable[[BinaryIO], Tensor]:
             max_pixels=args.max_pixels,
             remode=args.remode,
             recount=args.recount,
+            stats=given_stats(args),
         )
     except (AssertionError, ValueError, KeyError) as error:
         raise UsageError(

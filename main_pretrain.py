@@ -30,6 +30,7 @@ from util.run.array_args import (
 )
 from util.run.distributed import init_processes, is_main_process
 from util.run.labeled_data import labeled_splits
+from util.run.normalization import given_stats
 from util.run.parser import Parser, RecipeValue
 from util.run.pictures import draw_images, load_samples, stretched
 from util.run.program import run_main
@@ -73,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     recipe = dict(batch_size=64, epochs=400, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, **recipe)
     arguments.add_knn_args(parser)
-    arguments.add_run_args(parser)
+    arguments.add_run_args(parser, pictures=True)
     parser.add_argument(
         "--demo",
         action="store_true",
@@ -137,8 +138,10 @@ def main(args: argparse.Namespace) -> None:
             args.in_chans,
             max_pixels=args.max_pixels,
             form=array_format(args) if args.arrays else None,
+            stats=given_stats(args),
         ).to(device)
-        show = stretched(samples, args.rgb) if args.arrays else denormalize
+        undo = partial(denormalize, stats=given_stats(args))
+        show = stretched(samples, args.rgb) if args.arrays else undo
         draw = partial(draw_images, run.model, samples, args.mask_ratio, show=show)
     pretrain(run, draw, teacher, measure)
 

@@ -40,15 +40,16 @@ def running_cells(grid: Sequence[int], device: torch.device | None = None) -> Te
     return ((2 * (row % 2) + column % 2 + time) % 4).flatten()
 
 
-def normalize_valid(patches: Tensor, valid: Tensor) -> Tensor:
-    """Patches `[N, B, P]` normalised by mean and variance of their valid values (1, else 0)."""
+def patch_moments(patches: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and variance of patches `[N, B, P]`, of the `valid` values (1, else 0): `[N, B, 1]`."""
+    if valid is None:
+        return patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
     count = valid.sum(dim=-1, keepdim=True)
     whole = count == patches.shape[-1]  # exactly as without `valid`
     mean = (patches * valid).sum(dim=-1, keepdim=True) / count.clamp(min=1)
     mean = torch.where(whole, patches.mean(dim=-1, keepdim=True), mean)
     var = ((patches - mean) ** 2 * valid).sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
-    var = torch.where(whole, patches.var(dim=-1, keepdim=True), var)
-    return (patches - mean) / (var + 1e-6) ** 0.5
+    return mean, torch.where(whole, patches.var(dim=-1, keepdim=True), var)
 
 
 class MaskedAutoencoderConvViT(ConvViTEncoder):
@@ -381,13 +382,23 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         others do not count for a patch's mean and variance.
         """
         patches = self.patchify(imgs)
-        if self.norm_pix_loss and valid is not None:
-            return normalize_valid(patches, valid)
         if self.norm_pix_loss:
-            mean = patches.mean(dim=-1, keepdim=True)
-            var = patches.var(dim=-1, keepdim=True)
+            mean, var = patch_moments(patches, valid)
             patches = (patches - mean) / (var + 1e-6) ** 0.5
         return patches
+
+    def undo_target(self, pred: Tensor, imgs: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Predictions, or what `target` gave of `imgs`, in the units of the pixels.
+
+        Args:
+            pred: `[N, L, patch_pixels * C]`.
+            imgs: `[N, C, *img_size]`, whose patches were normalised.
+            valid: as in `target`.
+        """
+        if not self.norm_pix_loss:
+            return pred
+        mean, var = patch_moments(self.patchify(imgs), valid)
+        return pred * (var + 1e-6) ** 0.5 + mean
 
     def forward(
         self,
@@ -397,7 +408,7 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
         predict_share: float = 1.0,
         features: Tensor | None = None,
         valid: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """One pretraining forward pass.
 
         Args:
@@ -407,7 +418,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
                 before anything else, so that a seed gives the published code's mask.
             predict_share: share of the removed patches to predict, see `choose_predicted`.
             features: `[N, L, mimic_dim]`, a teacher's tokens of the whole images; with them the
-                loss is that of the pixels and `mimic_weight` times `mimic_loss`.
+                loss is that of the pixels and `mimic_weight` times `mimic_loss`, and a fourth
+                value is returned.
             valid: `[N, C, *img_size]`, bool: the values that take part in the loss.
 
         Returns:
@@ -416,6 +428,8 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
                 the model is `complementary`, see `random_masking`. With a `predict_share` below
                 1, of the patches that are chosen alone.
             mask: `[K * N, L]`, 1 where removed.
+            parts: with `features` alone: "loss_reconstruction", that of the pixels, and
+                "loss_mimic", before its weight; without gradient.
 
         Raises:
             ValueError: images of another shape, or a ratio or share that leaves nothing.
@@ -429,9 +443,11 @@ class MaskedAutoencoderConvViT(ConvViTEncoder):
             ids_predict = self.choose_predicted(ids_restore, visible, predicted)
         pred = self.forward_decoder(latent, ids_restore, ids_predict)
         loss = self.forward_loss(imgs, pred, mask, ids_predict, valid)
-        if features is not None:
-            loss = loss + self.mimic_weight * self.mimic_loss(latent, ids_restore, features)
-        return loss, pred, mask
+        if features is None:
+            return loss, pred, mask
+        mimic = self.mimic_loss(latent, ids_restore, features)
+        parts = {"loss_reconstruction": loss.detach(), "loss_mimic": mimic.detach()}
+        return loss + self.mimic_weight * mimic, pred, mask, parts
 
 
 def convmae_convvit_tiny_patch16(**kwargs) -> MaskedAutoencoderConvViT:

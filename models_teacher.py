@@ -190,7 +190,7 @@ def _load_convvit(path: Path) -> Teacher:
     if architecture.ndim != 2 or architecture.in_chans != 3 or weights.args.get("arrays"):
         raise UsageError(f"--teacher {path} must be a model of 8-bit pictures of three channels")
     model, _ = convvit_from_weights(weights)
-    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    mean, std = weights.stats or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return Teacher(str(path), model, architecture.img_size, mean, std)
 
 

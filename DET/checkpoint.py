@@ -3,18 +3,21 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from omegaconf import DictConfig
 from torch import nn
 
 from models_convvit import ConvViT
 from util.atomic import write_atomically
+from util.data.transforms import Stats
 from util.errors import UsageError
+from util.run.normalization import agreed_stats, saved_stats
 from util.run.resume import random_state, set_random_state
 from util.run.states import compare_moments, compare_state
 from util.weights.checkpoint import load_file, save_atomically
 from util.weights.load import Report, load_weights
-from util.weights.read import KINDS, Weights, read_weights
+from util.weights.read import KINDS, Weights, read_weights, weights_of
 
 # What a checkpoint of pretraining or classification does not have.
 NEW = ("*_rel_pos_bias", "blocks3.*.attn.rel_pos_[hw]")
@@ -69,7 +72,8 @@ class Checkpointer(DetectionCheckpointer):
         state = {"model": self.model.state_dict(), **parts, **extra}
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info("Saving checkpoint to %s", path)
-        save_atomically({**state, "args": self.run, "classes": self.classes}, path)
+        args = {**self.run, **saved_stats(pixel_stats(self.model))}
+        save_atomically({**state, "args": args, "classes": self.classes}, path)
         self.tag_last_checkpoint(path.name)
         self.iteration = extra.get("iteration")
 
@@ -115,6 +119,8 @@ class Checkpointer(DetectionCheckpointer):
                 f"to go on; a longer or another schedule is a new run, with another "
                 f"train.output_dir and train.init_checkpoint={path}"
             )
+        if (line := normalize_as(self.model, weights_of(content, path))).startswith("note"):
+            raise UsageError(f"{path} belongs to another run: {line.removeprefix('note: ')}")
         try:
             compare_state("model", content.get("model"), self.model.state_dict())
         except ValueError as error:
@@ -161,6 +167,28 @@ class Checkpointer(DetectionCheckpointer):
             f"{note} names no checkpoint of its folder{f': {path.name!r}' if path else ''}; write "
             f"the name of one into it, or begin anew without --resume"
         )
+
+
+def pixel_stats(model: nn.Module) -> Stats:
+    """Mean and deviation by which a detector normalises its images, as numbers from 0 to 1."""
+    mean, std = (b.double().flatten() / 255 for b in (model.pixel_mean, model.pixel_std))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def normalize_as(model: nn.Module, weights: Weights) -> str:
+    """Let a detector normalise its images as the run did that it begins with.
+
+    `model.pixel_mean` and `model.pixel_std` of the configuration stay if they are not ImageNet's.
+
+    Returns:
+        A line for people, see `agreed_stats`.
+    """
+    own = pixel_stats(model)
+    stats, line = agreed_stats(own, weights)
+    if stats is not own:
+        for buffer, values in zip((model.pixel_mean, model.pixel_std), stats, strict=True):
+            buffer.copy_(255 * buffer.new_tensor(values, dtype=torch.double).view_as(buffer))
+    return line
 
 
 def load_encoder(model: nn.Module, weights: Weights) -> Report:

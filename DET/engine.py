@@ -19,6 +19,7 @@ from DET.checkpoint import (
     RandomState,
     fit_heads,
     load_to_train,
+    normalize_as,
     read_detector,
 )
 from DET.config import build, load_config
@@ -76,6 +77,8 @@ def evaluate_checkpoint(cfg: DictConfig, device: torch.device) -> dict:
     fit_heads(cfg.model, weights)
     model = build(cfg.model, "model").to(device)
     logger.info("%s", load_weights(model, weights))
+    if line := normalize_as(model, weights):
+        logger.info(line)
     return evaluate(cfg, model)
 
 
@@ -214,7 +217,10 @@ def _shielded(loader: Iterable) -> Iterable:
 def begin(cfg: DictConfig, model: nn.Module) -> None:
     """Load what a new run begins with."""
     if cfg.train.init_checkpoint:
-        logger.info("%s", load_to_train(model, read_weights(cfg.train.init_checkpoint)))
+        weights = read_weights(cfg.train.init_checkpoint)
+        logger.info("%s", load_to_train(model, weights))
+        if line := normalize_as(model, weights):
+            logger.info(line)
     else:
         logger.warning("Training from random weights: train.init_checkpoint is not given")
 

@@ -11,7 +11,7 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from omegaconf import DictConfig
 
-from DET.checkpoint import fit_heads
+from DET.checkpoint import fit_heads, normalize_as
 from DET.config import build
 from util.weights.load import load_weights
 from util.weights.read import Weights
@@ -39,7 +39,8 @@ class Predictor:
         fit_heads(cfg.model, weights)
         cfg.model.roi_heads.box_predictor.test_score_thresh = threshold
         self.model = build(cfg.model, "model").to(device).eval()
-        self.report = load_weights(self.model, weights)
+        lines = str(load_weights(self.model, weights)), normalize_as(self.model, weights)
+        self.report = "\n".join(filter(None, lines))
         self.classes = class_names(weights)
         self.image_format = cfg.model.input_format
         self.augmentations = T.AugmentationList(

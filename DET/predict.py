@@ -9,6 +9,7 @@ if __name__ == "__main__":  # from here on, while the rest is imported
     leave_on_signals()
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from DET.train_net import check_installed
+from util.data.files import find_lost
 from util.data.folders import list_images
 from util.errors import UsageError
 from util.run import args as arguments
@@ -58,10 +60,11 @@ def main(args: argparse.Namespace) -> None:
     files = [f for path in args.images for f in (list_images(path) if path.is_dir() else [path])]
     cfg = load_config(args.config_file)
     device = init_processes(args.device)
+    targets = target_names(files, args.out)
     predictor = Predictor(cfg, read_detector(args.checkpoint), device, args.threshold)
     print(predictor.report)
     arguments.check_writable(args.out, "--out")
-    for file, target in zip(files, target_names(files, args.out), strict=True):
+    for file, target in zip(files, targets, strict=True):
         try:
             image = read_array(file, predictor.image_format)
         except OSError as error:
@@ -72,11 +75,22 @@ def main(args: argparse.Namespace) -> None:
 
 
 def target_names(files: Sequence[str | Path], folder: Path) -> list[Path]:
-    """A picture for each file, with a number where two have the same name."""
-    names, targets = {}, []
-    for stem in (Path(file).stem for file in files):
-        names[stem] = names.get(stem, 0) + 1
-        targets.append(folder / f"{stem}{f'-{names[stem]}' if names[stem] > 1 else ''}.png")
+    """A picture for each file, with a number where an earlier file has the name.
+
+    Raises:
+        UsageError: a picture would be written over one of the files.
+    """
+    stems = [Path(file).stem for file in files]
+    # The names of all files are theirs before any gets a number; for some disks a and A are one.
+    names, given, targets = {stem.casefold() for stem in stems}, set(), []
+    for stem in stems:
+        if stem.casefold() in given:
+            numbered = (f"{stem}-{number}" for number in itertools.count(2))
+            stem = next(name for name in numbered if name.casefold() not in names | given)
+        given.add(stem.casefold())
+        targets.append(folder / f"{stem}.png")
+    if lost := find_lost(targets, files):
+        raise UsageError(f"--out {folder}: {lost} is one of the images: give another folder")
     return targets
 
 

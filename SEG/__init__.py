@@ -5,7 +5,7 @@ import warnings
 
 from util.errors import require_for_programs
 
-require_for_programs("mmseg", "requirements-seg.txt")
+require_for_programs("mmseg", "requirements-seg.txt", runs=["SEG.train"])
 
 # mmcv and mmseg complain, as they are imported, about compiled operators and a data service that
 # nothing here uses; later, about a setting of the loss that is the recipe's.

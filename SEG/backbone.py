@@ -120,6 +120,9 @@ class ConvMAE(ConvViT):
     def load(self, path: str) -> Report:
         """Load the encoder of a checkpoint of any kind.
 
+        `SEG.train` normalises the images as the run did that the checkpoint comes from; another
+        program sets `data_preprocessor` itself, if that was not by ImageNet's numbers.
+
         Returns:
             What was loaded, resized and left out.
 

@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS, TRANSFORMS
 from mmseg.utils import get_classes, get_palette
 
-from SEG.masks import MOST_CLASSES, load_mask
+from SEG.masks import IGNORED, MOST_CLASSES, ignored_numbers, load_mask
 from util.data.classes import some
 from util.data.folders import describe, kind_of, scan, walk
 from util.data.images import load_image
@@ -104,50 +104,102 @@ def class_colours(names: Sequence[str]) -> list[list[int]]:
 class ImagesAndMasks(BaseSegDataset):
     """Two folders alike: images of any format in one, a PNG mask for each in the other.
 
-    The mask of `a/b.jpg` is `a/b.png`. A pixel of a mask is the number of its class.
+    The mask of `a/b.jpg` is `a/b.png`. A pixel of a mask is the number of its class: classes are
+    0 … N - 1 without the numbers that are ignored, of which 255 always is one.
 
     Args:
         classes: their names, a file of them, or how many there are.
-        data_root: what the folders of `data_prefix` (`img_path`, `seg_map_path`) are relative to.
-        reduce_zero_label: classes are 1 … N in the masks and 0 is ignored, as in ADE20K;
-            otherwise they are 0 … N - 1 and 255 is ignored.
+        data_root: what `ann_file` and the folders of `data_prefix` (`img_path`, `seg_map_path`)
+            are relative to.
+        ignored: numbers in the masks that mean no class, beside 255.
+        reduce_zero_label: 0 is one, as in ADE20K.
+        ann_file: a text file with the images to take, a name without its ending a line, as Pascal
+            VOC has it; all of them if it is empty.
+        img_suffix: how the names of images end; those of any picture if it is empty.
+        seg_map_suffix: how the name of a mask ends, in place of the image's `img_suffix`.
         **kwargs: the rest of `BaseSegDataset`'s arguments.
 
     Raises:
-        UsageError: no image, images without a mask or two with one mask.
+        UsageError: no image, images without a mask or two with one mask; a list that cannot be
+            read or names what is not there.
     """
 
-    def __init__(self, classes: int | str | Sequence[str], **kwargs) -> None:
+    def __init__(
+        self,
+        classes: int | str | Sequence[str],
+        ignored: Sequence[int] = (),
+        img_suffix: str = "",
+        **kwargs,
+    ) -> None:
         names = class_names(classes, kwargs.get("reduce_zero_label", False))
-        super().__init__(metainfo=dict(classes=names, palette=class_colours(names)), **kwargs)
+        ignored = [ignored] if isinstance(ignored, int) else ignored
+        if not all(type(number) is int and number >= 0 for number in ignored):
+            raise UsageError(f"ignored={ignored} must be whole numbers from 0 on")
+        if kwargs.get("ignore_index", IGNORED) != IGNORED:
+            raise UsageError(
+                f"ignore_index={kwargs['ignore_index']}: give ignored=[{kwargs['ignore_index']}], "
+                f"or --ignore on the command line"
+            )
+        self.ignored = ignored_numbers({**kwargs, "ignored": ignored})
+        others = [number for number in self.ignored if number]  # 0 is in reduce_zero_label
+        meta = dict(classes=names, palette=class_colours(names), ignored=others)
+        super().__init__(metainfo=meta, img_suffix=img_suffix, **kwargs)
+
+    def _name(self, image: Path, folder: Path) -> str:
+        """What an image has in common with its mask: its place below a folder, without ending."""
+        name = str(image.relative_to(folder))
+        return name.removesuffix(self.img_suffix or image.suffix)
 
     def load_data_list(self) -> list[dict]:
         """Each image with its mask and what is needed to read it."""
         images, masks = (Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path"))
         files, left_out = scan(images)
+        ours = [file for file in files if file.endswith(self.img_suffix)]
+        if len(ours) < len(files):
+            left_out["ending otherwise"] += len(files) - len(ours)
+        names = {image: self._name(image, images) for image in map(Path, ours)}
+        if self.ann_file:
+            names = _listed(Path(self.ann_file), names)
         pairs: dict[Path, Path] = {}
         missing = []
-        for image in map(Path, files):
-            mask = (masks / image.relative_to(images)).with_suffix(".png")
+        for image, name in names.items():
+            mask = masks / f"{name}{self.seg_map_suffix}"
             if not mask.is_file():
                 missing.append((image, mask))
             if (other := pairs.setdefault(mask, image)) != image:
                 raise UsageError(f"{other} and {image} would have one mask, {mask}: rename one")
         if missing:
             raise UsageError(
-                f"{len(missing)} of {len(files)} images have no mask: {missing[0][0]} needs "
+                f"{len(missing)} of {len(names)} images have no mask: {missing[0][0]} needs "
                 f"{missing[0][1]}"
             )
         _tell_left_out(images, left_out)
-        _tell_left_out(masks, _other_files(masks, pairs))
-        shared = {
-            "num_classes": len(self.metainfo["classes"]),
-            "reduce_zero_label": self.reduce_zero_label,
-        }
+        if not self.ann_file:  # the others are of the images that are not listed
+            _tell_left_out(masks, _other_files(masks, pairs))
+        shared = {"num_classes": len(self.metainfo["classes"]), "ignored": self.ignored}
         return [
             {"img_path": str(image), "seg_map_path": str(mask), "seg_fields": [], **shared}
             for mask, image in pairs.items()
         ]
+
+
+def _listed(path: Path, names: Mapping[Path, str]) -> dict[Path, str]:
+    """The images that a text file lists by their names, in its order.
+
+    Raises:
+        UsageError: a list that cannot be read, is empty or names what is not there.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the list of images {path} cannot be read: {error}") from error
+    wanted = dict.fromkeys(name for line in lines if (name := line.strip()))
+    images = {name: image for image, name in names.items()}
+    absent = [name for name in wanted if name not in images]
+    if absent or not wanted:
+        what = f"{len(absent)} images that are not there: {some(absent)}" if absent else "no image"
+        raise UsageError(f"the list {path} names {what} (a name without its ending a line)")
+    return {images[name]: name for name in wanted}
 
 
 def _other_files(masks: Path, wanted: Container[Path]) -> Counter[str]:

@@ -24,7 +24,13 @@ from util.run.program import run_main
 
 CONFIG = "SEG/configs/upernet_convmae_tiny_scenes.py"
 LABELLED = 100  # scenes to learn from: pretraining counts where labels are few
-WEIGHTS = [1.0] * 10 + [0.2]  # of the classes in the loss: five in six pixels are background
+# Of the classes in the loss: five in six pixels are background.
+WEIGHTS = str([1.0] * 10 + [0.2]).replace(" ", "")
+SETTINGS = [
+    f"train_dataloader.dataset.indices={LABELLED}",
+    f"model.decode_head.loss_decode.class_weight={WEIGHTS}",
+    f"model.auxiliary_head.loss_decode.class_weight={WEIGHTS}",
+]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,14 +55,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(scenes: Path, pretrained: str, work_dir: Path, settings: Sequence[str]) -> float:
+def run(scenes: Path, pretrained: str, work_dir: Path, iterations: int | None) -> float:
     """Train and test once, by the programs' own command lines.
+
+    Args:
+        scenes: images and masks.
+        pretrained: a checkpoint, or "none".
+        work_dir: of the run.
+        iterations: its length; None for the config's.
 
     Returns:
         mIoU on the validation scenes, in percent.
     """
-    common = ["--data-path", str(scenes), "--work-dir", str(work_dir), "--cfg-options", *settings]
-    train.main(train.parse_args([CONFIG, "--pretrained", pretrained, *common]))
+    common = ["--data-path", str(scenes), "--work-dir", str(work_dir), "--cfg-options", *SETTINGS]
+    length = [] if iterations is None else ["--iterations", str(iterations)]
+    train.main(train.parse_args([CONFIG, "--pretrained", pretrained, *length, *common]))
     checkpoint = str(options.last_checkpoint(work_dir))
     show = ["--show-dir", str(work_dir / "overlays")]
     return test.main(test.parse_args([CONFIG, checkpoint, *show, *common]))["mIoU"]
@@ -74,31 +87,12 @@ def sheet(pictures: Sequence[Path], columns: int = 2) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def settings_of(iterations: int | None) -> list[str]:
-    """Config overrides of the demo, with the length of the run if it is given."""
-    weights = str(WEIGHTS).replace(" ", "")
-    settings = [f"train_dataloader.dataset.indices={LABELLED}"] + [
-        f"model.{head}.loss_decode.class_weight={weights}"
-        for head in ("decode_head", "auxiliary_head")
-    ]
-    if iterations is None:
-        return settings
-    warmup = max(1, iterations // 10)
-    return [
-        *settings,
-        f"train_cfg.max_iters={iterations}",
-        f"param_scheduler.0.end={warmup}",
-        f"param_scheduler.1.begin={warmup}",
-        f"param_scheduler.1.end={iterations}",
-    ]
-
-
 def main(args: argparse.Namespace) -> None:
     """Write the scenes, run twice, compare."""
     scenes = write_ade_scenes(args.output_dir / "scenes")
-    settings, output = settings_of(args.iterations), args.output_dir / "seg"
-    pretrained = run(scenes, str(args.pretrained), output / "pretrained", settings)
-    random = run(scenes, "none", output / "random", settings)
+    output = args.output_dir / "seg"
+    pretrained = run(scenes, str(args.pretrained), output / "pretrained", args.iterations)
+    random = run(scenes, "none", output / "random", args.iterations)
     pictures = sorted((output / "pretrained" / "overlays").glob("*.png"))
     sheet(pictures[:8]).save(output / "overlays.png")
     print(

@@ -6,15 +6,17 @@ from pathlib import Path
 import numpy as np
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook, ParamSchedulerHook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.atomic import write_atomically
 from util.data.images import load_image
 from util.errors import TrainingError
+from util.run.normalization import saved_stats
 from util.run.optim_step import MAX_SKIPPED_IN_A_ROW
 
 
@@ -43,7 +45,18 @@ class PlainCheckpointHook(Hook):
             {"log_scalars": {}, "runtime_info": info, "resumed_keys": kept}
         )
         accum_iter = getattr(runner.optim_wrapper, "_accumulative_counts", 1)
-        checkpoint["meta"] = plain({**checkpoint["meta"], "accum_iter": accum_iter})
+        args = _normalization(runner.model)
+        checkpoint["meta"] = plain({**checkpoint["meta"], "accum_iter": accum_iter, "args": args})
+
+
+def _normalization(model: nn.Module) -> dict[str, list[float] | None]:
+    """Mean and deviation by which a segmentor normalises its images, as a run's arguments."""
+    model = model.module if is_model_wrapper(model) else model
+    preprocessor = getattr(model, "data_preprocessor", None)
+    if getattr(preprocessor, "mean", None) is None:
+        return {}
+    parts = (preprocessor.mean, preprocessor.std)
+    return saved_stats(tuple(tuple((p.double().flatten() / 255).tolist()) for p in parts))
 
 
 @HOOKS.register_module()

@@ -1,5 +1,8 @@
 """Masks: the class of each pixel, read from a picture file and checked."""
 
+import itertools
+from collections.abc import Collection, Mapping
+
 import numpy as np
 
 from util.data.files import read_file, reason_of
@@ -14,7 +17,7 @@ def load_mask(sample: dict, size: tuple[int, int] | None) -> np.ndarray:
     """The class of each pixel of a sample of `ImagesAndMasks`, `[H, W]`, uint8, 255 where ignored.
 
     Args:
-        sample: its `seg_map_path`, `img_path`, `num_classes` and `reduce_zero_label` count.
+        sample: its `seg_map_path`, `img_path`, `num_classes` and `ignored` count.
         size: height and width of the image; None if they are not known.
 
     Raises:
@@ -28,7 +31,7 @@ def load_mask(sample: dict, size: tuple[int, int] | None) -> np.ndarray:
             f"{sample['img_path']} has {size[1]}x{size[0]}"
         )
     try:
-        return classes_of(mask, sample["num_classes"], sample["reduce_zero_label"])
+        return classes_of(mask, sample["num_classes"], sample["ignored"])
     except ValueError as error:
         raise UsageError(f"mask {path} {error}") from error
 
@@ -80,25 +83,61 @@ def read_mask(path: str) -> np.ndarray:
     return values
 
 
-def classes_of(mask: np.ndarray, num_classes: int, zero_ignored: bool) -> np.ndarray:
+def ignored_numbers(dataset: Mapping) -> tuple[int, ...]:
+    """The numbers, beside 255, that mean no class in the masks of an `ImagesAndMasks`.
+
+    Args:
+        dataset: its arguments, or what a checkpoint says of it: `reduce_zero_label`, `ignored`.
+    """
+    zero = {0} if dataset.get("reduce_zero_label") else set()
+    return tuple(sorted({*(dataset.get("ignored") or ()), *zero}))
+
+
+def class_numbers(num_classes: int, ignored: Collection[int] = ()) -> list[int]:
+    """The number of each class in the masks: those from 0 on that are not ignored."""
+    numbers = (n for n in itertools.count() if n not in {*ignored, IGNORED})
+    return list(itertools.islice(numbers, num_classes))
+
+
+def classes_of(mask: np.ndarray, num_classes: int, ignored: Collection[int] = ()) -> np.ndarray:
     """The class of each pixel `[H, W]`, uint8, 255 where ignored.
 
     Args:
         mask: the numbers in a mask file.
         num_classes: how many classes there are.
-        zero_ignored: the first class is 1 and 0 is ignored, instead of 0; 255 is ignored anyway.
+        ignored: numbers that mean no class, beside 255; the classes are the others, in order.
 
     Raises:
         ValueError: a number that is no class.
     """
-    first = int(zero_ignored)
-    ignored = (mask == IGNORED) | (zero_ignored & (mask == 0))
-    wrong = ~ignored & ((mask < first) | (mask >= num_classes + first))
+    numbers = class_numbers(num_classes, ignored)
+    classes = np.full(max(*numbers, *ignored, IGNORED) + 1, -1)
+    classes[[*ignored, IGNORED]] = IGNORED
+    classes[numbers] = range(num_classes)
+    outside = (mask < 0) | (mask >= len(classes))
+    found = classes[np.where(outside, IGNORED, mask)]
+    wrong = outside | (found < 0)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
-        nothing = "0 and 255 are" if zero_ignored else "255 is"
         raise ValueError(
             f"holds {mask[row, column]} at row {row}, column {column}: {num_classes} classes are "
-            f"{first} … {num_classes + first - 1}, {nothing} ignored"
+            f"{ranges(numbers)}, {show_ignored(ignored)}"
         )
-    return np.where(ignored, IGNORED, mask.astype(np.int64) - first).astype(np.uint8)
+    return found.astype(np.uint8)
+
+
+def show_ignored(ignored: Collection[int]) -> str:
+    """Numbers that are ignored, as "0 and 255 are ignored"."""
+    *others, last = sorted({*ignored, IGNORED})
+    return f"{ranges(others)} and {last} are ignored" if others else f"{last} is ignored"
+
+
+def ranges(numbers: Collection[int]) -> str:
+    """Ascending numbers as "0 … 4, 6, 9 … 11"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{r[0]} … {r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)

@@ -3,7 +3,7 @@
 import argparse
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,14 +12,17 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import CheckpointLoader
 
 from SEG.data import class_names
+from SEG.masks import ignored_numbers
 from SEG.overrides import apply_overrides, nearest, registered
 from util.data.classes import check_classes
 from util.errors import TrainingError, UsageError
-from util.run.distributed import init_processes, world_size
+from util.run.distributed import init_processes, print_once, world_size
+from util.run.normalization import agreed_stats
 from util.run.optim_step import amp_dtype
-from util.run.parser import Parser, positive_int
+from util.run.parser import Parser, non_negative_int, positive_int
 from util.run.program import FULL
 from util.weights.checkpoint import load_file
+from util.weights.describe import show_stats
 from util.weights.read import KINDS, Weights, read_weights, weights_of
 
 ROOT = Path(__file__).parent.parent
@@ -59,16 +62,35 @@ def add_data_args(parser: Parser) -> None:
         help="folder with images/{training,validation} and annotations/{training,validation} "
         "(default: the config's)",
     )
+    for split, what in (("train", "train on"), ("val", "validate and test on")):
+        group.add_argument(
+            f"--{split}-data",
+            nargs=2,
+            metavar=("IMAGES", "MASKS"),
+            help=f"folders of the images to {what} and of their masks, below --data-path if that "
+            f"is given (default: the config's)",
+        )
     group.add_argument(
         "--classes",
         metavar="N|FILE",
         help="number of classes, or a text file with a name a line (default: the config's)",
     )
     group.add_argument(
+        "--ignore",
+        type=non_negative_int,
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="NUMBER",
+        help="with --classes: numbers in the masks that mean no class, beside 255, which never "
+        "does; classes are the others from 0 on",
+    )
+    group.add_argument(
         "--ignore-zero",
-        action="store_true",
-        help="with --classes: they are 1 … N in the masks and 0 is ignored, as in ADE20K "
-        "(default: 0 … N - 1, and 255 is ignored)",
+        dest="ignore",
+        action="append_const",
+        const=0,
+        help="the same as --ignore 0: classes are 1 … N in the masks, as in ADE20K",
     )
 
 
@@ -121,36 +143,55 @@ def use_data(config: Config, args: argparse.Namespace) -> None:
     Raises:
         UsageError: arguments that do not go together, or classes that cannot be read.
     """
-    if args.ignore_zero and args.classes is None:
-        raise UsageError("--ignore-zero goes with --classes: say how many there are")
+    if args.ignore and args.classes is None:
+        raise UsageError("--ignore and --ignore-zero go with --classes: say how many there are")
     changes: dict[str, object] = {}
     if args.data_path is not None:
         changes["data_root"] = str(args.data_path)
     if args.classes is not None:
         classes = int(args.classes) if args.classes.isdecimal() else args.classes
-        names = class_names(classes, args.ignore_zero)
-        changes |= {"classes": names, "reduce_zero_label": args.ignore_zero}
+        names = class_names(classes, 0 in args.ignore)
+        changes |= {"classes": names, **_as_arguments(args.ignore)}
         set_num_classes(config, len(names))
     for split in SPLITS:
-        config[f"{split}_dataloader"].dataset.update(changes)
+        dataset = config[f"{split}_dataloader"].dataset
+        dataset.update(changes)
+        folders = args.train_data if split == "train" else args.val_data
+        if folders is not None:
+            dataset.data_prefix = dict(zip(("img_path", "seg_map_path"), folders, strict=True))
+            if args.data_path is None:
+                dataset.data_root = "."
 
 
-def trained_classes(meta: object) -> tuple[list[str], bool | None] | None:
+def _as_arguments(ignored: Iterable[int]) -> dict[str, object]:
+    """Ignored numbers as the arguments of `ImagesAndMasks`."""
+    ignored = {*ignored}
+    return {"reduce_zero_label": 0 in ignored, "ignored": sorted(ignored - {0})}
+
+
+def show_ignore(ignored: Sequence[int]) -> str:
+    """The flag that says which numbers are ignored, with a preposition."""
+    if not ignored:
+        return "without --ignore"
+    return f"with --ignore {' '.join(map(str, ignored))}"
+
+
+def trained_classes(meta: object) -> tuple[list[str], tuple[int, ...] | None] | None:
     """The classes that a checkpoint of MMSegmentation was trained on.
 
     Args:
         meta: of a checkpoint.
 
     Returns:
-        The names of the classes, and whether 0 is ignored in the masks (None if it does not say);
-        None without names.
+        The names of the classes, and the numbers that are ignored in the masks beside 255 (None
+        if it does not say); None without names.
     """
     data = meta.get("dataset_meta") if isinstance(meta, Mapping) else None
     names = data.get("classes") if isinstance(data, Mapping) else None
     if not names:
         return None
-    zero_ignored = data.get("reduce_zero_label")
-    return [str(name) for name in names], None if zero_ignored is None else bool(zero_ignored)
+    told = data.get("reduce_zero_label") is not None or "ignored" in data
+    return [str(name) for name in names], ignored_numbers(data) if told else None
 
 
 def use_trained_classes(config: Config, args: argparse.Namespace, meta: object) -> None:
@@ -158,7 +199,7 @@ def use_trained_classes(config: Config, args: argparse.Namespace, meta: object) 
 
     Args:
         config: changed in place.
-        args: its `--classes` and `--ignore-zero`, if given, must be those of its `checkpoint`.
+        args: its `--classes` and `--ignore`, if given, must be those of its `checkpoint`.
         meta: of that checkpoint, see `read_segmentor`.
 
     Raises:
@@ -167,21 +208,20 @@ def use_trained_classes(config: Config, args: argparse.Namespace, meta: object) 
     trained = trained_classes(meta)
     if trained is None:
         return
-    names, zero_ignored = trained
+    names, ignored = trained
     dataset = config.test_dataloader.dataset
     if args.classes is not None:
         given = class_names(dataset.classes)
         if args.classes.isdecimal() and len(given) == len(names):
             given = names  # a number says nothing of the names
         check_classes(names, given, str(args.checkpoint), "--classes")
-        if zero_ignored is not None and zero_ignored != args.ignore_zero:
-            flag = "with" if zero_ignored else "without"
-            raise UsageError(f"{args.checkpoint} was trained {flag} --ignore-zero: test it so")
+        if ignored is not None and {*ignored} != {*args.ignore}:
+            raise UsageError(f"{args.checkpoint} was trained {show_ignore(ignored)}: test it so")
     elif dataset.get("type") != "ImagesAndMasks":
         return
     dataset.classes = names
-    if zero_ignored is not None:
-        dataset.reduce_zero_label = zero_ignored
+    if ignored is not None:
+        dataset.update(_as_arguments(ignored))
     set_num_classes(config, len(names))
 
 
@@ -190,6 +230,36 @@ def set_num_classes(config: Config, num_classes: int) -> None:
     for head in ("decode_head", "auxiliary_head"):
         if head in config.model:
             config.model[head].num_classes = num_classes
+
+
+def use_stats(config: Config, weights: Weights) -> str:
+    """Normalise images as the run did that a model begins with, and tell it.
+
+    A mean and a deviation of the config stay if they are not ImageNet's.
+
+    Args:
+        config: changed in place.
+        weights: of that run.
+
+    Returns:
+        The line that was printed, see `agreed_stats`.
+    """
+    preprocessor, line = config.model.get("data_preprocessor") or {}, ""
+    mean, std = (preprocessor.get(name) for name in ("mean", "std"))
+    if mean is None and weights.stats:
+        line = (
+            f"note: the config normalises no images (model.data_preprocessor.mean); those of "
+            f"{weights.path} were by {show_stats(weights.stats)}"
+        )
+    elif mean and std and len(mean) == len(std):  # mmengine refuses others
+        own = tuple(tuple(value / 255 for value in values) for values in (mean, std))
+        stats, line = agreed_stats(own, weights)
+        if stats is not own:
+            for name, values in zip(("mean", "std"), stats, strict=True):
+                preprocessor[name] = [255 * value for value in values]
+    if line:
+        print_once(line)
+    return line
 
 
 def start(config: Config, amp: str | None = None) -> torch.device:

@@ -6,6 +6,7 @@ if __name__ == "__main__":  # from here on, while the rest is imported
     leave_on_signals()
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from PIL import Image
 from SEG import options
 from SEG.data import class_colours, class_names
 from SEG.hooks import overlay
+from util.data.files import find_lost
 from util.data.folders import list_images
 from util.data.images import load_image
 from util.errors import UsageError
@@ -51,11 +53,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def name_outputs(images: Sequence[Path]) -> dict[str, Path]:
+FOLDERS = ("classes", "overlays")
+
+
+def name_outputs(images: Sequence[Path], out: Path) -> dict[str, Path]:
     """Name of the output, relative and without an ending, to image file.
 
     Raises:
-        UsageError: a path without images, or two outputs with one name.
+        UsageError: a path without images, two outputs with one name, or one that is an image.
     """
     files: dict[str, Path] = {}
     for given in images:
@@ -67,7 +72,15 @@ def name_outputs(images: Sequence[Path]) -> dict[str, Path]:
                 raise UsageError(
                     f"{other} and {path} would be written to the same file: give them in two calls"
                 )
+    targets = (target_of(out, *pair) for pair in itertools.product(FOLDERS, files))
+    if lost := find_lost(targets, files.values()):
+        raise UsageError(f"--out {out}: {lost} is one of the images: give another folder")
     return files
+
+
+def target_of(out: Path, folder: str, name: str) -> Path:
+    """File of an output."""
+    return out / folder / f"{name}.png"
 
 
 def build_segmentor(config: Config, weights: Weights, device: torch.device) -> BaseSegmentor:
@@ -101,8 +114,8 @@ def write(out: Path, name: str, path: Path, classes: np.ndarray, colours: list[l
     picture = Image.fromarray(classes)
     picture.putpalette(np.array(colours, np.uint8).tobytes())  # its pixels stay class numbers
     image = overlay(np.asarray(load_image(path)), classes, colours)
-    for folder, content in (("classes", picture), ("overlays", Image.fromarray(image))):
-        target = out / folder / f"{name}.png"
+    for folder, content in zip(FOLDERS, (picture, Image.fromarray(image)), strict=True):
+        target = target_of(out, folder, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         content.save(target)
 
@@ -117,9 +130,10 @@ def shares(classes: np.ndarray, names: Sequence[str], most: int = 5) -> str:
 def main(args: argparse.Namespace) -> None:
     """Build the model, then segment one image after the other."""
     config = options.read_config(args)
-    files = name_outputs(args.images)
+    files = name_outputs(args.images, args.out)
     weights, _ = options.read_segmentor(args.checkpoint)
     options.set_num_classes(config, weights.num_classes)
+    options.use_stats(config, weights)
     device = options.start(config)
     check_writable(args.out, "--out")
     names = class_names(weights.classes or weights.num_classes)

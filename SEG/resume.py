@@ -10,7 +10,8 @@ from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
 from SEG.data import class_names
-from SEG.options import trained_classes
+from SEG.masks import ignored_numbers
+from SEG.options import show_ignore, trained_classes
 from util.data.classes import check_classes
 from util.errors import UsageError
 from util.run.states import compare_moments, compare_state
@@ -55,11 +56,10 @@ def _check_classes(path: Path, meta: Mapping, dataset: Mapping) -> None:
     trained = trained_classes(meta)
     if trained is None or dataset.get("classes") is None:
         return
-    names, zero_ignored = trained
+    names, ignored = trained
     check_classes(names, class_names(dataset["classes"]), str(path), "--classes")
-    if zero_ignored is not None and zero_ignored != dataset.get("reduce_zero_label", False):
-        flag = "with" if zero_ignored else "without"
-        raise UsageError(f"{path} is of a run {flag} --ignore-zero: its masks are read so")
+    if ignored is not None and ignored != ignored_numbers(dataset):
+        raise UsageError(f"{path} is of a run {show_ignore(ignored)}: its masks are read so")
 
 
 @HOOKS.register_module()

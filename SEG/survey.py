@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from SEG.data import ImagesAndMasks
-from SEG.masks import IGNORED, image_size, load_mask
+from SEG.masks import IGNORED, class_numbers, image_size, load_mask, show_ignored
 from util.data.classes import some
 from util.data.images import load_image
 from util.errors import UsageError
@@ -27,7 +27,7 @@ class Survey:
         pixels: `[classes + 1]`, pixels of each class, then the ignored ones.
         masks: `[classes]`, masks that have a pixel of a class.
         empty: masks whose pixels are all ignored.
-        zero_ignored: whether 0 is ignored, as 255 is.
+        ignored: numbers that mean no class, beside 255.
         errors: one line for each mask, or image to be tested, that cannot be used.
     """
 
@@ -36,7 +36,7 @@ class Survey:
     pixels: np.ndarray
     masks: np.ndarray
     empty: list[str]
-    zero_ignored: bool
+    ignored: tuple[int, ...]
     errors: list[str]
 
     @property
@@ -93,9 +93,11 @@ class Survey:
         """Advice where 255 seems to mean a class."""
         if len(self.classes) != 2 or not self.absent or not self.pixels[-1]:
             return ""
-        ignored = "0 and 255 are ignored" if self.zero_ignored else "255 is ignored"
-        numbers = "1 and 2" if self.zero_ignored else "0 and 1"
-        return f"; {ignored}: if it means a class, write the classes as {numbers}"
+        first, second = class_numbers(2, self.ignored)
+        return (
+            f"; {show_ignored(self.ignored)}: if 255 means a class, write the classes as {first} "
+            f"and {second}"
+        )
 
 
 def check_data(loaders: Mapping[str, dict]) -> None:
@@ -170,7 +172,7 @@ def survey(dataset: ImagesAndMasks, what: str, num_workers: int = 0) -> Survey:
         sum(part[0] for part in parts),
         sum(part[1] for part in parts),
         sorted(path for part in parts for path in part[2]),
-        dataset.reduce_zero_label,
+        dataset.ignored,
         sorted(error for part in parts for error in part[3]),
     )
 

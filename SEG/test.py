@@ -124,6 +124,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         raise UsageError(f"--tta: the config {args.config} has no tta_pipeline and tta_model")
     weights, meta = options.read_segmentor(args.checkpoint)
     options.use_trained_classes(config, args, meta)
+    options.use_stats(config, weights)
     options.start(config)
     check_writable(Path(config.work_dir), "--work-dir")
     if args.show_dir:

@@ -7,7 +7,7 @@ if __name__ == "__main__":  # from here on, while the rest is imported
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -22,6 +22,7 @@ from util.run.parser import Parser, complete_resume, positive_int
 from util.run.program import run_main
 from util.run.setup import hold_output
 from util.weights.checkpoint import load_file
+from util.weights.read import read_weights, weights_of
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,6 +54,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "none: begin anew",
     )
     group.add_argument(
+        "--iterations",
+        type=positive_int,
+        metavar="N",
+        help="length of the run in optimizer steps; warm-up, schedule and the intervals of "
+        "validations and checkpoints keep their shares of it (default: the config's)",
+    )
+    group.add_argument(
         "--amp",
         nargs="?",
         const="auto",
@@ -70,6 +78,44 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "those of steps",
     )
     return parser.parse_args(complete_resume(argv))
+
+
+def set_length(config: Config, iterations: int | None, kept: Container[str] = ()) -> None:
+    """Give a run another length; its schedule and intervals keep their shares of it.
+
+    Args:
+        config: changed in place.
+        iterations: optimizer steps; None for the config's. If the schedule of the learning rate
+            then ends elsewhere than the run, a line says so.
+        kept: keys of `--cfg-options`, which stay as they are.
+
+    Raises:
+        UsageError: the config counts epochs.
+    """
+    length = config.train_cfg.get("max_iters")
+    schedules = [s for s in config.get("param_scheduler") or () if not s.get("by_epoch", True)]
+    if iterations is not None:
+        if length is None:
+            raise UsageError("--iterations is for configs that count them (train_cfg.max_iters)")
+        if "train_cfg.max_iters" in kept:
+            raise UsageError("--iterations and train_cfg.max_iters say the same: give the first")
+        parts = {f"param_scheduler.{i}": part for i, part in enumerate(config.param_scheduler)}
+        parts = {name: part for name, part in parts.items() if part in schedules}
+        parts |= {"train_cfg": config.train_cfg}
+        parts |= {"default_hooks.checkpoint": config.default_hooks.checkpoint}
+        for name, part in parts.items():
+            for key in {"begin", "end", "max_iters", "val_interval", "interval"} & part.keys():
+                if part[key] and f"{name}.{key}" not in kept:
+                    part[key] = max(1, round(part[key] * iterations / length))
+            if part.get("begin") and "end" in part:
+                part["begin"] = min(part["begin"], part["end"] - 1)
+        length = iterations
+    end = max((schedule.get("end", length) for schedule in schedules), default=length)
+    if end != length:
+        print_once(
+            f"note: the schedule of the learning rate ends after {end:,} iterations, the run after "
+            f"{length:,}: --iterations {length} sets both"
+        )
 
 
 def accumulate(config: Config, count: int) -> None:
@@ -128,6 +174,8 @@ def begin_from(config: Config, pretrained: str | None, resume: str) -> int:
     if last:
         content = load_file(last)
         check_resumable(last, content, config)
+        if (line := options.use_stats(config, weights_of(content, last))).startswith("note"):
+            raise UsageError(f"{last} is of another run: {line.removeprefix('note: ')}")
         config.load_from, config.resume, backbone.pretrained = str(last), True, None
         print_once(f"going on from {last}")
         return content["meta"]["iter"]
@@ -140,6 +188,8 @@ def begin_from(config: Config, pretrained: str | None, resume: str) -> int:
             f"the checkpoint to begin from, {backbone.pretrained}, does not exist: give another as "
             f"--pretrained FILE, or --pretrained none for random weights"
         )
+    if backbone.get("pretrained"):
+        options.use_stats(config, read_weights(backbone.pretrained))
     return 0
 
 
@@ -161,6 +211,7 @@ def main(args: argparse.Namespace) -> None:
     options.use_data(config, args)
     if args.work_dir is not None:
         config.work_dir = str(args.work_dir)
+    set_length(config, args.iterations, args.cfg_options or {})
     accumulate(config, args.accum_iter)
     options.start(config, args.amp)
     hold_output(Path(config.work_dir), "--work-dir")

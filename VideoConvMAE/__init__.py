@@ -2,4 +2,5 @@
 
 from util.errors import require_for_programs
 
-require_for_programs("av", "requirements-video.txt")
+RUNS = ("VideoConvMAE.main_pretrain", "VideoConvMAE.main_finetune")
+require_for_programs("av", "requirements-video.txt", RUNS)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from util.run.distributed import print_once
+from util.run.normalization import given_stats
 from VideoConvMAE.args import complete_protocol
 from VideoConvMAE.datasets import Views
 from VideoConvMAE.lists import find_videos
@@ -27,7 +28,7 @@ def views_of(args: argparse.Namespace, path: Path, labeled: bool) -> Views:
     return Views(
         videos,
         videos.classes,
-        views_transform(tuple(args.input_size), args.test_crops),
+        views_transform(tuple(args.input_size), args.test_crops, given_stats(args)),
         clips=args.test_clips,
         unlabeled=not labeled,
         **complete_protocol(args),

@@ -19,6 +19,7 @@ from VideoConvMAE.folders import VideoList, list_folder
 
 LIST_EXTENSIONS = (".csv", ".txt", ".json")
 TEST_SPLIT = ("val", "validation", "test")
+_SPLIT_ENDINGS = ("", *LIST_EXTENSIONS)
 # Heads of columns, in small letters.
 _PATH_HEADS = ("path", "video_path", "file_path", "filepath", "file", "filename", "video", "name")
 _LABEL_HEADS = ("label", "class", "target", "category", "class_name", "label_name", "action")
@@ -92,12 +93,17 @@ def find_split(data_path: Path, names: Sequence[str], root: Path | None) -> Vide
     Raises:
         UsageError: there is none.
     """
-    endings = ("", *LIST_EXTENSIONS)
-    for path in (data_path / f"{name}{ending}" for name in names for ending in endings):
-        if path.exists():
-            return find_videos(path, root)
-    wanted = ", ".join(names[0] + (ending or "/") for ending in endings)
-    raise UsageError(f"--data_path {data_path} has none of {wanted}")
+    path = find_path(data_path, names)
+    if path is None:
+        wanted = ", ".join(names[0] + (ending or "/") for ending in _SPLIT_ENDINGS)
+        raise UsageError(f"--data_path {data_path} has none of {wanted}")
+    return find_videos(path, root)
+
+
+def find_path(data_path: Path | None, names: Sequence[str]) -> Path | None:
+    """The folder or list of a split, if there is one; see `find_split`."""
+    paths = (Path(data_path or ".") / f"{name}{end}" for name in names for end in _SPLIT_ENDINGS)
+    return next((path for path in paths if path.exists()), None) if data_path else None
 
 
 def find_unlabeled(data_path: Path, root: Path | None) -> VideoList:

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # from here on, while the rest is imported
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,15 +23,24 @@ from util.data.loader import Loader
 from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes, print_once, wait_for_all
+from util.run.normalization import complete_stats, given_stats, tell_stats
 from util.run.parser import Parser, positive_int
 from util.run.program import run_main
 from util.run.resume import BEST, LAST
 from util.run.setup import complete_run, eval_loader, train_loader
 from util.run.start import find_start
+from util.run.val_share import check_share, choose_share, means_share
 from util.weights.read import Weights
 from VideoConvMAE.args import add_clip_args, add_view_args, complete_protocol
 from VideoConvMAE.datasets import LabeledClips, Views
-from VideoConvMAE.lists import TEST_SPLIT, VideoList, find_split, find_videos
+from VideoConvMAE.lists import (
+    TEST_SPLIT,
+    VideoList,
+    class_numbers,
+    find_path,
+    find_split,
+    find_videos,
+)
 from VideoConvMAE.models import CLASSIFIERS
 from VideoConvMAE.transforms import finetune_transform, views_transform
 
@@ -77,10 +87,10 @@ def videos_to_train_on(args: argparse.Namespace) -> VideoList:
     """`train` of `--data_path`; or all of that list, if the others are in `--val_path`."""
     if args.data_path is not None and args.data_path.is_dir():
         return find_split(args.data_path, ("train",), args.video_root)
-    if args.data_path is None or args.val_path is None:
+    if args.data_path is None or (args.val_path is None and args.val_share is None):
         raise UsageError(
             "--data_path takes a folder with train and val, as folders or as lists (train.csv …); "
-            "or the list to train on, with another one in --val_path"
+            "or the list to train on, with another one in --val_path, or --val_share"
         )
     return find_videos(args.data_path, args.video_root)
 
@@ -92,10 +102,37 @@ def videos_to_validate_on(args: argparse.Namespace) -> VideoList:
     return find_split(args.data_path, TEST_SPLIT, args.video_root)
 
 
-def videos_to_test(args: argparse.Namespace) -> VideoList:
-    """`--val_path`, `val` of `--data_path`, or all of that folder or list."""
+def split_videos(args: argparse.Namespace) -> tuple[VideoList, VideoList, list[str]]:
+    """The videos to train on, the share of each class that is held out, and the classes.
+
+    Raises:
+        UsageError: other videos to validate on, none with labels, or a share that is no video.
+    """
+    videos = videos_to_train_on(args)
+    check_share(args, find_path(args.data_path, TEST_SPLIT))
+    classes = videos.classes
+    labels = class_numbers(videos, classes)
+    source = videos.source
+    root = source if source.is_dir() else args.video_root or source.parent
+    chosen = choose_share(args, videos.paths, labels, root, "videos").tolist()
+
+    def part(held: bool) -> VideoList:
+        rows = [i for i, of_val in enumerate(chosen) if of_val == held]
+        paths, names = ([column[i] for i in rows] for column in (videos.paths, videos.labels))
+        notes = () if held else videos.notes
+        return replace(videos, paths=paths, labels=names, notes=notes)
+
+    return part(False), part(True), classes
+
+
+def videos_to_test(args: argparse.Namespace, weights: Weights) -> VideoList:
+    """`--val_path`, `val` of `--data_path`, what the run held out, or all of that path."""
     if args.val_path is None and args.data_path is None:
         raise UsageError("--data_path is missing: a folder with train and val, or a list to test")
+    root = args.data_path
+    has_val, has_train = (find_path(root, names) is not None for names in (TEST_SPLIT, ("train",)))
+    if means_share(args, weights, has_val, has_train):
+        return split_videos(args)[1]
     if args.val_path is not None or (args.data_path.is_dir() and any(args.data_path.glob("val*"))):
         return videos_to_validate_on(args)
     return find_videos(args.data_path, args.video_root)
@@ -105,7 +142,7 @@ def views_loader(
     args: argparse.Namespace, videos: VideoList, classes: Sequence[str], clips: int, crops: int
 ) -> Loader:
     """All views of every video once; as many views at a time as training has clips."""
-    transform = views_transform(tuple(args.input_size), crops)
+    transform = views_transform(tuple(args.input_size), crops, given_stats(args))
     unlabeled = args.eval and args.predictions is not None
     dataset = Views(
         videos, classes, transform, clips=clips, unlabeled=unlabeled, **complete_protocol(args)
@@ -118,8 +155,9 @@ def load_test(args: argparse.Namespace, weights: Weights) -> Loader:
 
     The classes are the model's own if it names them.
     """
+    complete_stats(args, weights)
     complete_protocol(args, weights.args)
-    videos = videos_to_test(args)
+    videos = videos_to_test(args, weights)
     tell(videos)
     classes = weights.classes or videos.classes
     return views_loader(args, videos, classes, args.test_clips, args.test_crops)
@@ -133,7 +171,11 @@ def tell(videos: VideoList) -> None:
 
 def build_data(args: argparse.Namespace) -> tuple[Loader, Loader]:
     """Clips to train on; one view of each video to validate on."""
-    train, val = videos_to_train_on(args), videos_to_validate_on(args)
+    if args.val_share is not None:
+        train, val, classes = split_videos(args)
+    else:
+        train, val = videos_to_train_on(args), videos_to_validate_on(args)
+        classes = train.classes
     for videos in (train, val):
         tell(videos)
     transform = finetune_transform(
@@ -146,8 +188,10 @@ def build_data(args: argparse.Namespace) -> tuple[Loader, Loader]:
         reprob=args.reprob,
         remode=args.remode,
         recount=args.recount,
+        stats=given_stats(args),
     )
-    classes, sampling = train.classes, complete_protocol(args)
+    tell_stats(args)
+    sampling = complete_protocol(args)
     dataset = LabeledClips(train, classes, transform, repeats=args.repeats, **sampling)
     return train_loader(args, dataset), views_loader(args, val, classes, 1, 1)
 

@@ -8,15 +8,18 @@ if __name__ == "__main__":  # from here on, while the rest is imported
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from engine_pretrain import build_run, check_sizes, pretrain
+from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes, is_main_process, print_once
+from util.run.normalization import given_stats, tell_stats
 from util.run.parser import Parser, add_switch, share
-from util.run.pictures import Drawing, reconstruct
+from util.run.pictures import Drawing, Reconstruction, reconstruct
 from util.run.program import run_main
 from util.run.run import Run
 from util.run.setup import complete_run, train_loader
@@ -64,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     recipe = dict(batch_size=32, epochs=800, warmup_epochs=40, blr=1.5e-4, weight_decay=0.05)
     arguments.add_optim_args(parser, min_blr=1e-5, **recipe)
-    arguments.add_run_args(parser)
+    arguments.add_run_args(parser, pictures=True)
     args = parser.parse_args(argv)
     if args.data_path is None:
         parser.error("--data_path is missing: a folder of videos, or a list of them")
@@ -95,6 +98,7 @@ def main(args: argparse.Namespace) -> None:
     videos = find_unlabeled(args.data_path, args.video_root)
     for note in videos.notes:
         print_once(note)
+    tell_stats(args)
     loader = train_loader(args, build_data(args, videos, sampling))
     run = build_run(args, device, loader, MODELS, PROGRAM, start)
     draw = None
@@ -102,17 +106,23 @@ def main(args: argparse.Namespace) -> None:
         samples = load_samples(videos, args).to(device)
 
         def draw() -> Drawing:
-            return draw_clips(reconstruct(run.model, samples, args.mask_ratio))
+            return draw_clips(reconstructed(run, samples))
 
     pretrain(run, draw)
     if is_main_process():
         write_movie(run, samples)
 
 
+def reconstructed(run: Run, samples: Tensor) -> Reconstruction:
+    """The samples, masked and filled in."""
+    show = partial(denormalize, stats=given_stats(run.args))
+    return reconstruct(run.model, samples, run.args.mask_ratio, show=show)
+
+
 def write_movie(run: Run, samples: Tensor) -> None:
     """The samples, masked and filled in, as an mp4 in the output folder."""
     path = run.args.output_dir / "reconstruction.mp4"
-    clip_movie(reconstruct(run.model, samples, run.args.mask_ratio), path)
+    clip_movie(reconstructed(run, samples), path)
     print(f"and {path}")
 
 

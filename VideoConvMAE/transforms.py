@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from util.data.datasets import seeded
-from util.data.transforms import normalize
+from util.data.transforms import Stats, normalize
 from util.errors import UsageError
 
 # Sides of the crops of VideoMAE's pretraining, as shares of the shorter side of the video.
@@ -55,6 +55,7 @@ def finetune_transform(
     reprob: float = 0.25,
     remode: str = "pixel",
     recount: int = 1,
+    stats: Stats | None = None,
 ) -> Transform:
     """The augmentation of fine-tuning: RandAugment, random resized crop, flip, erasing.
 
@@ -71,6 +72,7 @@ def finetune_transform(
         reprob: share of the clips in which rectangles are erased, the same in all frames.
         remode: timm's name of their fill: pixel (noise), rand (a random colour), const (the mean).
         recount: the most rectangles of a clip.
+        stats: to normalise by; ImageNet's by default.
 
     Returns:
         Frames `[T, H, W, C]`, uint8, to a clip `[C, T, *size]`, float32.
@@ -87,19 +89,20 @@ def finetune_transform(
     def transform(frames: np.ndarray) -> Tensor:
         frames = crop(augment(to_tensor(frames)))
         frames = random_flip(frames) if hflip else frames
-        clip = normalize(as_clip(frames), 0)
+        clip = normalize(as_clip(frames), 0, stats)
         # The frames as channels of one picture: the rectangle is the same, the noise is not.
         return erase(clip.flatten(0, 1)).view_as(clip)
 
     return transform
 
 
-def views_transform(size: tuple[int, int], crops: int = 1) -> Transform:
+def views_transform(size: tuple[int, int], crops: int = 1, stats: Stats | None = None) -> Transform:
     """The views by which a classifier is tested: crops at equal distances along the longer side.
 
     Args:
         size: (H, W) of the clip; the frame is resized to just cover it.
         crops: how many; a single one is in the centre.
+        stats: to normalise by; ImageNet's by default.
 
     Returns:
         Frames `[T, H, W, C]`, uint8, to views `[crops, C, T, *size]`, float32.
@@ -110,7 +113,7 @@ def views_transform(size: tuple[int, int], crops: int = 1) -> Transform:
         frames = cover(to_tensor(frames), size)
         spare = [whole - side for whole, side in zip(frames.shape[-2:], size, strict=True)]
         views = [F.crop(frames, *(round(s * place) for s in spare), *size) for place in places]
-        return torch.stack([normalize(as_clip(view), 0) for view in views])
+        return torch.stack([normalize(as_clip(view), 0, stats) for view in views])
 
     return transform
 

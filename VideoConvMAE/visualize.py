@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,10 @@ from torchvision.utils import make_grid, save_image
 
 from util.data.files import is_one_of
 from util.data.images import MAX_PIXELS
+from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run.args import check_png
+from util.run.normalization import add_stats_args, complete_stats, given_stats
 from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import Drawing, Reconstruction, captioned, enlarged, reconstruct
 from util.run.program import run_main
@@ -87,14 +90,15 @@ def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
 
     Args:
         path: a file or a folder of pictures.
-        args: `input_size` and what `complete_protocol` takes.
+        args: `input_size` and what `complete_protocol` and `complete_stats` take.
 
     Raises:
         OSError: it cannot be decoded.
     """
     with open_video(path, args.in_chans, args.short_side or None, args.max_pixels) as video:
         (chosen,) = eval_clips(args.sampling, len(video), args.num_frames, args.stride, 1)
-        return views_transform(tuple(args.input_size))(video.frames(chosen))[0]
+        view = views_transform(tuple(args.input_size), stats=given_stats(args))
+        return view(video.frames(chosen))[0]
 
 
 def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) -> Tensor:
@@ -114,13 +118,15 @@ def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) ->
     with contextlib.suppress(UsageError):  # no such split, or no video in it
         sources.insert(0, find_split(args.data_path, TEST_SPLIT, args.video_root))
     for source in sources:
-        clips = []
+        clips, first = [], ""
         for path in evenly_chosen(source, count).paths:
-            with contextlib.suppress(OSError):
+            try:
                 clips.append(load_clip(path, args))
+            except OSError as error:
+                first = first or f", the first: {error}"
         if clips:
             return torch.stack(clips)
-    raise UsageError(f"none of the videos tried of {videos.source} can be decoded")
+    raise UsageError(f"none of the videos tried of {videos.source} can be decoded{first}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -138,6 +144,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--mask_ratio", type=mask_ratio, default=0.9, help="share of patches to remove")
     add("--columns", type=positive_int, default=8, metavar="N", help="frames to show")
     add("--seed", type=seed, default=0, help="of the masks")
+    add_stats_args(parser)
     add_sampling_args(parser, ("dense", "uniform"))
     parser.set_defaults(max_pixels=MAX_PIXELS)
     return parser.parse_args(argv)
@@ -160,6 +167,7 @@ def main(args: argparse.Namespace) -> None:
     args.num_frames, *args.input_size = model.geometry.img_size
     args.in_chans, args.short_side = model.in_chans, None
     complete_protocol(args)
+    complete_stats(args, weights)
     clips = []
     for path in files[: args.max_videos]:
         try:
@@ -167,7 +175,8 @@ def main(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UsageError(str(error)) from error
     batch = torch.stack(clips)
-    found = reconstruct(model, batch, args.mask_ratio, args.seed)
+    show = partial(denormalize, stats=given_stats(args))
+    found = reconstruct(model, batch, args.mask_ratio, args.seed, show)
     save_image(draw_clips(found, args.columns).picture, args.output)
     clip_movie(found, movie)
     print(f"{len(clips)} videos: original, masked, reconstruction in {args.output} and {movie}")

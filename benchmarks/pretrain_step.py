@@ -59,7 +59,7 @@ class Mimic(nn.Module):
         super().__init__()
         self.student, self.teacher, self.geometry = student, teacher, student.geometry
 
-    def forward(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, imgs: Tensor, mask_ratio: float) -> tuple[Tensor, ...]:
         """As the student's, with the teacher's tokens in its loss."""
         return self.student(imgs, mask_ratio, features=self.teacher(imgs))
 

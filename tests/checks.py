@@ -30,7 +30,7 @@ def log_lines(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
 
 
-TIMES = ("data_wait", "epoch_seconds")
+TIMES = ("data_wait", "epoch_seconds", "teacher_seconds")
 
 
 def outcomes(output: Path) -> list[dict]:

@@ -131,7 +131,7 @@ class FakeRun(Run):
         optim = OptimStep(model, optimizer, GPU, dtype, clip_grad=1.0)
         feed = DeviceFeed(CPU)
         feed.device = GPU
-        with mock.patch("util.run.reporter.DeviceFeed", lambda device: feed):
+        with mock.patch("util.run.reporter.DeviceFeed", lambda device, stats: feed):
             report = Reporter(args, GPU, loader)
         with mock.patch("signal.signal"):
             super().__init__(args, GPU, model, model, optim, loader, report, None, (0, 0))

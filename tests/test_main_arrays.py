@@ -1,5 +1,7 @@
 """Pretraining, fine-tuning, probing and evaluation on arrays, started as a user does."""
 
+import csv
+import re
 import signal
 from pathlib import Path
 
@@ -8,8 +10,9 @@ import pytest
 import torch
 
 from models_convvit import convvit_tiny_patch16
-from tests.checks import load, same, weights
+from tests.checks import assert_ok, assert_one_line, load, log_lines, same, weights
 from tests.pictures import photo
+from tools import embed, features
 from util.data.array_stats import measure
 from util.data.array_views import ArrayFormat
 from util.data.datasets import open_images
@@ -49,7 +52,8 @@ def pretraining(statistics):
 @pytest.fixture(scope="module")
 def pretrained(data, pretraining, launcher, tmp_path_factory):
     output = tmp_path_factory.mktemp("pretrained")
-    done = launcher.run("--data_path", data, *pretraining, "--output_dir", output)
+    flags = ["--data_path", data, *pretraining, "--knn_freq", 3, "--output_dir", output]
+    done = launcher.run(*flags)
     assert done.code == 0, done.err
     assert done.out.startswith("files are read as arrays")
     return output
@@ -96,6 +100,16 @@ def test_training_and_evaluation_read_as_the_checkpoint_says(
     accuracy = accuracy.partition(", best")[0]
     assert accuracy in evaluated.out.splitlines()
 
+    files = sorted((data / "val").rglob("*.npy"))
+    (tmp_path / "files.txt").write_text("".join(f"{path}\n" for path in files))
+    line = ["--checkpoint", tmp_path / "checkpoint.pth", "--data_path", tmp_path / "files.txt"]
+    line += ["--output", tmp_path / "p.csv", "--num_workers", 0, "--device", "cpu"]
+    assert_ok(launcher.run(*line, program="tools.predict"))
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
+    assert [row["path"] for row in rows] == [*map(str, files)]
+    right = [Path(row["path"]).parent.name == row["prediction"] for row in rows]
+    assert f"Acc@1 {100 * np.mean(right):.3f} " in accuracy
+
 
 def test_a_colour_checkpoint_starts_a_model_of_seven_channels(data, statistics, launcher, tmp_path):
     colour = convvit_tiny_patch16(img_size=32, patch_size=(2, 2, 1), num_classes=0)
@@ -135,3 +149,50 @@ def test_embedding_and_neighbours_read_as_the_checkpoint_says(data, pretrained, 
     knn = launcher.run(*flags, "--data_path", data, program="tools.knn")
     assert knn.code == 0, knn.err
     assert "as arrays" in embed.out and "as arrays" in knn.out
+    measured = log_lines(pretrained)[-1]["knn_acc1"]
+    assert f"of 4 images by 8: Acc@1 {measured:.3f}" in knn.out
+
+
+def test_a_list_of_arrays_has_the_features_and_pictures_of_its_folder(data, pretrained, tmp_path):
+    files = sorted((data / "val").rglob("*.npy"))
+    (tmp_path / "x.txt").write_text("".join(f"{path}\n" for path in files))
+    found = {}
+    for name, source in (("list", tmp_path / "x.txt"), ("folder", data / "val")):
+        for program, ending, more in ((embed, "npz", []), (features, "png", ["--rgb", 6, 5, 4])):
+            flags = ["--checkpoint", pretrained / "checkpoint.pth", "--data_path", source, *more]
+            flags += ["--num_workers", 0, "--device", "cpu"]
+            flags += ["--output", tmp_path / f"{name}.{ending}"]
+            program.main(program.parse_args([*map(str, flags)]))
+        found[name] = np.load(tmp_path / f"{name}.npz")["features"]
+    np.testing.assert_array_equal(found["list"], found["folder"])
+    assert (tmp_path / "list.png").read_bytes() == (tmp_path / "folder.png").read_bytes()
+
+
+WRONG = {
+    "pictures to compare with": (["--knn_freq", 1, "--knn_path", "PICTURES"], "3 channels, not"),
+    "no data at all": (["--data_path", "EMPTY"], "4 files of .* tried hold no data at all"),
+    "another number of bands": (
+        ["--finetune", "CHECKPOINT", "--bands", 1, 2, "--mean", 0, 0, "--std", 1, 1],
+        "is a model of 7 channels, and this run has 2: only a model of one or three",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_arrays_that_do_not_fit_are_refused_before_a_step(
+    kind, data, pretrained, pretraining, launcher, tmp_path
+):
+    for split in ("train", "val"):
+        (tmp_path / "p" / split / "a").mkdir(parents=True)
+        photo(40, 40).save(tmp_path / "p" / split / "a" / "0.png")
+    (tmp_path / "e").mkdir()
+    for i in range(4):
+        np.save(tmp_path / "e" / f"{i}.npy", np.full((40, 40, 7), np.nan, "f4"))
+    paths = {"PICTURES": tmp_path / "p", "EMPTY": tmp_path / "e"}
+    paths["CHECKPOINT"] = pretrained / "checkpoint.pth"
+    flags, phrase = WRONG[kind]
+    start = RUN if "--finetune" in flags else pretraining
+    line = ["--data_path", data, *start, *(paths.get(flag, flag) for flag in flags)]
+    done = launcher.run(*line, "--output_dir", tmp_path / "out")
+    assert_one_line(done, 2)
+    assert re.search(phrase, done.err) and "Epoch" not in done.out

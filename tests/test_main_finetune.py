@@ -124,7 +124,7 @@ def test_the_log_has_maes_keys(program, finished):
 
 @MAINS
 def test_tensorboard_has_the_accuracy_of_each_epoch(program, finished):
-    steps, values = zip(*curve(finished(program), "test_acc1"), strict=True)
+    steps, values = zip(*curve(finished(program), "test/acc1"), strict=True)
     assert steps == (1000, 2000, 3000)
     assert values == pytest.approx([line["test_acc1"] for line in log_lines(finished(program))])
 

@@ -167,7 +167,7 @@ def test_a_run_killed_again_and_again_ends_like_one_never_stopped(
     assert {path.name for path in tmp_path.glob("*.pth*")} == {
         path.name for path in whole.glob("*.pth")
     }
-    assert curve(tmp_path, "loss") == curve(whole, "loss")
+    assert curve(tmp_path, "train/loss") == curve(whole, "train/loss")
 
 
 def die_in_a_write(name: str, count: int, moment: str) -> None:
@@ -314,7 +314,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_never_stopped(
     assert_ok(result)
     assert f"from epoch {epoch + 1}, step {step}" in result.out
     assert_same_end(tmp_path, whole)
-    assert curve(tmp_path, "loss") == curve(whole, "loss")
+    assert curve(tmp_path, "train/loss") == curve(whole, "train/loss")
 
 
 def test_a_signal_to_the_data_workers_too_saves_as_well(whole, images, launcher, tmp_path):
@@ -383,8 +383,8 @@ def test_a_finished_run_started_again_changes_nothing(whole, images, launcher, t
     output = shutil.copytree(whole, tmp_path / "run")
     assert_ok(launcher.run(*flags(images, output)))
     assert_same_end(output, whole)
-    assert curve(output, "loss") == curve(whole, "loss")
-    assert len(events(output).Images("reconstruction")) == 4
+    assert curve(output, "train/loss") == curve(whole, "train/loss")
+    assert len(events(output).Images("pictures/reconstruction")) == 4
 
 
 def test_batch_and_accumulation_may_be_exchanged_in_mid_run(whole, images, launcher, stopped):
@@ -600,7 +600,7 @@ def test_all_processes_skip_a_step_that_one_of_them_cannot_take(images, launcher
     assert any("Epoch 2/4  [1/3]" in line and "skipped" not in line for line in lines)
     assert any("Epoch 2/4  [2/3]" in line and "skipped_steps 1" in line for line in lines)
     assert any("Epoch 4/4  [3/3]" in line and "skipped_steps 2" in line for line in lines)
-    assert curve(tmp_path, "skipped_steps")[-1] == (4000, 2)
+    assert curve(tmp_path, "train/skipped_steps")[-1] == (4000, 2)
     assert all(np.isfinite(line["train_loss"]) for line in log_lines(tmp_path))
 
     assert_finite(tmp_path)
@@ -962,7 +962,11 @@ def test_the_pictures_can_be_looked_at(demo):
 
 
 @pytest.mark.parametrize(
-    "tag", ["loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb"]
+    "tag",
+    [
+        *(f"train/{n}" for n in ("loss", "lr", "grad_norm")),
+        *(f"perf/{n}" for n in ("images_per_s", "data_wait", "memory_mb")),
+    ],
 )
 def test_tensorboard_shows_curves_against_thousandths_of_epochs(whole, demo, tag):
     steps = [step for step, _ in curve(whole, tag)]
@@ -973,9 +977,18 @@ def test_tensorboard_shows_curves_against_thousandths_of_epochs(whole, demo, tag
 
 
 def test_tensorboard_shows_a_reconstruction_an_epoch(demo):
-    pictures = events(demo).Images("reconstruction")
+    pictures = events(demo).Images("pictures/reconstruction")
     assert [picture.step for picture in pictures] == [1000, 2000]
     assert all(picture.width > 500 and picture.height > 500 for picture in pictures)
+
+
+@pytest.mark.parametrize(("freq", "drawn"), [(2, [2000, 3000]), (0, [3000])])
+def test_pictures_come_every_picture_freq_epochs_and_after_the_last(
+    freq, drawn, images, launcher, tmp_path
+):
+    assert_ok(launcher.run(*flags(images, tmp_path, epochs=3, picture_freq=freq)))
+    assert [p.step for p in events(tmp_path).Images("pictures/reconstruction")] == drawn
+    assert (tmp_path / "reconstruction.png").exists()
 
 
 def test_other_flags_override_the_demos(launcher, tmp_path):
@@ -1049,6 +1062,16 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit_and_with_no_other(
     assert "teacher test_vit: 0." in result.out and "GFLOP an image" in result.out
     content = load(whole / "checkpoint.pth")
     assert content["args"]["mimic_weight"] == 1.0
+    names = ("loss", "loss_reconstruction", "loss_mimic", "teacher_seconds")
+    shown = result.out.splitlines()[-2].split("  ")
+    assert all(sum(part.startswith(f"{name} ") for part in shown) == 1 for name in names)
+    for line in log_lines(whole):
+        loss, *parts = (line[f"train_{name}"] for name in names[:3])
+        assert loss == pytest.approx(sum(parts)) and min(parts) > 0
+        assert 0 < line["teacher_seconds"] < line["epoch_seconds"] / STEPS
+    steps = zip(*(curve(whole, name) for name in names[:3]), strict=True)
+    for (_, loss), *parts in steps:
+        assert loss == pytest.approx(sum(value for _, value in parts))
     more = {name for name in content["model"] if name.startswith("mimic")}
     assert more == {"mimic.weight", "mimic.bias"}
     assert not any("teacher" in name for name in content["model"])
@@ -1401,7 +1424,7 @@ def test_measuring_the_accuracy_changes_no_bit_of_a_run_stopped_within_it(
         assert same(got[part], want[part]), part
     measured = [line["epoch"] for line in log_lines(tmp_path) if "knn_acc1" in line]
     assert measured == [2, 3]
-    assert [step for step, _ in curve(tmp_path, "knn_acc1")] == [3000, 4000]
+    assert [step for step, _ in curve(tmp_path, "test/knn_acc1")] == [3000, 4000]
     found = ["--checkpoint", tmp_path / "checkpoint.pth", "--data_path", labeled]
     args = knn.parse_args([*map(str, found), "--device", "cpu", "--num_workers", "0"])
     assert log_lines(tmp_path)[-1]["knn_acc1"] == pytest.approx(knn.main(args)["knn_acc1"])

@@ -645,7 +645,7 @@ def test_mimicking_adds_the_error_of_visible_tokens_to_the_loss(complementary):
     imgs, noise = inputs(model)
     features = torch.randn(2, 16, 6)
     plain, pred, mask = model(imgs, noise=noise)
-    loss, mimic_pred, _ = model(imgs, noise=noise, features=features)
+    loss, mimic_pred, _, parts = model(imgs, noise=noise, features=features)
     assert torch.equal(mimic_pred, pred)
 
     latent, _, ids_restore = model.forward_encoder(imgs, 0.75, noise)
@@ -655,7 +655,11 @@ def test_mimicking_adds_the_error_of_visible_tokens_to_the_loss(complementary):
             place = ids_restore[row, block]
             errors.append((tokens[place] - features[row % 2, block]).square().mean())
     assert len(errors) == 4 * len(mask)
-    torch.testing.assert_close(loss, plain + 0.3 * sum(errors) / len(errors))
+    mimic = sum(errors) / len(errors)
+    torch.testing.assert_close(loss, plain + 0.3 * mimic)
+    told = {"loss_reconstruction": plain.detach(), "loss_mimic": mimic.detach()}
+    torch.testing.assert_close(parts, told)
+    assert not any(part.requires_grad for part in parts.values())
 
 
 def test_only_visible_tokens_are_pulled_and_see_visible_pixels_alone():

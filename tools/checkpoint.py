@@ -21,7 +21,7 @@ from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.run.parser import Parser
 from util.run.program import run_main
-from util.weights.describe import describe
+from util.weights.describe import describe, show_stats
 from util.weights.export import export_weights
 from util.weights.read import Weights, read_weights
 
@@ -75,10 +75,11 @@ def creation(weights: Weights, model: ConvViT, path: Path) -> str:
     kwargs |= {"global_pool": "token"} if model.global_pool == "token" else {}
     given = "".join(f"{name}={value!r}, " for name, value in kwargs.items())
     module, prefix = ("VideoConvMAE.models", "video") if video else ("models_convvit", "")
+    note = f"\n# images are normalised by {show_stats(weights.stats)}" if weights.stats else ""
     return (
         f"import timm, {module}\n"
         f'model = timm.create_model("{prefix}convvit_{size}_patch16", num_classes=0, {given}'
-        f'checkpoint_path="{path}")'
+        f'checkpoint_path="{path}"){note}'
     )
 
 

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # from here on, while the rest is imported
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +21,13 @@ from torchvision.utils import save_image
 from engine_features import attention_map
 from tools.inference import add_inference_args, open_frozen
 from util.data.datasets import LabeledImages
-from util.data.files import reason_of
+from util.data.files import is_one_of, reason_of
 from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run.args import check_png
 from util.run.distributed import print_once
 from util.run.feature_pictures import feature_grid, pca_colors, scale_colors
+from util.run.normalization import given_stats
 from util.run.parser import Parser, positive_int
 from util.run.pictures import stretched
 from util.run.program import run_main
@@ -55,6 +57,8 @@ def main(args: argparse.Namespace) -> None:
     check_png(args.output)
     frozen = open_frozen(args)
     dataset = frozen.dataset(args.data_path)
+    if is_one_of(args.output, map(dataset.path, range(len(dataset)))):
+        raise UsageError(f"--output {args.output} is one of the {dataset.what}: give another name")
     samples = load_spread(dataset, args.max_files)
     if frozen.is_video:
         samples = samples.flatten(0, 1)  # [N, views, C, T, H, W]
@@ -68,7 +72,8 @@ def main(args: argparse.Namespace) -> None:
             attention.append(attention_map(model, x).float().cpu())
         stages.append([grid.float().cpu() for grid in maps])
     maps = [pca_colors(torch.cat(grids)) for grids in zip(*stages, strict=True)]
-    show = stretched(samples, args.rgb) if args.arrays else denormalize
+    undo = partial(denormalize, stats=given_stats(args))
+    show = stretched(samples, args.rgb) if args.arrays else undo
     maps.append(scale_colors(torch.cat(attention)))
     save_image(feature_grid(samples, maps, args.columns, show), args.output)
     print_once(

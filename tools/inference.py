@@ -12,6 +12,7 @@ from engine_evaluate import mean_over_views
 from engine_features import Predict, encode, encode_views
 from models_convvit import ConvViT, convvit_from_weights
 from util.data.datasets import LabeledImages
+from util.data.folders import find_train_folder
 from util.data.loader import Loader
 from util.data.samplers import EvalSampler
 from util.errors import UsageError
@@ -150,9 +151,8 @@ def open_frozen(args: argparse.Namespace) -> Frozen:
     elif is_arrays(args):
         raise UsageError(f"flags of arrays are for images, and {weights.path} is a video model")
     fill_geometry_flags(args, weights.architecture, str(weights.path), [*weights.guessed])
-    complete_arrays(args)
-    if args.arrays:
-        tell_kind(args, args.data_path)
+    complete_arrays(args, weights)
+    tell_kind(args, find_train_folder(args.data_path) if args.arrays else args.data_path)
     arguments.derive_loading(args, device.type)
     if weights.architecture.ndim == 3:
         complete_protocol(args, weights.args)

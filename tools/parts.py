@@ -28,6 +28,7 @@ from util.run.distributed import (
     world_size,
 )
 from util.run.lock import hold
+from util.run.normalization import given_stats
 
 Columns = dict[str, np.ndarray]
 _JOB = "job.json"
@@ -113,12 +114,13 @@ class PartedJob:
             paths.update(os.fsencode(self.dataset.path(index)) + b"\0")
         args = self.frozen.args
         clips = ("sampling", "stride", "test_clips", "test_crops") if self.frozen.is_video else ()
-        arrays = FORMAT_FLAGS if args.arrays else ()
+        arrays, stats = FORMAT_FLAGS if args.arrays else (), given_stats(args)
         job = {
             "files": [len(self.dataset), paths.hexdigest()],
             "checkpoint": [str(self.frozen.weights.path), status.st_size, status.st_mtime_ns],
             "input_size": list(args.input_size),
             "precision": str(self.frozen.dtype),
+            "stats": stats and [*map(list, stats)],
             **{name: getattr(args, name) for name in (*clips, *arrays)},
             **settings,
         }

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # from here on, while the rest is imported
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -30,6 +31,7 @@ from util.run.array_args import (
     complete_arrays,
     follow_checkpoint,
 )
+from util.run.normalization import add_stats_args, given_stats
 from util.run.parser import Parser, mask_ratio, positive_int, seed
 from util.run.pictures import draw_images, load_images, stretched
 from util.run.program import run_main
@@ -51,6 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_images", type=positive_int, default=16, help="take no more than so many")
     add("--columns", type=positive_int, default=2, help="images next to each other")
     add("--seed", type=seed, default=0, help="of the masks")
+    add_stats_args(parser)
     add_array_args(parser, training=False)
     parser.set_defaults(max_pixels=MAX_PIXELS)
     return parser.parse_args(argv)
@@ -68,13 +71,13 @@ def main(args: argparse.Namespace) -> None:
     model = convmae_from_weights(weights)
     args.in_chans = model.in_chans
     follow_checkpoint(args, weights.args)
-    complete_arrays(args)
+    complete_arrays(args, weights)
     if args.in_chans != model.in_chans:
         raise UsageError(
             f"{args.checkpoint} is a model of {model.in_chans} channels, --bands give "
             f"{args.in_chans}"
         )
-    form = array_format(args) if args.arrays else None
+    form, stats = array_format(args) if args.arrays else None, given_stats(args)
     endings = ARRAY_EXTENSIONS if args.arrays else IMAGE_EXTENSIONS
     files = [f for p in args.images for f in (scan(p, endings)[0] if p.is_dir() else [p])]
     if is_one_of(args.output, files):
@@ -85,8 +88,9 @@ def main(args: argparse.Namespace) -> None:
         model.geometry.visible_patches(args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--mask_ratio: {error}") from error
-    imgs = load_images(files[: args.max_images], model.geometry.img_size, model.in_chans, form)
-    show = stretched(imgs, args.rgb) if args.arrays else denormalize
+    size, files = model.geometry.img_size, files[: args.max_images]
+    imgs = load_images(files, size, model.in_chans, form, stats)
+    show = stretched(imgs, args.rgb) if args.arrays else partial(denormalize, stats=stats)
     drawing = draw_images(model, imgs, args.mask_ratio, args.seed, args.columns, show)
     save_image(drawing.picture, args.output)
     print(f"{len(imgs)} images: original, masked, reconstruction in {args.output}")

@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 
@@ -68,6 +69,34 @@ def test_nan_infinity_and_the_largest_float_are_no_data(value):
     array = scene("f4")
     array[7, 9, 1] = value
     form = ArrayFormat(3, nodata=-3.4028234663852886e38, **STATS)
+    got = array_transform(form, (48, 64), whole, keep_nodata=True)(npy(array))
+    assert torch.equal(got.isnan().nonzero(), torch.tensor([[1, 7, 9]]))
+
+
+def test_no_data_by_a_geotiffs_word_join_those_of_the_flag():
+    array, file = scene("i2"), io.BytesIO()
+    array[10:20, 5:30], array[30:33] = -9999, -1
+    tifffile.imwrite(file, array, photometric="rgb", extratags=[(42113, "s", 0, "-9999", True)])
+    form = ArrayFormat(3, nodata=-1, **STATS)
+    got = array_transform(form, (48, 64), whole, keep_nodata=True)(file)
+    expected = (array == -9999) | (array == -1)
+    np.testing.assert_array_equal(got.isnan(), np.moveaxis(expected, -1, 0))
+
+
+@pytest.mark.parametrize("kind", ["i4", "u8", "f8"])
+def test_numbers_that_float32_cannot_hold_lose_nothing(kind):
+    array = scene(kind) + 10**9
+    form = ArrayFormat(3, mean=tuple(m + 1e9 for m in STATS["mean"]), std=STATS["std"])
+    got = array_transform(form, (48, 64), whole)(npy(array))
+    torch.testing.assert_close(got, normalized(scene()))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("kind", "value"), [("f2", -np.inf), ("f4", np.inf), ("f8", -1.79e308)])
+def test_numbers_beyond_the_range_are_no_data(kind, value):
+    array = scene(kind)
+    array[7, 9, 1] = value
+    form = ArrayFormat(3, nodata=-1.7e308, **STATS)
     got = array_transform(form, (48, 64), whole, keep_nodata=True)(npy(array))
     assert torch.equal(got.isnan().nonzero(), torch.tensor([[1, 7, 9]]))
 

@@ -108,6 +108,48 @@ def test_colour_png_of_16_bits_loses_nothing(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "a.png", 3), part(array))
 
 
+@pytest.mark.parametrize("largest", [255, 4095, 65535])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pgm_and_ppm_keep_their_numbers(largest, channels, tmp_path):
+    array = bands("u2", channels).clip(0, largest)
+    kind, width = f"P{5 if channels == 1 else 6}", ("u1" if largest < 256 else ">u2")
+    header = f"{kind}\n# of a microscope\n60 40\n# and\n{largest}\n".encode()
+    (tmp_path / "a.pgm").write_bytes(header + array.astype(width).tobytes())
+    np.testing.assert_array_equal(read(tmp_path / "a.pgm", channels), part(array))
+
+
+def test_a_pgm_of_pillow_keeps_16_bits(tmp_path):
+    array = bands("u2", 1) * 257 + 3
+    Image.fromarray(array[..., 0]).save(tmp_path / "a.pgm")
+    np.testing.assert_array_equal(read(tmp_path / "a.pgm", 1), part(array))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_numbers_of_a_palette_are_its_colours(name, tmp_path):
+    photo(40, 60).quantize(16).save(tmp_path / name)
+    with Image.open(tmp_path / name) as image:
+        np.testing.assert_array_equal(
+            read(tmp_path / name, 3), part(np.asarray(image.convert("RGB")))
+        )
+    refused(ChannelsError, "it has 3 channels, not --in_chans 1", tmp_path / name, 1)
+
+
+TAGS = {"-9999": -9999, " 0 ": 0, "-3.4028234663852886e+38": -3.4028234663852886e38, "none": None}
+
+
+@pytest.mark.parametrize("text", TAGS)
+@pytest.mark.parametrize("options", [dict(tile=(16, 32)), dict(compression="zlib")])
+def test_a_geotiff_says_what_stands_for_no_data(text, options, tmp_path):
+    tag = (42113, "s", 0, text, True)  # GDAL's
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        options = options | dict(metadata=None, photometric="minisblack", planarconfig="contig")
+        tiff.write(bands("i2"), extratags=[tag], **options)
+        tiff.write(bands("i2")[::2, ::2], subfiletype=1, **options)  # an overview
+    with open(tmp_path / "a.tif", "rb") as file:
+        picture = open_picture(file, 7)
+        assert picture.nodata == TAGS[text] and picture.size == (60, 40)
+
+
 def test_a_jpeg_is_an_array_of_8_bits(tmp_path):
     photo(40, 60).save(tmp_path / "a.jpg")
     with Image.open(tmp_path / "a.jpg") as image:

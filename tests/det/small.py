@@ -14,6 +14,7 @@ from util.demo.scenes import scenes
 
 CONFIG = "DET/configs/convmae_tiny_mask_rcnn_FPN_demo.py"
 ENCODER = dict(embed_dim=(16, 24, 32), depth=(1, 1, 2))
+STATS = (0.3, 0.25)  # mean and deviation by which its images were normalised
 IMAGES = {"train": 6, "val": 3}
 
 
@@ -30,6 +31,7 @@ def write_encoder(path: Path) -> Path:
     args = dict(
         model="convmae_convvit_tiny_patch16", input_size=[32, 32], patch_size=[2, 2, 1], in_chans=1
     )
+    args |= {"mean": [STATS[0]], "std": [STATS[1]]}
     model = convmae_convvit_tiny_patch16(img_size=32, patch_size=(2, 2, 1), in_chans=1, **ENCODER)
     torch.save({"model": model.state_dict(), "args": args, "epoch": 3}, path)
     return path

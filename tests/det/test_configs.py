@@ -21,6 +21,7 @@ KEYS = json.loads((Path(__file__).parent.parent / "golden" / "state_dict_keys.js
 BASE = "convmae_base_mask_rcnn_FPN_25ep.py"
 VITDET = "mask_rcnn_vitdet_convmae_b_25ep.py"
 DEMO = "convmae_tiny_mask_rcnn_FPN_demo.py"
+TINY = "convmae_tiny_mask_rcnn_FPN.py"
 # Parameters, the frozen position embedding of the first recipe included; of BASE and VITDET as
 # the originals have them, the others as measured here.
 PARAMETERS = {
@@ -33,6 +34,7 @@ PARAMETERS = {
     "mask_rcnn_vitdet_convmae_s_25ep.py": 44_775_888,
     "mask_rcnn_vitdet_convmae_l_25ep.py": 349_332_976,
     DEMO: 2_023_936,
+    TINY: 2_135_588,
 }
 
 
@@ -156,7 +158,7 @@ def groups_of(name):
 @pytest.mark.parametrize("name", [n for n in PARAMETERS if "FPN" in n])
 def test_the_first_recipe_trains_all_alike_and_decays_all_but_norms_and_tables(name):
     groups, model = groups_of(name)
-    lr = 1e-3 if name == DEMO else 8e-5
+    lr = 1e-3 if name in (DEMO, TINY) else 8e-5
     expected = {
         parameter: (lr, 0.0 if "norm" in parameter or "bias_table" in parameter else 0.1)
         for parameter, _ in model.named_parameters()

@@ -12,6 +12,7 @@ from DET.predict import target_names
 from DET.train_net import parse_args
 from tests.det import small
 from tests.runs import code_of
+from util.errors import UsageError
 
 
 def is_importable() -> bool:
@@ -183,9 +184,24 @@ def test_the_heads_norm_in_two_processes_is_that_of_one_in_bfloat16(launcher, tm
     torch.testing.assert_close(y.float(), expected, rtol=0, atol=2e-3)
 
 
-def test_pictures_of_files_with_the_same_name_do_not_replace_each_other(tmp_path):
-    names = target_names(["a/x.png", "b/x.jpg", "b/y.jpg"], tmp_path)
-    assert [path.name for path in names] == ["x.png", "x-2.png", "y.png"]
+@pytest.mark.parametrize(
+    ("files", "pictures"),
+    [
+        ("a/x.png b/x.jpg b/y.jpg", "x x-2 y"),
+        ("a.png a.jpg a-2.png", "a a-3 a-2"),
+        ("a-2.png a.png a.jpg a-2.jpg", "a-2 a a-3 a-2-2"),
+        ("a.png A.jpg", "a A-2"),
+    ],
+)
+def test_pictures_of_files_with_the_same_name_do_not_replace_each_other(files, pictures, tmp_path):
+    names = target_names(files.split(), tmp_path)
+    assert [path.stem for path in names] == pictures.split()
+
+
+def test_a_picture_is_not_written_over_an_image(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    with pytest.raises(UsageError, match=r"x\.png is one of the images: give another folder"):
+        target_names([tmp_path / "x.png"], tmp_path)
 
 
 @pytest.mark.parametrize(

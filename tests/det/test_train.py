@@ -116,6 +116,18 @@ def test_a_checkpoint_holds_the_classes_and_what_the_run_was(trained):
     assert expected.items() <= found.args.items()
 
 
+def test_images_are_normalised_as_in_the_pretraining_and_checkpoints_keep_it(trained):
+    assert "normalised by --mean 0.3 0.3 0.3 --std 0.25 0.25 0.25, as those of" in log(trained)
+    mean, std = read_weights(trained / "model_final.pth").stats
+    assert mean == pytest.approx([0.3] * 3) and std == pytest.approx([0.25] * 3)
+
+
+def test_another_normalisation_in_the_same_folder_is_refused(scenes, trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    with pytest.raises(UsageError, match=r"another run: images are normalised by --mean 0\.03922"):
+        run(scenes, folder, "model.pixel_mean=[10,10,10]", resume="auto")
+
+
 def test_a_run_that_goes_on_reaches_the_weights_of_one_that_was_never_stopped(
     scenes, trained, tmp_path
 ):

@@ -2,6 +2,7 @@ import argparse
 
 import numpy as np
 import pytest
+import tifffile
 
 import main_finetune
 import main_pretrain
@@ -15,6 +16,7 @@ from util.run.array_args import (
     random_view,
     tell_kind,
 )
+from util.run.pictures import load_samples
 
 TWO = ["--in_chans", "2", "--mean", "1", "2", "--std", "3", "4"]
 
@@ -53,7 +55,9 @@ REFUSED = {
         "--arrays --in_chans 1 --mean 1 --std 1 --clip_min 2 --clip_max 1",
         "--clip_min 2 must be below",
     ),
-    "mean of pictures": ("--mean 1 1 1 --std 1 1 1", "--mean is for arrays"),
+    "one of both": ("--mean .5 .5 .5", "--mean goes with --std: give both"),
+    "of 255": ("--mean 124 116 104 --std 58 57 57", "from 0 to 1: divide by 255"),
+    "colour of gray": ("--in_chans 1 --mean .5 .5 .5 --std 1 1 1", "--mean takes 1 numbers"),
     "rgb of pictures": ("--rgb 1 2 3", "--rgb is for arrays"),
     "rgb beyond": (" ".join(TWO) + " --rgb 1 2 3", "there are 2 channels, counted from 1"),
     "infinite": ("--nodata inf", "must be a finite number"),
@@ -131,7 +135,23 @@ def test_the_run_says_how_it_reads_files(tmp_path, capsys):
     np.save(tmp_path / "b.npy", np.zeros((8, 9, 2), "u2"))
     tell_kind(pretraining(*TWO), tmp_path)
     out = capsys.readouterr().out
-    assert "as arrays" in out and "b.npy is 8 x 9 of 2 channels (hwc), uint16" in out
+    assert "as arrays" in out and "b.npy is 8 x 9 of 2 channels (hwc), uint16\n" in out
+
+
+def test_the_run_says_what_a_geotiff_calls_no_data(tmp_path, capsys):
+    tag = (42113, "s", 0, "-9999", True)
+    array = np.zeros((2, 8, 9), "i2")
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="minisblack", extratags=[tag])
+    tell_kind(pretraining(*TWO), tmp_path)
+    assert "(chw), int16, -9999 is no data, as it says\n" in capsys.readouterr().out
+
+
+def test_the_run_says_why_no_file_can_be_read(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.zeros((8, 9, 2), "c8"))
+    tell_kind(pretraining(*TWO), tmp_path)
+    assert "its numbers are of type complex64" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"the first: .*type complex64"):
+        load_samples(tmp_path, (8, 8), 2, form=array_format(pretraining(*TWO)))
 
 
 def test_files_of_other_channels_are_refused_at_the_start(tmp_path):
@@ -160,6 +180,12 @@ def test_the_measured_flags_are_flags_of_a_run(tmp_path, capsys):
     low, high = np.percentile(values.reshape(-1, 3), (1, 99), axis=0)
     np.testing.assert_allclose(args.mean, np.clip(values, low, high).mean((0, 1, 2)), rtol=1e-4)
     np.testing.assert_allclose(args.clip_max, high, rtol=1e-4)
+
+
+def test_a_channel_that_never_changes_is_named(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.stack([np.arange(72.0), np.ones(72)]).reshape(2, 8, 9))
+    mean_std.main(mean_std.parse_args([str(tmp_path), "--in_chans", "2"]))
+    assert "channel 2 never changes: leave it away by --bands" in capsys.readouterr().err
 
 
 def test_percentiles_in_the_wrong_order_are_refused(tmp_path):

@@ -25,6 +25,12 @@ def test_pictures_become_the_model_s_input_and_labels_stay():
     assert torch.equal(same_floats, floats)
 
 
+def test_own_statistics_take_the_place_of_imagenets():
+    [(images,)] = DeviceFeed(CPU, ((0.0, 0.5, 1.0), (1.0, 0.5, 0.25)))([(PIXELS,)])
+    expected = torch.stack([PIXELS[:, i] / 255 * (1, 2, 4)[i] - (0, 1, 4)[i] for i in range(3)], 1)
+    torch.testing.assert_close(images, expected)
+
+
 def test_batches_come_in_order_and_none_is_lost():
     batches = [(torch.tensor([i]),) for i in range(5)]
     assert [value.item() for (value,) in DeviceFeed(CPU)(batches)] == [0, 1, 2, 3, 4]
@@ -42,9 +48,9 @@ def test_pace_gives_images_a_second_and_the_share_of_waiting(monkeypatch):
     feed, now = DeviceFeed(CPU), [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     pace = Pace(feed, 4, batch_size=8)
-    now[0], feed._waited = 110.0, 2.0
+    now[0], feed.waiting.seconds = 110.0, 2.0
     assert pace.read(9) == {"images_per_s": 4.0, "data_wait": pytest.approx(0.2)}
-    now[0], feed._waited = 115.0, 4.0
+    now[0], feed.waiting.seconds = 115.0, 4.0
     assert pace.read(10) == {"images_per_s": 1.6, "data_wait": pytest.approx(0.8)}
     assert pace.data_wait == pytest.approx(6 / 15)
 

@@ -74,7 +74,18 @@ def test_a_step_follows_the_gradient():
     before, gradient, loss = case.weights(), case.gradient(), case.loss(case.inputs)
     result = case.take()
     torch.testing.assert_close(case.weights(), before - 0.5 * gradient)
-    torch.testing.assert_close(result, (loss.detach(), gradient.norm(), torch.tensor(1.0)))
+    torch.testing.assert_close(result[:3], (loss.detach(), gradient.norm(), torch.tensor(1.0)))
+
+
+def test_parts_of_the_loss_are_means_over_the_micro_batches_of_one_step():
+    case = Case(build=torch.optim.SGD, lr=0.0)
+    for scale in (5.0, 1.0):
+        case.step.begin(case.inputs.split(2), 4)
+        for inputs in case.step.micro_batches:
+            loss = case.loss(inputs)
+            case.step.backward(loss, {"third": scale * loss.detach() / 3})
+        result = case.step.update()
+    torch.testing.assert_close(result.parts, {"third": result.loss / 3})
 
 
 def test_gradients_of_the_step_before_are_forgotten():

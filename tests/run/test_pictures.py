@@ -36,12 +36,18 @@ def model_of(kind=MaskedAutoencoderConvViT, **kwargs):
 class Oracle(MaskedAutoencoderConvViT):
     """Predicts its target without an error where patches are removed, and nonsense elsewhere."""
 
+    no_data = None  # `[N, C, *img_size]`, True there
+
     def forward(self, imgs, mask_ratio, noise):
+        assert imgs.isfinite().all()
         _, mask, _ = self.random_masking(imgs, mask_ratio, noise)
         target = self.patchify(imgs)
         if self.norm_pix_loss:
+            data = torch.ones_like(imgs) if self.no_data is None else ~self.no_data
+            pairs = zip(target.flatten(0, 1), self.patchify(data).flatten(0, 1).bool(), strict=True)
+            moments = [(p, p[kept].mean(), p[kept].var()) for p, kept in pairs]
             target = torch.stack(
-                [(p - p.mean()) / (p.var() + 1e-6).sqrt() for p in target.flatten(0, 1)]
+                [(p - mean) / (var + 1e-6).sqrt() for p, mean, var in moments]
             ).view_as(target)
         pred = torch.where(mask.unsqueeze(-1) > 0, target, 1e3)
         return self.forward_loss(imgs, pred, mask), pred, mask
@@ -121,6 +127,17 @@ def test_the_trivial_fill_is_the_mean_of_what_is_visible():
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in channel_stats(3))
     white = removed_pixels(model, pictures()).float().expand(-1, 3, -1, -1)
     assert reconstruct(model, (white - mean) / std, 0.75).trivial == pytest.approx(1)
+
+
+def test_patches_with_holes_are_filled_in_by_the_moments_of_their_data():
+    model, imgs = model_of(Oracle, norm_pix_loss=True), pictures() * 3 + 5
+    model.no_data = torch.rand(imgs.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    imgs[model.no_data] = torch.nan
+    found = reconstruct(model, imgs, 0.75, show=stretched(imgs))
+    filled = found.filled
+    torch.testing.assert_close(filled, stretched(imgs)(imgs, 1), rtol=0, atol=1e-5)
+    assert filled[model.no_data].eq(0).all() and filled[~model.no_data].mean() > 0.4
+    assert found.masked.isfinite().all() and found.error < 1e-5 < found.trivial
 
 
 def test_the_seed_decides_the_mask():
@@ -279,6 +296,16 @@ def test_one_channel_gets_matplotlibs_colours():
 def test_a_channel_that_never_changes_is_shown():
     shown = stretched(torch.full((1, 3, 8, 8), 2.0))(torch.full((1, 3, 8, 8), 2.0), 1)
     assert shown.isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_no_data_are_black_and_do_not_stretch_the_others(channels):
+    imgs = torch.linspace(1, 2, 64).view(1, 1, 8, 8).repeat(2, channels, 1, 1)
+    holes = imgs.clone()
+    holes[1] = torch.nan
+    shown = stretched(holes)(holes, 1)
+    torch.testing.assert_close(shown[0], stretched(imgs[:1])(imgs[:1], 1)[0])
+    assert shown[1].eq(0).all() and stretched(holes[1:])(holes[1:], 1).eq(0).all()
 
 
 def test_a_reconstruction_of_seven_channels_has_three_colours():

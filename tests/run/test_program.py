@@ -3,13 +3,15 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.checks import assert_one_line, command_line
-from tests.runs import MAIN, code_of, free_port, write_images
+from tests.runs import MAIN, ROOT, code_of, free_port, write_images
 from util.run.program import run_main
 from util.signals import STOPPED_EXIT_CODE
 
@@ -97,6 +99,23 @@ def test_sigterm_while_libraries_are_imported_ends_a_run_as_a_stopped_one(progra
 def test_sigterm_while_libraries_are_imported_ends_a_tool_in_silence(launcher):
     result = at_the_imports(launcher, "tools.shards", signal.SIGTERM)
     assert (result.code, result.out, result.err) == (-signal.SIGTERM, "", "")
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "out"),
+    [
+        ("SEG.train", 85, "stopped by a signal: there was nothing to save yet\n"),
+        ("SEG.predict", -signal.SIGTERM, ""),
+    ],
+)
+def test_sigterm_while_a_package_imports_mmseg_ends_its_programs_as_others(
+    program, code, out, tmp_path
+):
+    (tmp_path / "mmseg.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)")
+    env = os.environ | {"PYTHONPATH": str(tmp_path), STOPPED_EXIT_CODE: "85"}
+    command = [sys.executable, "-m", program]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (code, out, "")
 
 
 def test_what_the_system_refuses_is_one_line(tmp_path, capfd):

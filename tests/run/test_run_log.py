@@ -3,7 +3,14 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.api_pb2 import STATUS_UNKNOWN, ListSessionGroupsRequest
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
 
 import util.run.run_log as run_log_module
 from util.run.events import EventFile
@@ -15,7 +22,7 @@ def run_log(folder, epoch=0.0, epochs=()):
     log = RunLog(folder, folder / "events", *position)
     for number in epochs:
         log.epoch({"train_loss": number / 2, "epoch": number})
-        log.scalars(number + 1, {"loss": number / 2})
+        log.scalars(number + 1, "train", {"loss": number / 2})
     log.close()
     return log
 
@@ -54,7 +61,7 @@ def test_scalars_stand_at_a_thousand_a_epoch_and_those_that_run_again_are_droppe
     run_log(tmp_path, epochs=[0, 1, 2])
     run_log(tmp_path, 2.0, epochs=[2])
     events = EventAccumulator(str(tmp_path / "events")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
         (1000, 0.0),
         (2000, 0.5),
         (3000, 1.0),
@@ -63,7 +70,7 @@ def test_scalars_stand_at_a_thousand_a_epoch_and_those_that_run_again_are_droppe
 
 def test_only_the_main_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(run_log_module, "is_main_process", lambda: False)
-    run_log(tmp_path, epochs=[0]).image(0, "picture", torch.zeros(3, 4, 4))
+    run_log(tmp_path, epochs=[0]).picture(0, "picture", torch.zeros(3, 4, 4))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,3 +170,35 @@ def test_pictures_are_read_back(tmp_path):
     events.flush()
     (picture,) = EventAccumulator(str(tmp_path)).Reload().Images("picture")
     assert (picture.step, picture.height, picture.width) == (7, 4, 5)
+
+
+def table_of_runs(folder):
+    """TensorBoard's page HPARAMS: each run's values, and the last points of its curves."""
+    runs = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    runs.Reload()
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(runs, str(folder))))
+    request = ListSessionGroupsRequest(slice_size=9, allowed_statuses=[STATUS_UNKNOWN])
+    return {
+        group.name: (
+            {
+                name: value.number_value or value.string_value
+                for name, value in group.hparams.items()
+            },
+            {metric.name.tag: metric.value for metric in group.metric_values},
+        )
+        for group in Handler(RequestContext(), context, "", request).run().session_groups
+    }
+
+
+def test_tensorboards_table_shows_each_runs_hyperparameters_beside_its_curves(tmp_path):
+    given = {"a": {"lr": 0.5, "hflip": True, "size": "32 64", "clip": None}, "b": {"clip": 2}}
+    for run, values in given.items():
+        (tmp_path / run).mkdir()
+        for epoch in (0, 1):  # begun, and gone on with
+            log = RunLog(tmp_path / run, tmp_path / run, epoch)
+            log.hyperparameters(values)
+            log.scalars(epoch + 1, "train", {"loss": epoch + 2})
+    assert table_of_runs(tmp_path) == {
+        "a": ({"lr": 0.5, "hflip": 1, "size": "32 64"}, {"train/loss": 3}),
+        "b": ({"clip": 2}, {"train/loss": 3}),
+    }

@@ -10,6 +10,7 @@ from tests.runs import Launcher, Process, Result
 
 CONFIG = "SEG/configs/upernet_convmae_tiny_scenes.py"
 
+STATS = (0.3, 0.25)
 # The demo's model made smaller, six iterations of two crops: a run of a second or two.
 CROP = ("--crop-size", 48)
 OPTIONS = (
@@ -25,6 +26,8 @@ OPTIONS = (
 def save_pretrained(path: Path, side: int, **sizes: object) -> Path:
     """Save a checkpoint as pretraining on gray pictures leaves it, always the same weights.
 
+    Its images were normalised by a mean and a deviation of their own, `STATS`.
+
     Args:
         path: the file, returned.
         side: of the pictures, in pixels.
@@ -34,6 +37,7 @@ def save_pretrained(path: Path, side: int, **sizes: object) -> Path:
     torch.manual_seed(0)
     model = MODELS[name](img_size=side, in_chans=1, **sizes)
     args = {"model": name, "input_size": [side, side], "in_chans": 1}
+    args |= {"mean": [STATS[0]], "std": [STATS[1]]}
     torch.save({"model": model.state_dict(), "args": args, "epoch": 1}, path)
     return path
 

@@ -9,15 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from PIL import Image
 
 from SEG import options, train
+from SEG.options import SPLITS
+from SEG.predict import name_outputs
 from SEG.resume import check_resumable
 from tests.pictures import picture
 from tests.runs import code_of
-from tests.seg.small import CONFIG, CROP, OPTIONS
+from tests.seg.small import CONFIG, CROP, OPTIONS, STATS
 from util.errors import UsageError
 from util.run.lock import FolderLock
+from util.weights.read import read_weights
+
+TINY = "SEG/configs/upernet_convmae_tiny_240.py"
 
 
 class Hostile:
@@ -62,6 +68,26 @@ def test_a_checkpoint_holds_plain_values_and_tensors_only(trained):
     assert {"state_dict", "optimizer", "param_schedulers", "message_hub", "meta"} <= content.keys()
     assert content["meta"]["dataset_meta"]["classes"] == [*"0123456789", "background"]
     assert content["meta"]["iter"] == 6
+
+
+def test_images_are_normalised_as_in_the_pretraining_and_checkpoints_keep_it(trained):
+    work, result = trained
+    assert "images are normalised by --mean 0.3 0.3 0.3 --std 0.25 0.25 0.25" in result.out
+    mean, std = read_weights(work / "iter_6.pth").stats
+    assert mean == pytest.approx([STATS[0]] * 3) and std == pytest.approx([STATS[1]] * 3)
+    config = options.read_config(train.parse_args([CONFIG]))
+    options.use_stats(config, read_weights(work / "iter_6.pth"))
+    assert config.model.data_preprocessor.mean == pytest.approx([255 * STATS[0]] * 3)
+
+
+def test_a_run_is_not_resumed_with_another_normalisation(trained, tmp_path):
+    chosen = ["--cfg-options", "model.data_preprocessor.mean=[9,9,9]"]
+    config = options.read_config(train.parse_args([CONFIG, *chosen]))
+    config.work_dir = str(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"is of another run: images are normalised by --mean 0\.035"
+    ):
+        train.begin_from(config, None, str(trained[0] / "iter_4.pth"))
 
 
 def test_a_resumed_run_goes_on_where_it_was_stopped(trained, programs, data, tmp_path):
@@ -148,7 +174,7 @@ def test_a_run_is_not_resumed_with_another_accumulation(trained, programs, data,
         (lambda c: c["meta"]["dataset_meta"]["classes"].reverse(), "in another order"),
         (
             lambda c: c["meta"]["dataset_meta"].update(reduce_zero_label=False),
-            "of a run without --ignore-zero",
+            "of a run without --ignore",
         ),
         (lambda c: c.pop("optimizer"), "its optimizer is missing"),
         (lambda c: c.update(meta=3), "its meta is damaged"),
@@ -305,6 +331,15 @@ def test_prediction_writes_class_maps_and_overlays_of_any_pictures(trained, prog
     assert "3 images" in result.out
 
 
+def test_a_class_map_is_not_written_over_a_picture(tmp_path):
+    image = tmp_path / "classes" / "x.png"
+    image.parent.mkdir()
+    Image.new("RGB", (4, 4)).save(image)
+    assert name_outputs([image], tmp_path / "out") == {"x": image}
+    with pytest.raises(UsageError, match="is one of the images: give another folder"):
+        name_outputs([image], tmp_path)
+
+
 def test_prediction_skips_and_names_what_is_no_picture(trained, programs, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     picture(0, 48, 64).save(tmp_path / "good.png")
@@ -355,7 +390,7 @@ def test_other_classes_than_the_checkpoints_are_refused(trained, programs, data,
     checkpoint = trained[0] / "iter_6.pth"
     line = refused(programs.run("test", checkpoint, *arguments, 12, "--ignore-zero"))
     assert line.startswith("error: --classes does not hold the classes of") and "12 here" in line
-    assert "was trained with --ignore-zero" in refused(
+    assert "was trained with --ignore 0:" in refused(
         programs.run("test", checkpoint, *arguments, 11)
     )
 
@@ -425,6 +460,55 @@ def test_any_number_of_classes_by_the_command_line_alone(programs, tmp_path):
     content = torch.load(root / "work" / "iter_1.pth", weights_only=True)
     assert len(content["state_dict"]["decode_head.conv_seg.weight"]) == 3
     assert len(content["state_dict"]["auxiliary_head.conv_seg.weight"]) == 3
+
+
+def test_camvids_folders_and_its_void_of_11_need_no_copy(programs, tmp_path):
+    root = own_data(tmp_path, values=(0, 1, 2, 11))
+    for split in ("training", "validation"):
+        (root / "images" / split).rename(root / split)
+        (root / "annotations" / split).rename(root / f"{split}annot")
+    folders = ("--val-data", "validation", "validationannot")
+    folders += ("--data-path", root, "--crop-size", 64, "--work-dir", root / "work")
+    folders += ("--cfg-options", *(f"{split}_dataloader.num_workers=0" for split in SPLITS))
+    folders += tuple(f"{split}_dataloader.persistent_workers=False" for split in SPLITS)
+    given = ("--train-data", "training", "trainingannot", "--classes", 3, "--ignore", 11)
+    given += ("--pretrained", "none", "--iterations", 1)
+    result = programs.launcher.run(TINY, *given, *folders, program="SEG.train")
+    assert result.code == 0, result.err
+    assert "masks for training: 3 of 3 classes, 25% of the pixels ignored" in result.out
+    test = (TINY, root / "work" / "iter_1.pth", *folders)
+    result = programs.launcher.run(*test, program="SEG.test")
+    assert "masks for testing: 3 of 3 classes, 25% of the pixels ignored" in result.out
+    line = refused(programs.launcher.run("--classes", 3, *test, program="SEG.test"))
+    assert "was trained with --ignore 11: test it so" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({}, None), ({"train_cfg.val_interval": 7}, None), ({"train_cfg.max_iters": 9}, "say the sa")],
+)
+def test_another_length_keeps_the_shares_of_the_recipe(options, words):
+    config = Config.fromfile("SEG/configs/upernet_convmae_base_512_slide_160k_ade20k.py")
+    config.merge_from_dict(options)
+    if words:
+        with pytest.raises(UsageError, match=words):
+            train.set_length(config, 16_000, options)
+        return
+    train.set_length(config, 16_000, options)
+    warmup, decay = config.param_scheduler
+    assert (warmup.begin, warmup.end, decay.begin, decay.end) == (0, 150, 150, 16_000)
+    assert config.train_cfg.max_iters == 16_000
+    assert config.train_cfg.val_interval == options.get("train_cfg.val_interval", 1600)
+    assert config.default_hooks.checkpoint.interval == 400
+
+
+def test_a_schedule_that_does_not_end_with_the_run_is_noted(capsys):
+    config = Config.fromfile("SEG/configs/upernet_convmae_base_512_slide_160k_ade20k.py")
+    train.set_length(config, None)
+    assert capsys.readouterr().out == ""
+    config.train_cfg.max_iters = 600
+    train.set_length(config, None)
+    assert "ends after 160,000 iterations, the run after 600" in capsys.readouterr().out
 
 
 def test_names_of_classes_from_a_file_reach_the_prediction(programs, tmp_path):
@@ -524,7 +608,7 @@ def test_a_run_is_not_resumed_with_other_classes(programs, tmp_path):
     assert train_on(programs, root, "--classes", 3).code == 0
     assert "3 there" in refused(train_on(programs, root, "--classes", 4, "--resume"))
     line = refused(train_on(programs, root, "--classes", 3, "--ignore-zero", "--resume"))
-    assert "is of a run without --ignore-zero" in line
+    assert "is of a run without --ignore:" in line
 
 
 def test_classes_without_a_pixel_are_named_and_choose_no_best_checkpoint(programs, tmp_path):
@@ -541,7 +625,7 @@ def test_classes_without_a_pixel_are_named_and_choose_no_best_checkpoint(program
 def test_masks_of_0_and_255_get_a_hint(programs, tmp_path):
     root = own_data(tmp_path, values=(0, 255))
     line = refused(train_on(programs, root, "--classes", 2))
-    assert "hold no class but class 0; 255 is ignored: if it means a class, write" in line
+    assert "hold no class but class 0; 255 is ignored: if 255 means a class, write" in line
 
 
 def test_masks_of_ignored_pixels_alone_are_refused_or_counted(programs, tmp_path):
@@ -594,7 +678,7 @@ def test_a_second_run_in_a_folder_is_refused(programs, data, tmp_path):
 
 def test_ignore_zero_needs_classes(programs, data):
     line = refused(programs.run("train", "--data-path", data, "--ignore-zero"))
-    assert "--ignore-zero goes with --classes" in line
+    assert "--ignore-zero go with --classes" in line
 
 
 # --- the published recipes -----------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Pictures of features from the command line."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -8,6 +9,7 @@ from engine_features import attention_map
 from models_convvit import ConvViT
 from tests.tools.small import FLAGS
 from tools import features
+from util.errors import UsageError
 
 
 def run(checkpoint, data, output, *more):
@@ -31,6 +33,14 @@ def test_clips_stand_below_each_other_with_a_column_for_each_frame(
     line = ("--max_files", "2", "--columns", "3")
     pixels = run(video_classifier, videos / "val", tmp_path / "f.png", *line)
     assert pixels.shape == (2 * (5 * 98 + 2 + 6) + 6, 3 * 98 + 2 + 2 * 6, 3)
+
+
+def test_the_picture_is_not_written_over_an_image(autoencoder, classes):
+    image = next((classes / "val").rglob("*.png"))
+    before = image.read_bytes()
+    with pytest.raises(UsageError, match="is one of the images: give another name"):
+        run(autoencoder, classes / "val", image)
+    assert image.read_bytes() == before
 
 
 def test_the_attention_is_what_torchs_own_attention_weighs_values_with():

@@ -30,6 +30,9 @@ from tests.video.movies import write_classes, write_movie
 from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run.args import derive_args
+from util.run.geometry_args import fill_geometry_flags
+from util.run.same_run import plain
+from util.weights.read import Weights, read_weights
 from VideoConvMAE import main_finetune, main_pretrain, visualize
 from VideoConvMAE.args import complete_protocol
 from VideoConvMAE.datasets import Views
@@ -107,8 +110,8 @@ def test_pretraining_says_what_it_does_and_leaves_what_images_leave(pretrained_r
         assert phrase in result.out
     assert [line["epoch"] for line in log_lines(output)] == [0, 1, 2]
     assert {"train_loss", "train_lr"} <= log_lines(output)[0].keys()
-    assert [step for step, _ in curve(output, "loss")][-1] == 3000
-    assert events(output).Tags()["images"] == ["reconstruction"]
+    assert [step for step, _ in curve(output, "train/loss")][-1] == 3000
+    assert events(output).Tags()["images"] == ["pictures/reconstruction"]
     assert Image.open(output / "reconstruction.png").width > 4 * 32
     with av.open(str(output / "reconstruction.mp4")) as movie:
         assert len(list(movie.decode(video=0))) == 4
@@ -469,3 +472,46 @@ def test_a_run_is_watched_by_held_out_videos_where_some_can_be_read(held_out, tm
     complete_protocol(args)
     samples = visualize.load_samples(find_unlabeled(tmp_path, None), args)
     assert denormalize(samples, 1).mean().round() == (held_out == "white")
+
+
+# ---- Normalisation, a share to validate on -------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "list"])
+def test_a_share_of_the_training_videos_is_held_out_and_tested(kind, tmp_path, capsys):
+    root = write_classes(tmp_path, {"train": {"jump": 3, "run": 3}}) / "train"
+    source = tmp_path
+    if kind == "list":
+        source = tmp_path / "all.csv"
+        source.write_text("".join(f"{v} {v.parent.name}\n" for v in sorted(root.glob("*/*"))))
+    flags = ["--data_path", source, "--batch_size", 2, "--num_workers", 0, "--device", "cpu"]
+    flags += ["--input_size", 32, "--num_frames", 4]
+
+    def parsed(*more: object):
+        args = main_finetune.parse_args(list(map(str, [*flags, *more])))
+        args.in_chans, args.input_size, args.pin_mem = 3, (32, 32), False
+        return args
+
+    args = parsed("--val_share", 0.3, "--seed", 5)
+    train, val = (loader.dataset for loader in main_finetune.build_data(args))
+    paths = [{dataset.path(i) for i in range(len(dataset))} for dataset in (train, val)]
+    assert len(paths[0]) == 4 and len(paths[1]) == 2 and len(paths[0] | paths[1]) == 6
+    assert sorted(val.labels) == [0, 1] and val.classes == ["jump", "run"]
+    assert "validation: 2 of 6 videos of" in capsys.readouterr().out
+    weights = Weights(tmp_path / "c.pth", {}, {"args": plain(args)})
+    assert set(main_finetune.videos_to_test(parsed(), weights).paths) == paths[1]
+
+
+def test_a_video_model_sees_as_its_run_did(data, finetuned, tmp_path):
+    content = load(finetuned / "checkpoint.pth")
+    content["args"] |= {"mean": [0.0, 0.5, 1.0], "std": [1.0, 0.5, 0.25]}
+    torch.save(content, tmp_path / "own.pth")
+    args = main_finetune.parse_args(["--eval", "--data_path", str(data), "--num_workers", "0"])
+    weights = read_weights(tmp_path / "own.pth")
+    fill_geometry_flags(args, weights.architecture, "own.pth")
+    args.input_size, args.pin_mem = (32, 32), False
+    views = main_finetune.load_test(args, weights).dataset
+    clip = (views.load(0) * torch.tensor([1, 0.5, 0.25]).view(3, 1, 1, 1)).movedim(1, -1)
+    pixels = (clip + torch.tensor([0, 0.5, 1])) * 255
+    torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=1e-3)
+    assert pixels.min() + 1e-3 >= 0 and pixels.max() <= 255.001

@@ -199,3 +199,13 @@ def test_clips_are_normalised_channel_by_channel():
     torch.testing.assert_close(view.amax((1, 2, 3)), (1 - mean) / std)
     torch.testing.assert_close(normalize(torch.full((2, 3, 4, 8, 8), 255).byte(), 1)[0], view[:, :1]
                                .expand(3, 4, 32, 32)[..., :8, :8])  # fmt: skip
+
+
+def test_own_statistics_take_the_place_of_imagenets():
+    stats = ((0.0, 0.5, 1.0), (1.0, 0.5, 0.25))
+    frames = np.full((2, 12, 12, 3), 51, np.uint8)  # 0.2
+    expected = torch.tensor([0.2, -0.6, -3.2]).view(3, 1, 1, 1)
+    plain = dict(auto_augment=None, reprob=0, stats=stats)
+    for clip in (views_transform((8, 8), 1, stats)(frames)[0],
+                 finetune_transform((8, 8), **plain)(frames)):  # fmt: skip
+        torch.testing.assert_close(clip, expected.expand(3, 2, 8, 8))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import models_convmae
+from models_convmae import convmae_convvit_tiny_patch16
 from models_convvit import ConvViT, convvit_from_checkpoint, convvit_from_weights
 from tests.runs import call
 from util import atomic
@@ -476,6 +477,17 @@ def test_a_description_tells_the_recipe_and_the_best_accuracy(tmp_path):
     text = describe(read_weights(path))
     assert "recipe   epochs 100, lr 0.001, norm_pix_loss\n" in text
     assert "best     81.250 % top 1\n" in text
+
+
+def test_a_description_names_what_is_special_of_a_pretraining(tmp_path):
+    model = convmae_convvit_tiny_patch16(img_size=32, class_token=True, in_chans=2)
+    args = dict(teacher="vit", teacher_digest="abc", mimic_weight=0.5, predict_share=0.25)
+    args |= dict(complementary=True, arrays=True, bands=[8, 3], nodata=-9999.0)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "x.pth")
+    text = describe(read_weights(tmp_path / "x.pth"))
+    assert "2 heads, class token)" in text and "teacher vit (weights abc)" in text
+    assert "recipe   predict_share 0.25, mimic_weight 0.5, complementary\n" in text
+    assert "2 channels, 2x2 patches of 16x16, arrays, bands 8 3, no data -9999\n" in text
 
 
 def test_inspect_and_export_from_the_command_line(tmp_path):

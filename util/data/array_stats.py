@@ -1,16 +1,18 @@
 """Mean, standard deviation and percentiles of each channel of many arrays, read strip by strip."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from util.data.array_views import ArrayFormat
 from util.data.arrays import ChannelsError, Picture
 from util.data.crop import Box
+from util.data.files import reason_of
 from util.data.folders import ImageFolder
 from util.data.shards import Shards
 from util.errors import UsageError
@@ -25,6 +27,7 @@ def measure(
     files: ImageFolder | Shards,
     form: ArrayFormat,
     percentiles: tuple[float, float] | None = None,
+    indices: Sequence[int] | None = None,
 ) -> tuple[dict[str, list[float]], list[str]]:
     """Statistics of each channel over all pixels with data, those of large pictures more.
 
@@ -33,6 +36,7 @@ def measure(
         form: of them; of its numbers only `nodata` counts.
         percentiles: between which mean and deviation are taken, the rest being set to them; they
             are measured on `SAMPLES` pixels of each file.
+        indices: the files to take; all by default.
 
     Returns:
         "mean" and "std", with percentiles also "clip_min" and "clip_max", a number each channel;
@@ -43,13 +47,14 @@ def measure(
         TrainingError: the storage fails.
     """
     found: dict[str, list[float]] = {}
+    indices = range(len(files)) if indices is None else indices
     if percentiles:
-        low, high = _percentiles(files, form, percentiles)
+        low, high = _percentiles(files, form, percentiles, indices)
         form = replace(form, clip_min=tuple(low), clip_max=tuple(high))
         found = {"clip_min": low, "clip_max": high}
     bad: list[str] = []
     count, mean, squares = (np.zeros(form.in_chans) for _ in range(3))
-    for picture in _pictures(files, form, bad):
+    for picture in _pictures(files, form, bad, indices):
         for strip in _strips(picture, form):
             values = strip.flatten(1).double().numpy()
             valid = ~np.isnan(values)
@@ -71,16 +76,19 @@ def measure(
     return {"mean": mean.tolist(), "std": std.tolist(), **found}, bad
 
 
-def _pictures(files: ImageFolder | Shards, form: ArrayFormat, bad: list[str]) -> Iterator[Picture]:
+def _pictures(
+    files: ImageFolder | Shards, form: ArrayFormat, bad: list[str], indices: Iterable[int]
+) -> Iterator[Picture]:
     """Each picture that can be decoded, to be read before the next; `bad` gets the others."""
-    for index in range(len(files)):
+    for index in tqdm(indices, "measure", disable=None, leave=False):
         try:
             with files.open(index) as file:
                 yield form.open(file)
         except ChannelsError as error:
             raise UsageError(str(error)) from error
         except OSError as error:
-            bad.append(str(error))
+            path = files.path(index)
+            bad.append(f"{path} cannot be decoded: {reason_of(error, path)}")
 
 
 def _strips(picture: Picture, form: ArrayFormat) -> Iterator[Tensor]:
@@ -92,10 +100,13 @@ def _strips(picture: Picture, form: ArrayFormat) -> Iterator[Tensor]:
 
 
 def _percentiles(
-    files: ImageFolder | Shards, form: ArrayFormat, percentiles: Sequence[float]
+    files: ImageFolder | Shards,
+    form: ArrayFormat,
+    percentiles: Sequence[float],
+    indices: Iterable[int],
 ) -> tuple[list[float], list[float]]:
     samples = []
-    for picture in _pictures(files, form, []):
+    for picture in _pictures(files, form, [], indices):
         width, height = picture.size
         step = max(1, math.isqrt(width * height // SAMPLES))
         rows = [

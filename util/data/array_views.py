@@ -28,7 +28,7 @@ class ArrayFormat:
         bands: channels of the file to take in this order, counted from 1; None for all.
         layout: "hwc" or "chw" where shapes leave it open.
         array_key: of the array in a `.npz`.
-        nodata: the number that stands for no data, beside NaN and infinity.
+        nodata: the number that stands for no data, beside NaN, infinity and a file's own.
         clip_min, clip_max: of each channel; what lies beyond is set to them.
         mean, std: of each channel, after clipping.
         max_pixels: a larger picture is refused.
@@ -65,15 +65,20 @@ class ArrayFormat:
     def read(self, picture: Picture, box: Box) -> Tensor:
         """A part of a picture `[in_chans, height, width]`, clipped; NaN where there are no data.
 
+        Infinity and what is beyond the range of float32 are none either.
+
         Raises:
             OSError: the file ends before it.
         """
         numbers = picture.read(box, self.bands)
-        part = numbers.astype(np.float32)
-        if self.nodata is not None:
-            part[numbers == self.nodata] = np.nan
+        # Numbers that float32 cannot hold become it when they are normalised.
+        exact = np.can_cast(numbers.dtype, np.float32)
+        part = numbers.astype(np.float32 if exact else np.float64)
+        with np.errstate(over="ignore"):  # float32 has no such number: none is equal
+            for nodata in {self.nodata, picture.nodata} - {None}:
+                part[part == nodata] = np.nan
         part = torch.from_numpy(part)
-        part[~part.isfinite()] = torch.nan
+        part[~(part.abs() <= torch.finfo(torch.float32).max)] = torch.nan
         if self.clip_min is not None or self.clip_max is not None:
             bounds = (self.clip_min, self.clip_max)
             low, high = (b and part.new_tensor(b).view(-1, 1, 1) for b in bounds)
@@ -81,10 +86,10 @@ class ArrayFormat:
         return part
 
     def normalize(self, part: Tensor) -> Tensor:
-        """Numbers `[in_chans, …]` to mean 0 and standard deviation 1 of each channel."""
+        """Numbers `[in_chans, …]` to mean 0 and standard deviation 1 of each channel, float32."""
         shape = (-1,) + (1,) * (part.ndim - 1)
         mean, std = (part.new_tensor(values).view(shape) for values in (self.mean, self.std))
-        return (part - mean) / std
+        return ((part - mean) / std).float()
 
 
 def resize(part: Tensor, size: tuple[int, int]) -> Tensor:
@@ -185,7 +190,8 @@ def centre_box(picture: Picture, proportions: tuple[int, int], share: float = 1.
 
 
 def centre_transform(
-    form: ArrayFormat, size: tuple[int, int], share: float = 1.0
+    form: ArrayFormat, size: tuple[int, int], share: float = 1.0, *, keep_nodata: bool = False
 ) -> Callable[[BinaryIO], Tensor]:
     """The view by which a classifier is evaluated, or a picture looked at; see `centre_box`."""
-    return array_transform(form, size, partial(centre_box, proportions=size, share=share))
+    choose = partial(centre_box, proportions=size, share=share)
+    return array_transform(form, size, choose, keep_nodata=keep_nodata)

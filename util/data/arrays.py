@@ -1,14 +1,15 @@
 """Files of arrays: pictures of any number of channels and any type of number.
 
-The content decides what a file is, whatever it is called: `.npy`, `.npz`, TIFF, PNG of 8 or 16
-bits, or another picture that Pillow knows. Where the numbers lie in the file as they are (`.npy`,
-uncompressed TIFF) a crop reads the crop. It reads instead of mapping the file into memory, because
-storage that fails is an error then, and not the end of the process.
+The content decides what a file is, whatever it is called: `.npy`, `.npz`, TIFF, PNG and PGM of 8
+or 16 bits, or another picture that Pillow knows. Where the numbers lie in the file as they are
+(`.npy`, PGM, uncompressed TIFF) a crop reads the crop. It reads instead of mapping the file into
+memory, because storage that fails is an error then, and not the end of the process.
 """
 
 import io
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -31,6 +32,9 @@ ARRAY_EXTENSIONS = (*IMAGE_EXTENSIONS, ".npy", ".npz", ".btf")
 LAYOUTS = ("hwc", "chw")
 _WHOLE = slice(None)
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is raised, too
+_GDAL_NODATA = 42113  # a tag of TIFF
+# Kind, width, height and largest number, comments between them.
+_PNM = re.compile(rb"P([56])" + rb"(?:\s|#[^\n]*\n)+(\d{1,9})" * 3 + rb"\s")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF
 
 
@@ -46,12 +50,14 @@ class Picture(NamedTuple):
         shape: a length for each of them.
         dtype: of the numbers.
         fetch: from slices, one for each axis, to that part.
+        nodata: the number that stands for no data by what the file says; None if it says nothing.
     """
 
     axes: str
     shape: tuple[int, ...]
     dtype: np.dtype
     fetch: Callable[[tuple[slice, ...]], np.ndarray]
+    nodata: float | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -121,12 +127,12 @@ def open_picture(
     path = getattr(file, "name", "the array")
     try:
         found = retried(partial(_open_any, file, array_key, max_pixels), path)
-        axes, shape, dtype, fetch = found
+        axes, shape, dtype, fetch, nodata = found
         if dtype.kind not in "biuf":
             raise OSError(f"its numbers are of type {dtype}, not integers or floats")
         if axes is None:
             axes = _axes_of(shape, in_chans, bands, layout)
-        picture = Picture(axes, shape, dtype, partial(_fetch, fetch, path))
+        picture = Picture(axes, shape, dtype, partial(_fetch, fetch, path), nodata)
         _check(picture, in_chans, bands, max_pixels)
         return picture
     except (TrainingError, UsageError):
@@ -148,8 +154,14 @@ def _fetch(fetch: Callable, path: str, slices: tuple[slice, ...]) -> np.ndarray:
         raise OSError(f"{path} cannot be decoded: {error}") from error
 
 
-# Axes (None where the file does not say), shape, type, and what reads a part.
-_Found = tuple[str | None, tuple[int, ...], np.dtype, Callable[[tuple[slice, ...]], np.ndarray]]
+class _Found(NamedTuple):
+    """What a file says of itself: as in `Picture`, the axes None where it does not say."""
+
+    axes: str | None
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[tuple[slice, ...]], np.ndarray]
+    nodata: float | None = None
 
 
 def _open_any(file: BinaryIO, array_key: str | None, max_pixels: int) -> _Found:
@@ -160,22 +172,24 @@ def _open_any(file: BinaryIO, array_key: str | None, max_pixels: int) -> _Found:
         return _squeezed(*_open_npy(file))
     if start.startswith(b"PK"):
         return _squeezed(*_open_npz(file, array_key))
-    if start.startswith(_TIFF):
-        return _open_tiff(file)
-    if start == b"\x89PNG\r\n\x1a\n":
-        open_image(file, max_pixels)
-        file.seek(0)
+    if start.startswith(_TIFF) and (found := _open_tiff(file)):
+        return found
+    if start.startswith((b"P5", b"P6")) and (found := _open_pnm(file)):
+        return found
+    header = open_image(file, max_pixels)  # a damaged file: it says so
+    file.seek(0)
+    if header.format == "PNG" and header.mode != "P":
         data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
         return _in_memory(decode_png(data, ImageReadMode.UNCHANGED).numpy(), "chw")
-    header = open_image(file, max_pixels)  # another format, or damaged: it says which
-    channels = 1 if header.mode in ("1", "L", "I", "F", "I;16") else 3
-    file.seek(0)
+    if header.mode.startswith(("I", "F")):  # numbers of more than 8 bits
+        return _in_memory(np.asarray(header), "hw")
+    channels = 1 if header.mode in ("1", "L") else 3
     image = np.asarray(load_image(file, channels, max_pixels))
     return _in_memory(image, "hwc" if channels == 3 else "hw")
 
 
 def _in_memory(array: np.ndarray, axes: str | None) -> _Found:
-    return axes, array.shape, array.dtype, array.__getitem__
+    return _Found(axes, array.shape, array.dtype, array.__getitem__)
 
 
 def _squeezed(
@@ -194,7 +208,7 @@ def _squeezed(
             tuple(dropped)
         )
 
-    return None, tuple(shape[i] for i in kept), dtype, part if dropped else fetch
+    return _Found(None, tuple(shape[i] for i in kept), dtype, part if dropped else fetch)
 
 
 def _open_npy(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, Callable]:
@@ -237,12 +251,25 @@ def _open_npz(file: BinaryIO, key: str | None) -> tuple[tuple[int, ...], np.dtyp
     return _open_npy(content)
 
 
-def _open_tiff(file: BinaryIO) -> _Found:
-    """A TIFF's first series of pages."""
+def _open_pnm(file: BinaryIO) -> _Found | None:
+    """A gray or colour picture of netpbm's binary formats; None for a header that is none."""
+    match = _PNM.match(file.read(4096))
+    if not match or not 0 < int(match[4]) < 1 << 16:
+        return None
+    height, width, channels = int(match[3]), int(match[2]), {b"5": (), b"6": (3,)}[match[1]]
+    shape, dtype = (height, width, *channels), np.dtype("u1" if int(match[4]) < 256 else ">u2")
+    fetch = _raw(file, match.end(), shape, dtype)
+    return _Found("hwc" if channels else "hw", shape, dtype, fetch)
+
+
+def _open_tiff(file: BinaryIO) -> _Found | None:
+    """A TIFF's first series of pages; None if its numbers are those of a palette's colours."""
     import tifffile  # takes half a second
 
     tiff = tifffile.TiffFile(file)
     series = tiff.series[0]
+    if series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        return None
     if len(tiff.series) > 1:
         raise OSError(
             f"its pages are of {len(tiff.series)} kinds: write one picture a file, of pages alike"
@@ -266,7 +293,7 @@ def _open_tiff(file: BinaryIO) -> _Found:
         found = fetch(tuple(next(wanted) if keep else _WHOLE for keep in kept))
         return found.reshape([*compress(found.shape, kept)])
 
-    return _axes_and_shape(names, shape, dtype, part)
+    return _Found(_axes_of_tiff(names, shape), shape, dtype, part, _nodata_of(series))
 
 
 def _decode(series: "TiffPageSeries", path: str) -> np.ndarray:
@@ -286,18 +313,26 @@ def _decode(series: "TiffPageSeries", path: str) -> np.ndarray:
         ) from error
 
 
-def _axes_and_shape(names: str, shape: tuple[int, ...], dtype: np.dtype, fetch: Callable) -> _Found:
+def _nodata_of(series: "TiffPageSeries") -> float | None:
+    """The number that GDAL's tag names; None without it or for text that is no number."""
+    try:
+        return float(str(series.keyframe.tags.valueof(_GDAL_NODATA)).strip(" \0"))
+    except ValueError:
+        return None
+
+
+def _axes_of_tiff(names: str, shape: tuple[int, ...]) -> str | None:
     """The axes by a TIFF's names of them; one that nothing is known of ("Q") tells nothing."""
     if len(names) not in (2, 3):
         raise ChannelsError(
             f"its axes {names} of lengths {shape} are not rows, columns and channels"
         )
     if "Q" in names or not {"Y", "X"} <= set(names):
-        return None, shape, dtype, fetch
+        return None
     axes = "".join({"Y": "h", "X": "w"}.get(name, "c") for name in names)
     if axes not in ("hw", "hwc", "chw"):
         raise ChannelsError(f"its axes {names} of lengths {shape} are in an order of their own")
-    return axes, shape, dtype, fetch
+    return axes
 
 
 def _raw(

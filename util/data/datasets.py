@@ -4,6 +4,7 @@ What a sample looks like depends on the seed that comes with its index and on no
 the number of workers or processes, nor on where a run was resumed.
 """
 
+import copy
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -230,6 +231,18 @@ class LabeledImages(ImageFiles):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, tuple[BadFile, ...]]:
         image, index, bad = self.read(*key)
         return image, int(self.labels[index]), key[0], bad
+
+    def part(self, keep: np.ndarray, transform: Callable[[BinaryIO], Tensor]) -> "LabeledImages":
+        """Only some of the images of a folder, of the same classes.
+
+        Args:
+            keep: which, `[num_images]`, bool.
+            transform: of them.
+        """
+        other = copy.copy(self)
+        other.files, other.labels = self.files.part(keep), self.labels[keep]
+        other.transform = transform
+        return other
 
     def check_complete(self) -> None:
         """Refuse a class without images, of which nothing can be learned.

@@ -125,7 +125,19 @@ def too_many_open_files() -> str:
 
 def is_one_of(path: Path, files: Iterable[str | os.PathLike]) -> bool:
     """True if a path leads to one of some files, by whatever name: writing there would lose it."""
-    return path.exists() and any(os.path.exists(f) and os.path.samefile(path, f) for f in files)
+    return find_lost([path], files) is not None
+
+
+def find_lost(targets: Iterable[Path], files: Iterable[str | os.PathLike]) -> Path | None:
+    """The first of the paths to write that leads to one of some files; None if there is none."""
+    targets = [path for path in targets if path.exists()]
+    there = {_identity(f) for f in files if os.path.exists(f)} if targets else ()
+    return next((path for path in targets if _identity(path) in there), None)
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def reason_of(error: OSError, path: str) -> str:

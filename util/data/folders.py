@@ -1,5 +1,6 @@
 """Folders of images: which files they hold, and the classes that the folders name."""
 
+import copy
 import io
 import os
 from collections import Counter
@@ -146,6 +147,12 @@ class NumberedFiles:
     def path(self, index: int) -> str:
         """Path of a file, for messages."""
         return os.fsdecode(self._paths[index])
+
+    def part(self, keep: np.ndarray) -> "NumberedFiles":
+        """Only some of the files: those of `keep`, `[n]`, bool."""
+        other = copy.copy(self)
+        other._paths = self._paths[keep]
+        return other
 
     def open(self, index: int) -> BinaryIO:
         """A file, read whole.

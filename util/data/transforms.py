@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import BinaryIO
 
@@ -18,6 +18,8 @@ from torchvision.transforms import v2
 from util.data.crop import Box, clamped_box, load_crop, random_box
 from util.data.images import MAX_PIXELS, check_channels, load_image
 
+# Mean and standard deviation of each channel, for values in [0, 1].
+Stats = tuple[tuple[float, ...], tuple[float, ...]]
 # Evaluation resizes no more of a strip than so many squares of it.
 LONGEST = 32
 
@@ -32,18 +34,30 @@ def posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image
 timm_policies.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing"), posterize))
 
 
-def channel_stats(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, for values in [0, 1]: ImageNet's.
+def channel_stats(
+    in_chans: int, known: Stats = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+) -> Stats:
+    """Mean and standard deviation of each channel, for values in [0, 1].
+
+    Args:
+        in_chans: 1 (gray), 3 (RGB) or 4 (RGB and alpha).
+        known: those of such pictures with other channels, by default ImageNet's. Gray is the mean
+            of the colours, a colour is gray, and alpha has 0.5.
 
     Raises:
-        UsageError: a number of channels other than 1, 3 or 4.
+        UsageError: another number of channels.
     """
     check_channels(in_chans)
-    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    mean, std = (_of_channels(values, in_chans) for values in known)
+    return mean, std
+
+
+def _of_channels(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    """Numbers of gray, RGB or RGBA for as many channels, see `channel_stats`."""
+    colours, alpha = tuple(values[:3]), tuple(values[3:]) or (0.5,)
     if in_chans == 1:
-        return (sum(mean) / 3,), (sum(std) / 3,)
-    alpha = (0.5,) * (in_chans - 3)
-    return mean + alpha, std + alpha
+        return (sum(colours) / len(colours),)
+    return colours * (3 // len(colours)) + alpha[: in_chans - 3]
 
 
 def pretrain_transform(
@@ -118,6 +132,7 @@ def finetune_transform(
     remode: str = "pixel",
     recount: int = 1,
     max_pixels: int = MAX_PIXELS,
+    stats: Stats | None = None,
 ) -> Callable[[BinaryIO], Tensor]:
     """The augmentation of fine-tuning, timm's: random resized crop, flip, RandAugment, erasing.
 
@@ -132,10 +147,12 @@ def finetune_transform(
         remode: timm's name of their fill: pixel (noise), rand (a random colour), const (the mean).
         recount: the most rectangles of an image.
         max_pixels: a larger image is not decoded.
+        stats: to normalise by; ImageNet's by default.
 
     Returns:
         Image file to `[in_chans, H, W]`, float32, normalised.
     """
+    mean, _ = stats or channel_stats(in_chans)
     _, augment, _ = create_transform(
         (in_chans, *img_size),
         is_training=True,
@@ -143,18 +160,21 @@ def finetune_transform(
         color_jitter=color_jitter,
         auto_augment=auto_augment,
         interpolation="bicubic",
-        mean=channel_stats(in_chans)[0],
+        mean=mean,
     )
     crop = dict(hflip=hflip, scale=scale, max_pixels=max_pixels)
     view = pretrain_transform(img_size, in_chans, **crop)
-    parts = [view, to_image, augment, to_pixels, normalize]
+    parts = [view, to_image, augment, to_pixels, partial(normalize, stats=stats)]
     if reprob > 0:
         parts.append(RandomErasing(reprob, mode=remode, max_count=recount, device="cpu"))
     return v2.Compose(parts)
 
 
 def center_crop_transform(
-    img_size: tuple[int, int], in_chans: int = 3, max_pixels: int = MAX_PIXELS
+    img_size: tuple[int, int],
+    in_chans: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    stats: Stats | None = None,
 ) -> Callable[[BinaryIO], Tensor]:
     """The view by which a classifier is evaluated, as MAE's: 224 of 256 pixels around the centre.
 
@@ -165,11 +185,12 @@ def center_crop_transform(
         img_size: (H, W).
         in_chans: channels of the images.
         max_pixels: a larger image is not decoded.
+        stats: to normalise by; ImageNet's by default.
 
     Returns:
         Image file to `[in_chans, H, W]`, float32, normalised.
     """
-    mean, std = channel_stats(in_chans)
+    mean, std = stats or channel_stats(in_chans)
     transform = create_transform(
         (in_chans, *img_size),
         interpolation="bicubic",
@@ -202,7 +223,10 @@ def cut_ends(image: Image.Image) -> Image.Image:
 
 
 def eval_transform(
-    img_size: tuple[int, int], in_chans: int = 3, max_pixels: int = MAX_PIXELS
+    img_size: tuple[int, int],
+    in_chans: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    stats: Stats | None = None,
 ) -> Callable[[str | os.PathLike | BinaryIO], Tensor]:
     """The largest centred part of the proportions H : W, resized to (H, W) and normalised.
 
@@ -215,7 +239,7 @@ def eval_transform(
             partial(load_image, in_chans=in_chans, max_pixels=max_pixels),
             partial(ImageOps.fit, size=(width, height), method=Image.Resampling.BICUBIC),
             to_pixels,
-            normalize,
+            partial(normalize, stats=stats),
         ]
     )
 
@@ -232,7 +256,7 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).movedim(-1, 0).contiguous()
 
 
-def normalize(images: Tensor, dim: int = -3) -> Tensor:
+def normalize(images: Tensor, dim: int = -3, stats: Stats | None = None) -> Tensor:
     """Pixels, uint8, to the model's input, float32; other types are that already.
 
     A batch takes a quarter of the memory on its way to the device if it is normalised there.
@@ -240,6 +264,7 @@ def normalize(images: Tensor, dim: int = -3) -> Tensor:
     Args:
         images: `[…, C, H, W]`, or with the channels in another dimension.
         dim: the channels'.
+        stats: to normalise by; ImageNet's by default.
 
     Returns:
         The same shape.
@@ -247,26 +272,28 @@ def normalize(images: Tensor, dim: int = -3) -> Tensor:
     if images.dtype != torch.uint8:
         return images
     behind = images.ndim - 1 - dim % images.ndim
-    scale, shift = _scale_and_shift(images.shape[dim], behind, images.device)
+    stats = stats or channel_stats(images.shape[dim])
+    scale, shift = _scale_and_shift(stats, behind, images.device)
     return images.float().mul_(scale).add_(shift)  # twice as fast on a CPU as one operation
 
 
 @cache
-def _scale_and_shift(in_chans: int, behind: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(stats: Stats, behind: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale and shift from a pixel of 0 … 255 to a normalised value, `[C, 1, …]`."""
-    stats = torch.tensor(channel_stats(in_chans), device=device)
-    mean, std = stats.view(2, in_chans, *[1] * behind)
+    mean, std = torch.tensor(stats, device=device).view(2, -1, *[1] * behind)
     return 1 / (255 * std), -mean / std
 
 
-def denormalize(images: Tensor, dim: int = -3) -> Tensor:
+def denormalize(images: Tensor, dim: int = -3, stats: Stats | None = None) -> Tensor:
     """Undo the normalisation, for viewing: to the same shape within [0, 1].
 
     Args:
         images: `[…, C, H, W]`, or with the channels in another dimension.
         dim: the channels'.
+        stats: by which they were normalised; ImageNet's by default.
     """
     shape = [1] * images.ndim
     shape[dim] = -1
-    mean, std = (images.new_tensor(v).view(shape) for v in channel_stats(images.shape[dim]))
+    stats = stats or channel_stats(images.shape[dim])
+    mean, std = (images.new_tensor(values).view(shape) for values in stats)
     return (images * std + mean).clamp(0, 1)

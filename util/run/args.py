@@ -9,6 +9,7 @@ from util.errors import UsageError
 from util.layers.architecture import Architecture
 from util.run.distributed import cores_per_process, print_once
 from util.run.geometry_args import add_decoder_args, add_encoder_args, fill_geometry_flags
+from util.run.normalization import add_stats_args, complete_stats
 from util.run.parser import (
     ChoiceOf,
     Ignored,
@@ -39,7 +40,7 @@ _INPUT_SIZE, _PATCH_SIZE = _DEFAULT.img_size[0], _DEFAULT.flags()["patch_size"]
 def add_data_args(
     parser: Parser, *, data: str, follow_checkpoint: bool = False, arrays: bool = False
 ) -> None:
-    """Add the arguments of the data path and of loading.
+    """Add the arguments of the data path, of normalisation and of loading.
 
     Args:
         parser: gets the arguments.
@@ -71,6 +72,7 @@ def add_data_args(
         + (", others of arrays" if arrays else "")
         + (default or (" (default: {})" if arrays else "")).format(_DEFAULT.in_chans),
     )
+    add_stats_args(group)
     group.add_argument(
         "--max_bad_images",
         type=share,
@@ -288,6 +290,8 @@ def settle_model(parser: Parser, args: argparse.Namespace, model: str) -> None:
         args.model = args.model or model
         try:
             fill_geometry_flags(args, None)
+            if "arrays" not in args:
+                complete_stats(args)
         except UsageError as error:
             parser.error(str(error))
 
@@ -367,6 +371,13 @@ def add_eval_args(
         action=PathOrDefault,
         metavar="PATH",
         help=f"{val} (default: val of --data_path)",
+    )
+    group.add_argument(
+        "--val_share",
+        type=share,
+        metavar="SHARE",
+        help="where there is no val: hold out such a share of each class of the training data, "
+        "chosen by --seed",
     )
     group.add_argument(
         "--predictions",
@@ -519,8 +530,8 @@ def add_layer_args(group: argparse._ArgumentGroup, layer_decay: float) -> None:
     )
 
 
-def add_run_args(parser: Parser) -> None:
-    """Output, resuming, device and precision."""
+def add_run_args(parser: Parser, *, pictures: bool = False) -> None:
+    """Output, resuming, device and precision; with `pictures` how often there are some."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--config",
@@ -566,6 +577,15 @@ def add_run_args(parser: Parser) -> None:
         metavar="STEPS",
         help="also write checkpoint.pth every so many steps within an epoch; 0: at its end only",
     )
+    if pictures:
+        group.add_argument(
+            "--picture_freq",
+            type=non_negative_int,
+            default=1,
+            metavar="EPOCHS",
+            help="reconstructions in TensorBoard and reconstruction.png every so many epochs, and "
+            "after the last; 0: then only",
+        )
     group.add_argument(
         "--print_freq",
         type=positive_int,

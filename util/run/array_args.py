@@ -1,7 +1,6 @@
 """Command lines: the flags of arrays, what follows from them, and the checkpoint that has them."""
 
 import argparse
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,9 @@ from util.data.crop import Box
 from util.data.datasets import open_images
 from util.errors import TrainingError, UsageError
 from util.run.distributed import print_once
-from util.run.parser import Parser, positive_int, show_value
+from util.run.normalization import MEASURED, check_stats, complete_stats, tell_stats
+from util.run.parser import Parser, finite_float, positive_int, show_value
+from util.weights.read import Weights
 
 # Flags that say what the numbers of files mean, and mean the same for a checkpoint's data.
 FORMAT_FLAGS = (
@@ -26,17 +27,6 @@ FORMAT_FLAGS = (
 _OF_PICTURES = (1, 3, 4)
 # Files looked at before a run starts, until one can be read.
 _LOOKS = 10
-
-
-def finite_float(text: str) -> float:
-    """A number, not infinite."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} must be a finite number")
-    return value
 
 
 def add_format_args(parser: Parser) -> argparse._ArgumentGroup:
@@ -67,7 +57,7 @@ def add_format_args(parser: Parser) -> argparse._ArgumentGroup:
         "--nodata",
         type=finite_float,
         metavar="V",
-        help="the number that stands for no data; NaN and infinity always do",
+        help="the number that stands for no data; NaN, infinity and what a GeoTIFF says always do",
     )
     return group
 
@@ -81,8 +71,6 @@ def add_array_args(parser: Parser, *, training: bool = True) -> None:
             f"--{name}", type=finite_float, nargs="+", metavar="X", help=f"{help}, a number each"
         )
 
-    add("mean", "mean of the channels, which `python -m tools.mean_std DIR` measures")
-    add("std", "their standard deviation")
     add("clip_min", "smallest number of the channels: what is below is set to it")
     add("clip_max", "largest number of the channels")
     if training:
@@ -106,7 +94,8 @@ def follow_checkpoint(args: argparse.Namespace, saved: Mapping[str, object]) -> 
     """Take the flags of arrays that were not given from a checkpoint's arguments.
 
     Nothing is taken if `--in_chans` or the number of `--bands` is not the checkpoint's. Values of
-    another type than the flag's, as damage or malice may leave them, are left.
+    another type than the flag's, as damage or malice may leave them, are left. Mean and deviation
+    of 8-bit pictures are for `complete_stats`.
     """
     channels = len(args.bands) if args.bands else args.in_chans
     if channels not in (None, saved.get("in_chans")):
@@ -114,6 +103,8 @@ def follow_checkpoint(args: argparse.Namespace, saved: Mapping[str, object]) -> 
         return
     numbers = ("bands", "clip_min", "clip_max", "mean", "std", "rgb")
     for name in FORMAT_FLAGS:
+        if name in ("mean", "std") and saved.get("arrays") is not True:
+            continue
         value = saved.get(name)
         if name in numbers:
             fits = isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value)
@@ -132,11 +123,14 @@ def is_arrays(args: argparse.Namespace) -> bool:
     return given or (args.in_chans is not None and args.in_chans not in _OF_PICTURES)
 
 
-def complete_arrays(args: argparse.Namespace, *, statistics: bool = True) -> None:
+def complete_arrays(
+    args: argparse.Namespace, weights: Weights | None = None, *, statistics: bool = True
+) -> None:
     """Fill in whether files are read as arrays, and of how many channels; check the flags of it.
 
     Args:
         args: of a command line; `in_chans` may be None.
+        weights: those that a run begins with, see `complete_stats`.
         statistics: whether the numbers are to be normalised.
 
     Raises:
@@ -157,13 +151,8 @@ def complete_arrays(args: argparse.Namespace, *, statistics: bool = True) -> Non
         raise UsageError(
             f"--rgb {show_value(args.rgb)}: there are {args.in_chans} channels, counted from 1"
         )
-    for name in ("mean", "std", "clip_min", "clip_max"):
+    for name in ("clip_min", "clip_max"):
         values = getattr(args, name)
-        if values is not None and not args.arrays:
-            raise UsageError(
-                f"--{name} is for arrays: give --arrays; 8-bit pictures are normalised by "
-                f"ImageNet's statistics"
-            )
         if values is not None and len(values) != args.in_chans:
             raise UsageError(
                 f"--{name} takes {args.in_chans} numbers, one for each channel, not {len(values)}"
@@ -171,17 +160,14 @@ def complete_arrays(args: argparse.Namespace, *, statistics: bool = True) -> Non
     if args.rgb and not args.arrays:
         raise UsageError("--rgb is for arrays: give --arrays, or leave it away")
     if not args.arrays:
+        complete_stats(args, weights)
         return
     if args.mean is None or args.std is None:
         raise UsageError(
-            "arrays have no range of their own: give --mean and --std, a number each channel, as "
-            "`python -m tools.mean_std DIR` measures them with the same flags"
+            f"arrays have no range of their own: give --mean and --std, a number each channel, "
+            f"{MEASURED}"
         )
-    if min(args.std) <= 0:
-        raise UsageError(
-            f"--std {show_value(args.std)} must be above 0: leave a channel that never changes "
-            f"away by --bands"
-        )
+    check_stats(args)
     for low, high in zip(args.clip_min or (), args.clip_max or (), strict=False):
         if low >= high:
             raise UsageError(f"--clip_min {low:g} must be below --clip_max {high:g}")
@@ -217,28 +203,36 @@ def random_view(
 
 
 def tell_kind(args: argparse.Namespace, root: Path) -> None:
-    """Print how the files of a data path are read; arrays are tried on the first of them.
+    """Print how files are read and, of pictures, normalised; raises as `first_of`."""
+    if not args.arrays:
+        tell_stats(args)
+        return
+    bands = f", bands {show_value(args.bands)}" if args.bands else ""
+    first = first_of(args, root)
+    print_once(f"files are read as arrays{bands}, not as 8-bit pictures: {first}")
+
+
+def first_of(args: argparse.Namespace, root: Path) -> str:
+    """A few words on the first of a data path's arrays that can be read.
 
     Raises:
         UsageError: no files, or channels that are not those of the flags.
     """
-    if not args.arrays:
-        return
     files, form = open_images(root, arrays=True), array_format(args)
-    first = "none of the first could be read"
+    first = ""
     for index in range(min(_LOOKS, len(files))):
         try:
             with files.open(index) as file:
                 picture = form.open(file)
         except ChannelsError as error:
             raise UsageError(str(error)) from error
-        except (OSError, TrainingError):
+        except (OSError, TrainingError) as error:
+            first = first or f"none of the first could be read ({error})"
             continue
         width, height = picture.size
-        first = (
+        says = "" if picture.nodata is None else f", {picture.nodata:g} is no data, as it says"
+        return (
             f"{files.path(index)} is {height} x {width} of {picture.channels} channels "
-            f"({picture.axes}), {picture.dtype}"
+            f"({picture.axes}), {picture.dtype}{says}"
         )
-        break
-    bands = f", bands {show_value(args.bands)}" if args.bands else ""
-    print_once(f"files are read as arrays{bands}, not as 8-bit pictures: {first}")
+    return first

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
@@ -37,6 +38,7 @@ class EventFile:
         self.path = folder / name
         self._pending = io.BytesIO()
         self._written = 0
+        self._first_step = purge_step
         version = Event(
             wall_time=time.time(), file_version="brain.Event:2", source_metadata=_source()
         )
@@ -55,6 +57,23 @@ class EventFile:
     def image(self, name: str, image: Tensor, step: int) -> None:
         """Add a picture `[3, H, W]` with values in [0, 1], to be written by `flush`."""
         self._add(Event(summary=summary.image(name, image, dataformats="CHW")), step)
+
+    def hyperparameters(self, values: Mapping[str, object]) -> None:
+        """Add what TensorBoard's table of runs shows, to be written by `flush`.
+
+        They stand in the run itself: `SummaryWriter.add_hparams` makes another run for them.
+
+        Args:
+            values: numbers, switches and texts by name; of None the table has an empty cell.
+        """
+        plain = {
+            name: value if isinstance(value, bool | int | float) else str(value)
+            for name, value in values.items()
+            if value is not None
+        }
+        # Without the first, an experiment's columns: TensorBoard would show one run's for all.
+        _, start, _ = summary.hparams(plain, {})
+        self._add(Event(summary=start), self._first_step)
 
     def flush(self) -> None:
         """Write what is pending to the file.

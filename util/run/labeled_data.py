@@ -10,6 +10,7 @@ from torch import Tensor
 from util.data.array_views import centre_transform
 from util.data.classes import check_classes
 from util.data.datasets import LabeledImages
+from util.data.folders import find_train_folder
 from util.data.loader import Loader
 from util.data.shards import is_shards
 from util.data.transforms import center_crop_transform, center_share
@@ -17,10 +18,13 @@ from util.errors import UsageError
 from util.run.array_args import (
     array_format,
     complete_arrays,
+    first_of,
     follow_checkpoint,
     tell_kind,
 )
+from util.run.normalization import given_stats
 from util.run.setup import eval_loader, train_loader
+from util.run.val_share import check_share, choose_share, means_share
 from util.weights.read import Weights
 
 
@@ -38,13 +42,17 @@ def build_data(
     """
     if args.data_path is None:
         raise UsageError("--data_path is missing: a folder with train/ and val/, a folder a class")
+    if args.val_share is not None:
+        train, val = split_images(args, transform)
+        return train_loader(args, train), eval_loader(args, val, args.batch_size)
     train = args.data_path if is_shards(args.data_path) else args.data_path / "train"
     val_path = args.val_path or args.data_path / "val"
     for path in (train, val_path):
         if not path.is_dir() and not is_shards(path):
             raise UsageError(
                 f"--data_path {args.data_path} has no {path.name}/: it takes train/ and val/, with "
-                f"the images of each class in a folder of its own (or shards, see --val_path)"
+                f"the images of each class in a folder of its own (or shards, see --val_path; or "
+                f"--val_share, a share of train/)"
             )
     tell_kind(args, train)
     dataset = LabeledImages(train, transform, arrays=bool(args.arrays))
@@ -52,6 +60,36 @@ def build_data(
     val = val_images(args)
     check_classes(dataset.classes, val.dataset.classes, dataset.root, val.dataset.root)
     return train_loader(args, dataset), val
+
+
+def split_images(
+    args: argparse.Namespace, transform: Callable[[BinaryIO], Tensor] | None = None
+) -> tuple[LabeledImages, LabeledImages]:
+    """The images to train on, and the share of each class that is held out to validate on.
+
+    Args:
+        args: completed arguments.
+        transform: of the training images.
+
+    Raises:
+        UsageError: other images to validate on, no folder a class, or a share that is no image.
+    """
+    val = args.data_path / "val"
+    check_share(args, val if val.exists() else None)
+    root = find_train_folder(args.data_path)
+    if not root.is_dir() or is_shards(root):
+        raise UsageError(
+            f"--val_share takes a folder with a folder a class, and {root} is none: of shards "
+            f"write some for val/, or give --val_path"
+        )
+    tell_kind(args, root)
+    dataset = LabeledImages(root, transform, arrays=bool(args.arrays))
+    dataset.check_complete()
+    paths = [dataset.path(index) for index in range(len(dataset))]
+    chosen = choose_share(args, paths, dataset.labels.tolist(), root, dataset.what)
+    held = dataset.part(chosen, _evaluation_view(args))
+    held.left_out = ""  # the training images tell it
+    return dataset.part(~chosen, transform), held
 
 
 def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Loader:
@@ -67,12 +105,15 @@ def val_images(args: argparse.Namespace, weights: Weights | None = None) -> Load
     path = _val_path(args)
     if weights is not None:
         follow_checkpoint(args, weights.args)
-        complete_arrays(args)
+        complete_arrays(args, weights)
         if args.in_chans != weights.architecture.in_chans:
             raise UsageError(
                 f"{weights.path} is a model of {weights.architecture.in_chans} channels, and "
                 f"--bands or --in_chans give {args.in_chans}"
             )
+        whole = path == args.data_path  # there is no val/
+        if means_share(args, weights, not whole, whole and (path / "train").is_dir()):
+            return eval_loader(args, split_images(args)[1], args.batch_size)
         tell_kind(args, path)
     return eval_loader(args, evaluated_images(args, path), args.batch_size)
 
@@ -88,14 +129,18 @@ def evaluated_images(
         unlabeled: they may have no labels.
 
     Raises:
-        UsageError: none there, or none with labels.
+        UsageError: none there, none with labels, or arrays of other channels.
     """
+    if args.arrays:
+        first_of(args, path)  # before a model is trained
+    return LabeledImages(path, _evaluation_view(args), unlabeled, bool(args.arrays))
+
+
+def _evaluation_view(args: argparse.Namespace) -> Callable[[BinaryIO], Tensor]:
     size = tuple(args.input_size)
     if args.arrays:
-        transform = centre_transform(array_format(args), size, center_share(size))
-    else:
-        transform = center_crop_transform(size, args.in_chans, args.max_pixels)
-    return LabeledImages(path, transform, unlabeled, bool(args.arrays))
+        return centre_transform(array_format(args), size, center_share(size))
+    return center_crop_transform(size, args.in_chans, args.max_pixels, given_stats(args))
 
 
 def labeled_splits(args: argparse.Namespace, root: Path, flag: str) -> tuple[Loader, Loader]:

@@ -1,6 +1,6 @@
 """An optimizer step: autocast, accumulation, clipping, and steps that are not finite."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -40,11 +40,13 @@ class StepResult(NamedTuple):
         loss: mean over the step's micro-batches, of this process.
         grad_norm: L2 norm of the whole gradient, before clipping.
         taken: 1.0, or 0.0 if the step was skipped because loss or gradient were not finite.
+        parts: of the loss, by name; means as the loss is.
     """
 
     loss: Tensor
     grad_norm: Tensor
     taken: Tensor
+    parts: Mapping[str, Tensor]
 
 
 class OptimStep:
@@ -107,6 +109,7 @@ class OptimStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.count = count
         self.loss = torch.zeros((), device=self.device)
+        self.parts: dict[str, Tensor] = {}
         self.result = None
         self.micro_batches = self._synchronize_last(batches)
 
@@ -122,15 +125,18 @@ class OptimStep:
         """The context of the forward pass: mixed precision, if there is any."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, parts: Mapping[str, Tensor] | None = None) -> None:
         """Add a micro-batch's gradient to that of the step.
 
         Args:
             loss: mean over the micro-batch, a scalar with a gradient.
+            parts: of it, by name, scalars without a gradient; told beside it.
         """
         loss = loss / self.count
         self.scaler.scale(loss).backward()
         self.loss += loss.detach()
+        for name, part in (parts or {}).items():
+            self.parts[name] = self.parts.get(name, 0) + part / self.count
 
     def update(self) -> StepResult:
         """End the step: agree on whether it is finite, clip, change the weights."""
@@ -152,7 +158,7 @@ class OptimStep:
         self.scaler.update()
         self.skipped += skip
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
-        return StepResult(loss, norm, 1 - skip)
+        return StepResult(loss, norm, 1 - skip, self.parts)
 
     def check(self) -> None:
         """Raise once ten steps in a row were skipped (waits for the device).

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
 
-from util.data.array_views import ArrayFormat, centre_transform
+from util.data.array_views import ArrayFormat, centre_transform, split_nodata
 from util.data.datasets import open_images
 from util.data.files import open_regular
 from util.data.folders import find_train_folder
 from util.data.images import MAX_PIXELS
-from util.data.transforms import denormalize, eval_transform
+from util.data.transforms import Stats, denormalize, eval_transform
 from util.errors import UsageError
 from util.run.run_log import read_log
 
@@ -83,11 +83,13 @@ def reconstruct(
 
     Args:
         model: a `MaskedAutoencoderConvViT`.
-        imgs: `[N, C, *img_size]`, pictures or clips, normalised.
+        imgs: `[N, C, *img_size]`, pictures or clips, normalised; NaN where there are no data.
         mask_ratio: share of patches to remove.
         seed: of the masks.
         show: from inputs, and the dimension of their channels, to pictures.
     """
+    original = show(imgs, 1)
+    imgs, valid = split_nodata(imgs)
     noise = torch.rand(
         len(imgs), model.geometry.num_mask_units, generator=torch.Generator().manual_seed(seed)
     )
@@ -97,25 +99,22 @@ def reconstruct(
     pred, mask = pred[: len(imgs)], mask[: len(imgs)]  # of several masks the first
     model.train(training)
 
-    patches = model.patchify(imgs)
-    removed = model.unpatchify(mask.unsqueeze(-1).expand_as(patches)).bool()
-    if model.norm_pix_loss:  # undo the normalisation of the target
-        mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
-        pred = pred * (var + 1e-6) ** 0.5 + mean
-        trivial = model.unpatchify(mean.expand_as(patches))
-    else:
-        pixels = tuple(range(2, imgs.ndim))
-        visible = imgs.masked_fill(removed, 0).sum(pixels, keepdim=True)
-        trivial = (visible / (~removed).sum(pixels, keepdim=True)).expand_as(imgs)
-    original, removed = show(imgs, 1), removed[:, :1]
+    removed = model.unpatchify(mask.unsqueeze(-1).expand_as(pred)).bool()
+    has_data = model.patchify(valid.float())
+    trivial = model.unpatchify(model.undo_target(torch.zeros_like(pred), imgs, has_data))
+    if not model.norm_pix_loss:
+        pixels, visible = tuple(range(2, imgs.ndim)), valid & ~removed
+        total = (imgs * visible).sum(pixels, keepdim=True)
+        trivial = (total / visible.sum(pixels, keepdim=True).clamp(min=1)).expand_as(imgs)
+    removed = removed[:, :1]
+    judged = (removed & valid.any(1, keepdim=True)).expand_as(original)
 
     def filled_with(values: Tensor) -> tuple[Tensor, float]:
-        filled = torch.where(removed, show(values, 1), original)
-        return filled, (filled - original)[
-            removed.expand_as(original)
-        ].square().mean().sqrt().item()
+        filled = show(values.masked_fill(~valid, torch.nan), 1)
+        differences = (filled - original)[judged]
+        return torch.where(removed, filled, original), differences.square().mean().sqrt().item()
 
-    filled, error = filled_with(model.unpatchify(pred))
+    filled, error = filled_with(model.unpatchify(model.undo_target(pred, imgs, has_data)))
     _, trivial_error = filled_with(trivial)
     masked = original.masked_fill(removed, GRAY)
     return Reconstruction(original, masked, filled, error, trivial_error, model.norm_pix_loss)
@@ -171,23 +170,26 @@ def stretched(imgs: Tensor, rgb: Sequence[int] | None = None) -> Show:
     """A way to look at channels of any range: from `PERCENTILES` of them, dark, to bright.
 
     Args:
-        imgs: `[N, C, H, W]`, normalised, whose range counts.
+        imgs: `[N, C, H, W]`, normalised, whose range counts; NaN where there are no data.
         rgb: channels to show as red, green and blue, counted from 1; by default the first three,
             and of one or two channels the first in false colours.
 
     Returns:
-        From `[N, C, H, W]` to `[N, 3, H, W]` in [0, 1].
+        From `[N, C, H, W]` to `[N, 3, H, W]` in [0, 1], black where there are no data.
     """
     chosen = [number - 1 for number in rgb or (range(1, 4) if imgs.shape[1] > 2 else [1])]
-    values = imgs[:, chosen].transpose(0, 1).flatten(1).cpu().numpy()
-    low, high = np.percentile(values, PERCENTILES, axis=1)[..., None, None]
+    bounds = []
+    for values in imgs[:, chosen].transpose(0, 1).flatten(1).cpu().numpy():
+        values = values[~np.isnan(values)]
+        bounds.append(np.percentile(values, PERCENTILES) if len(values) else (0.0, 1.0))
+    low, high = np.array(bounds).T[..., None, None]
     span = np.where(high > low, high - low, 1.0)
 
     def show(inputs: Tensor, dim: int = 1) -> Tensor:
         values = inputs.movedim(dim, 1)[:, chosen]
         low_, span_ = (values.new_tensor(v) for v in (low, span))
-        values = ((values - low_) / span_).clamp(0, 1)
-        return values if len(chosen) == 3 else _false_colours(values)
+        values, valid = split_nodata(((values - low_) / span_).clamp(0, 1))
+        return values if len(chosen) == 3 else _false_colours(values) * valid
 
     return show
 
@@ -206,19 +208,23 @@ def load_images(
     img_size: tuple[int, int],
     in_chans: int,
     form: ArrayFormat | None = None,
+    stats: Stats | None = None,
 ) -> Tensor:
     """Files as a normalised batch `[N, C, H, W]`, resized and cropped from the centre.
+
+    Of arrays NaN stands for no data.
 
     Args:
         paths: of the files.
         img_size: (H, W).
         in_chans: channels of the images.
         form: of files of arrays; 8-bit pictures by default.
+        stats: to normalise pictures by; ImageNet's by default.
 
     Raises:
         UsageError: a file that cannot be decoded.
     """
-    transform = _whole_view(img_size, in_chans, MAX_PIXELS, form)
+    transform = _whole_view(img_size, in_chans, MAX_PIXELS, form, stats)
     images = []
     for path in paths:
         try:
@@ -239,6 +245,7 @@ def load_samples(
     count: int = 16,
     max_pixels: int = MAX_PIXELS,
     form: ArrayFormat | None = None,
+    stats: Stats | None = None,
 ) -> Tensor:
     """Images to watch a run by: spread over `val/`, else over the training images.
 
@@ -249,34 +256,46 @@ def load_samples(
         count: the most images.
         max_pixels: a larger image is left out.
         form: of files of arrays; 8-bit pictures by default.
+        stats: to normalise pictures by; ImageNet's by default.
 
     Returns:
-        `[N, C, H, W]`, at most `count`; files that cannot be decoded are left out.
+        `[N, C, H, W]`, at most `count`, of arrays with NaN for no data; files that cannot be
+        decoded are left out.
 
     Raises:
-        UsageError: not one can be decoded.
+        UsageError: not one can be decoded, or not one holds data.
     """
-    transform = _whole_view(img_size, in_chans, max_pixels, form)
+    transform, first = _whole_view(img_size, in_chans, max_pixels, form, stats), ""
     for source in (data_path / "val", find_train_folder(data_path)):
         images = []
         with contextlib.suppress(UsageError):  # no such folder, or no image in it
             files = open_images(source, arrays=form is not None)
             count = min(count, len(files))
             for i in range(count):
-                with contextlib.suppress(OSError), files.open(i * len(files) // count) as file:
-                    images.append(transform(file))
+                try:
+                    with files.open(i * len(files) // count) as file:
+                        images.append(transform(file))
+                except OSError as error:
+                    first = first or f", the first: {error}"
         if images:
-            return torch.stack(images)
-    raise UsageError(f"none of the images tried below {data_path} can be decoded")
+            samples = torch.stack(images)
+            if samples.isnan().all():
+                raise UsageError(f"the {len(images)} files of {source} tried hold no data at all")
+            return samples
+    raise UsageError(f"none of the images tried below {data_path} can be decoded{first}")
 
 
 def _whole_view(
-    img_size: tuple[int, int], in_chans: int, max_pixels: int, form: ArrayFormat | None
+    img_size: tuple[int, int],
+    in_chans: int,
+    max_pixels: int,
+    form: ArrayFormat | None,
+    stats: Stats | None,
 ) -> Callable[[BinaryIO], Tensor]:
     """As much of a picture as the proportions allow, normalised."""
     if form is None:
-        return eval_transform(img_size, in_chans, max_pixels)
-    return centre_transform(form, tuple(img_size))
+        return eval_transform(img_size, in_chans, max_pixels, stats)
+    return centre_transform(form, tuple(img_size), keep_nodata=True)
 
 
 def save_loss_curve(log: Path, output: Path) -> None:

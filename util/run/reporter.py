@@ -1,17 +1,19 @@
 """The account a run gives of itself as it trains: console, TensorBoard, log.txt, bad files."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from util.data.loader import BadImages, Loader
 from util.run.distributed import cores_per_process, gather_objects, print_once
-from util.run.feed import DeviceFeed, Pace
+from util.run.feed import DeviceFeed, Pace, Stopwatch
 from util.run.logger import Meters, Progress, clock, peak_memory_mb
+from util.run.normalization import given_stats
 from util.run.optim_step import OptimStep, StepResult
 from util.run.run_log import RunLog
+from util.run.same_run import hyperparameters
 
 # A larger share of waiting for data is said in a line, once so many seconds of an epoch have
 # passed since its first log line: in its first steps the workers start.
@@ -26,18 +28,27 @@ class Reporter:
         args: completed arguments.
         device: where the model is.
         loader: the training data.
+        parts: names of the parts of the loss that steps tell.
 
     Attributes:
-        meters: of loss and gradient norm; checkpoints hold them.
+        meters: of loss, gradient norm and the parts of the loss; checkpoints hold them.
+        watches: of parts of the steps, by what they are called in the logs.
         log: TensorBoard and log.txt, once `open_log` was called.
     """
 
     log: RunLog
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, loader: Loader) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        device: torch.device,
+        loader: Loader,
+        parts: Sequence[str] = (),
+    ) -> None:
         self.args, self.device, self.loader = args, device, loader
-        self.meters = Meters(("loss", "grad_norm"), device)
-        self.feed = DeviceFeed(device)
+        self.meters = Meters(("loss", "grad_norm", *parts), device)
+        self.watches: dict[str, Stopwatch] = {}
+        self.feed = DeviceFeed(device, given_stats(args))
         self.bad_images = BadImages(lambda text: print_once(text, error=True))
         self._new_bad: set = set()
         self._told_of_waiting = False
@@ -46,6 +57,7 @@ class Reporter:
         """Begin the logs, or go on with them where `step` steps of an epoch are done."""
         part = step / self.loader.steps_per_epoch
         self.log = RunLog(self.args.output_dir, self.args.log_dir, epoch, part)
+        self.log.hyperparameters(hyperparameters(self.args))
 
     def begin_epoch(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Begin to count; return the epoch's micro-batches on the device.
@@ -59,13 +71,14 @@ class Reporter:
         title = f"Epoch {epoch + 1}/{self.args.epochs}"
         self.progress = Progress(title, steps, start, (self.args.epochs - epoch - 1) * steps)
         batches = self.feed(self._note_bad_files(epoch, start))
-        self.pace = Pace(self.feed, start, self.args.effective_batch_size)
+        self.pace = Pace(self.feed, start, self.args.effective_batch_size, self.watches)
         return batches
 
     def count(self, result: StepResult) -> None:
         """Count a step; nothing here waits for the device."""
         self.done += 1
-        self.meters.update(result.taken, loss=result.loss, grad_norm=result.grad_norm)
+        told = {"loss": result.loss, "grad_norm": result.grad_norm, **result.parts}
+        self.meters.update(result.taken, **told)
         self.progress.advance()
 
     @property
@@ -80,28 +93,30 @@ class Reporter:
             TrainingError: too many files are bad.
         """
         steps = self.loader.steps_per_epoch
-        values = {"lr": lr, **self.meters.read(), "memory_mb": peak_memory_mb(self.device)}
+        train = {"lr": lr, **self.meters.read()}
         if skipped := step.skipped.item():
-            values["skipped_steps"] = skipped
+            train["skipped_steps"] = skipped
         if bad := self._count_bad_files():
-            values["bad_images"] = bad
-        values |= self.pace.read(self.done)
-        self.log.scalars(self.epoch + self.done / steps, values)
-        self.progress.show(self.done, values)
+            train["bad_images"] = bad
+        perf = {"memory_mb": peak_memory_mb(self.device), **self.pace.read(self.done)}
+        for group, values in {"train": train, "perf": perf}.items():
+            self.log.scalars(self.epoch + self.done / steps, group, values)
+        self.progress.show(self.done, train | perf)
         self._judge_waiting()
 
     def finish(self) -> dict[str, float]:
         """End the epoch's progress.
 
         Returns:
-            Its means with MAE's keys, the share of waiting for data, and its seconds, of a
-            resumed epoch those since then.
+            Its means with MAE's keys, the share of waiting for data, seconds a step of the
+            watches, and its seconds, of a resumed epoch those since then.
         """
         means, seconds = self.meters.read_epoch(), self.progress.seconds()
         self.progress.finish({**means, "time": clock(seconds)})
         means = {f"train_{name}": value for name, value in means.items()}
-        wait = round(self.pace.data_wait, 4)
-        return {**means, "data_wait": wait, "epoch_seconds": round(seconds, 2)}
+        times = {"data_wait": self.pace.data_wait, **self.pace.seconds_a_step()}
+        times = {name: round(value, 4) for name, value in times.items()}
+        return {**means, **times, "epoch_seconds": round(seconds, 2)}
 
     def _note_bad_files(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """The loader's micro-batches without their last entry, the files that failed."""

@@ -1,7 +1,7 @@
 """A training run: its state, its steps, its checkpoints."""
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -62,6 +62,7 @@ class Run:
         program: str,
         parts: Mapping[str, Stateful] | None = None,
         extra: Mapping[str, object] | None = None,
+        losses: Sequence[str] = (),
     ) -> "Run":
         """Put a run together and set it to the state to go on from.
 
@@ -75,6 +76,7 @@ class Run:
             program: what kind of run this is.
             parts: what checkpoints hold beside model, optimizer, scaler and meters.
             extra: further plain values for the checkpoints.
+            losses: names of the parts of the loss that the steps tell, see `OptimStep.backward`.
 
         Raises:
             UsageError: the processes do not see the same files, or the checkpoint's step is none
@@ -83,7 +85,7 @@ class Run:
         ddp_model = wrap_model(model, device, args.compile)
         dtype = amp_dtype(args.amp, device)
         optim = OptimStep(ddp_model, optimizer, device, dtype, args.clip_grad)
-        report = Reporter(args, device, loader)
+        report = Reporter(args, device, loader, losses)
         own = {"model": model, "optimizer": optimizer, "scaler": optim, "meters": report.meters}
         parts = {**own, **(parts or {})}
         extra = {"program": program, "num_images": len(loader.dataset), **(extra or {})}

@@ -8,7 +8,7 @@ import errno
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -40,17 +40,29 @@ class RunLog:
             with self.unless_it_fails(self.path):
                 self._drop_from(epoch)
 
-    def scalars(self, epoch: float, values: dict[str, float]) -> None:
-        """Add TensorBoard scalars at a fractional epoch; the x axis is epoch * 1000, as in MAE."""
+    def hyperparameters(self, values: Mapping[str, object]) -> None:
+        """Have TensorBoard's table of runs show values, beside the curves' last points."""
         if self.events:
-            for name, value in values.items():
-                self.events.scalar(name, value, round(epoch * 1000))
+            self.events.hyperparameters(values)
             self.flush()
 
-    def image(self, epoch: float, name: str, image: Tensor) -> None:
-        """Add a TensorBoard picture `[3, H, W]` with values in [0, 1]."""
+    def scalars(self, epoch: float, group: str, values: Mapping[str, float]) -> None:
+        """Add points to TensorBoard's curves `group/name`.
+
+        Args:
+            epoch: fractional; the x axis is epoch * 1000, as in MAE.
+            group: train, test or perf.
+            values: by name.
+        """
         if self.events:
-            self.events.image(name, image, round(epoch * 1000))
+            for name, value in values.items():
+                self.events.scalar(f"{group}/{name}", value, round(epoch * 1000))
+            self.flush()
+
+    def picture(self, epoch: float, name: str, image: Tensor) -> None:
+        """Add a picture `[3, H, W]` with values in [0, 1] to TensorBoard's `pictures/name`."""
+        if self.events:
+            self.events.image(f"pictures/{name}", image, round(epoch * 1000))
             self.flush()
 
     def epoch(self, values: dict[str, float]) -> None:

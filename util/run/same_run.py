@@ -26,8 +26,17 @@ MAY_CHANGE = frozenset(
         "knn_path",
         "log_dir",
     }
-    | {"max_bad_images", "max_pixels", "nb_classes", "num_workers", "output_dir", "pin_mem"}
-    | {"predictions", "print_freq", "resume", "rgb", "save_freq", "save_steps"}
+    | {"max_bad_images", "max_pixels", "nb_classes", "num_workers", "output_dir"}
+    | {
+        "picture_freq",
+        "pin_mem",
+        "predictions",
+        "print_freq",
+        "resume",
+        "rgb",
+        "save_freq",
+        "save_steps",
+    }
     | {"teacher_checkpoint", "test_clips", "test_crops", "val_path", "video_root"}
 )
 # The flags of a model's size, which `--model` stands for.
@@ -49,6 +58,12 @@ def plain(args: argparse.Namespace) -> dict[str, object]:
         return [value(x) for x in v] if isinstance(v, list | tuple) else v
 
     return {name: value(v) for name, v in vars(args).items()}
+
+
+def hyperparameters(args: argparse.Namespace) -> dict[str, object]:
+    """What TensorBoard shows of the arguments, lists as one types them."""
+    values = {n: v for n, v in plain(args).items() if n not in ("log_dir", "output_dir", "resume")}
+    return {n: show_value(v) if isinstance(v, list) else v for n, v in values.items()}
 
 
 def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:

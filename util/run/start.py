@@ -10,10 +10,12 @@ from util.errors import UsageError
 from util.run.array_args import complete_arrays, follow_checkpoint, is_arrays
 from util.run.distributed import print_once
 from util.run.geometry_args import fill_geometry_flags
+from util.run.normalization import complete_stats
 from util.run.parser import RecipeValue
 from util.run.resume import LAST, find_resumable
 from util.run.same_run import check_program, check_state
 from util.run.setup import hold_output
+from util.run.val_share import follow_share
 from util.weights.read import KINDS, Weights, read_weights, weights_of
 
 
@@ -87,9 +89,11 @@ def _find_resumed(args: argparse.Namespace, program: str) -> dict | None:
     content = find_resumable(args.resume, args.output_dir)
     if content:
         check_program(content, program)
-        saved = content["args"].get("warmup_epochs") if "args" in content else None
-        if isinstance(args.warmup_epochs, RecipeValue) and isinstance(saved, int | float):
-            args.warmup_epochs = float(saved)  # not given: the run's own
+        saved = content.get("args") or {}
+        warmup = saved.get("warmup_epochs")
+        if isinstance(args.warmup_epochs, RecipeValue) and isinstance(warmup, int | float):
+            args.warmup_epochs = float(warmup)  # not given: the run's own
+        follow_share(args, saved)
     return content
 
 
@@ -110,7 +114,7 @@ def _weights(args: argparse.Namespace, content: dict | None) -> Weights | None:
 
 
 def _complete(args: argparse.Namespace, content: dict | None, weights: Weights | None) -> None:
-    """Fill in the flags of the geometry and of arrays."""
+    """Fill in the flags of the geometry, of arrays and of normalisation."""
     free = [*weights.guessed] if weights else []
     if "arrays" in args:
         follow_checkpoint(args, weights.args if weights else {})
@@ -120,7 +124,15 @@ def _complete(args: argparse.Namespace, content: dict | None, weights: Weights |
     else:
         fill_geometry_flags(args, None)
     if "arrays" in args:
-        complete_arrays(args)
+        complete_arrays(args, weights)
+        there = weights.architecture.in_chans if weights else args.in_chans
+        if args.in_chans not in (1, there) and there not in (1, 3):
+            raise UsageError(
+                f"{weights.path} is a model of {there} channels, and this run has {args.in_chans}: "
+                f"only a model of one or three starts one of others"
+            )
+    else:
+        complete_stats(args, weights)
 
 
 def check_resumed(content: dict | None, args: argparse.Namespace, dataset: LabeledImages) -> None:

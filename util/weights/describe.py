@@ -25,7 +25,9 @@ def describe(weights: Weights) -> str:
         "model": f"{architecture}, {count / 1e6:.1f} M numbers in all",
         "input": f"{show_size(architecture.img_size)} pixels, "
         f"{architecture.in_chans} channels, "
-        f"{show_size(architecture.grid)} patches of {show_size(architecture.stride)}",
+        f"{show_size(architecture.grid)} patches of {show_size(architecture.stride)}"
+        f"{_arrays(weights.args)}",
+        "images": f"normalised by {show_stats(weights.stats)}" if weights.stats else None,
         "decoder": _decoder(weights) if weights.kind == "autoencoder" else None,
         "guessed": guesses(weights),
         "run": ", ".join(map(str, filter(None, said))),
@@ -44,6 +46,12 @@ def _decoder(weights: Weights) -> str:
         f"{decoder.decoder_embed_dim} wide, {decoder.decoder_depth} blocks, "
         f"{decoder.decoder_num_heads} heads, {fused}"
     )
+
+
+def show_stats(stats: Sequence[Sequence[float]]) -> str:
+    """Mean and deviation of each channel as flags, with few digits."""
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in stats)
+    return f"--mean {mean} --std {std}"
 
 
 def guesses(weights: Weights) -> str | None:
@@ -68,10 +76,18 @@ def epochs_done(info: Mapping[str, object]) -> int | None:
     return epoch if epoch is None or ours else epoch + 1
 
 
+def _arrays(args: Mapping[str, object]) -> str:
+    """A few words on the files of a run on arrays; none on those of pictures."""
+    if not args.get("arrays"):
+        return ""
+    bands = f", bands {' '.join(map(str, args['bands']))}" if "bands" in args else ""
+    return f", arrays{bands}" + (f", no data {args['nodata']:g}" if "nodata" in args else "")
+
+
 def _recipe(args: Mapping[str, object]) -> str:
     """The recipe's main values, as far as the file has them."""
     said = [f"{name} {args[name]:g}" for name in RECIPE if name in args]
-    return ", ".join(said + ["norm_pix_loss"] * args.get("norm_pix_loss", False))
+    return ", ".join(said + [n for n in ("norm_pix_loss", "complementary") if args.get(n)])
 
 
 def _best(info: Mapping[str, object]) -> str | None:

@@ -6,6 +6,7 @@ dicts, names that DDP or torch.compile prefixed, and safetensors.
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,6 +74,18 @@ class Weights:
     def classes(self) -> list[str] | None:
         """Names of the classes, in the order of the head's outputs, if the file has them."""
         return self.info.get("classes")
+
+    @property
+    def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and deviation, within 0 … 1, by which the run normalised 8-bit images.
+
+        None for ImageNet's, and where the run was on arrays.
+        """
+        mean, std = (self.args.get(name) for name in ("mean", "std"))
+        if self.args.get("arrays") or not _are(_is_finite, 1, 3, 4)(mean):
+            return None
+        fits = _are(_is_finite, len(mean))(std) and min(std) > 0
+        return (tuple(mean), tuple(std)) if fits else None
 
     @cached_property
     def encoder(self) -> str:
@@ -197,6 +210,7 @@ def weights_of(content: Mapping, path: str | Path) -> Weights:
     if isinstance(meta, Mapping):  # MMSegmentation's, of today and of before
         names = dict(_items(meta.get("dataset_meta"))).get("classes") or meta.get("CLASSES")
         info |= {"classes": names} if names else {}
+        info |= {"args": meta["args"]} if "args" in meta else {}
     return Weights(Path(path), _clean(state, path), _known_info(info), entry)
 
 
@@ -253,6 +267,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_finite(value: object) -> bool:
+    return _is_number(value) and math.isfinite(value)
+
+
 def _is_ratio(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < 2**31
 
@@ -263,7 +281,7 @@ def _is_text(value: object) -> bool:
 
 # Arguments of a run that people ask for first.
 RECIPE = ("epochs", "warmup_epochs", "effective_batch_size", "lr", "weight_decay", "mask_ratio")
-RECIPE += ("layer_decay", "drop_path", "seed")
+RECIPE += ("predict_share", "mimic_weight", "layer_decay", "drop_path", "seed")
 # What entries and arguments must be for anything to be concluded from them.
 _INFO = {"epoch": _is_count, "step": _is_count, "program": _is_text, "classes": _are(_is_text)}
 _INFO["best"] = lambda v: isinstance(v, Mapping) and _is_number(v.get("acc1"))
@@ -275,8 +293,10 @@ _ARGS = {
     **dict.fromkeys(("decoder_embed_dim", "decoder_depth", "mimic_dim"), _is_size),
     **dict.fromkeys(("embed_dim", "depth"), _are(_is_size, 3)),
     "mlp_ratio": _are(_is_ratio, 3),
+    "bands": _are(_is_size),
+    "nodata": _is_number,
     **dict.fromkeys(
-        ("multi_scale", "norm_pix_loss", "complementary"), lambda v: isinstance(v, bool)
+        ("multi_scale", "norm_pix_loss", "complementary", "arrays"), lambda v: isinstance(v, bool)
     ),
     "masking": lambda v: v in ("tube", "random"),
     **dict.fromkeys(("model", "teacher", "teacher_digest"), _is_text),
