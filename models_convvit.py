@@ -33,6 +33,7 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor
 
 from util.errors import UsageError
+from util.layers import depthwise_triton
 from util.layers.architecture import SIZES
 from util.layers.convolution import depthwise_conv, pointwise_conv, strided_conv
 from util.layers.depthwise import DenseGrid, VisibleGrid, Windows
@@ -306,6 +307,8 @@ class ConvViTEncoder(nn.Module):
         image = torch.arange(len(ids_keep), device=index.device).view(-1, 1, 1)
         index = (index + image * math.prod(grid)).flatten()
         canvas, windows = (len(ids_keep), *grid), None
+        if depthwise_triton.is_supported(index):
+            return VisibleGrid(index, canvas, token_map=depthwise_triton.token_map(index, canvas))
         if self.geometry.ndim == 3:
             cells = zip(self.geometry.mask_unit, grid, self.geometry.grid(3), strict=True)
             unit = [u * g // g3 for u, g, g3 in cells]

@@ -141,9 +141,12 @@ class Arm:
         build: from the arguments of `MaskedAutoencoderConvViT` to a masked autoencoder.
         changes: arguments that differ from the ConvMAE of this size.
         flags: of `main_pretrain.py` that differ.
+        depth: blocks of the three stages, if they differ.
         pretrained: whether it is pretrained at all.
-        finetuned: whether it is fine-tuned too, which costs the most.
+        main: measured as it trains and fine-tuned with every share of the labels, which costs the
+            most; the others are fine-tuned with one.
         equal_cost: pretrained for as many FLOPs as ConvMAE instead of as many epochs.
+        mimics: has the ConvViT of the arm `TEACHER`, trained with all labels, as its teacher.
     """
 
     name: str
@@ -152,9 +155,11 @@ class Arm:
     build: Callable[..., nn.Module] = MaskedAutoencoderConvViT
     changes: Mapping[str, object] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    depth: tuple[int, ...] | None = None
     pretrained: bool = True
-    finetuned: bool = False
+    main: bool = False
     equal_cost: bool = False
+    mimics: bool = False
 
     def factory(self, size: str) -> Callable[..., nn.Module]:
         """For a size of `SIZES`: the pretraining model from an encoder's arguments."""
@@ -164,21 +169,27 @@ class Arm:
 
 
 _PLAIN = dict(family="plain", build=plain_autoencoder)
+_FAST = ("--complementary",)
+# Whose fine-tuning with all labels gives the teacher of `mimic`.
+TEACHER = "random"
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("random", "ConvViT, random weights", pretrained=False, finetuned=True),
-        Arm("random_plain", "ViT, random weights", pretrained=False, finetuned=True, **_PLAIN),
-        Arm("mae", "plain MAE", finetuned=True, **_PLAIN),
-        Arm("mae_cost", "plain MAE, as many FLOPs", finetuned=True, equal_cost=True, **_PLAIN),
-        Arm("convmae", "ConvMAE", finetuned=True),
+        Arm("random", "ConvViT, random weights", pretrained=False, main=True),
+        Arm("random_plain", "ViT, random weights", pretrained=False, main=True, **_PLAIN),
+        Arm("mae", "plain MAE", main=True, **_PLAIN),
+        Arm("mae_cost", "plain MAE, as many FLOPs", main=True, equal_cost=True, **_PLAIN),
+        Arm("convmae", "ConvMAE", main=True),
+        Arm("fast", "FastConvMAE, as many epochs", flags=_FAST, main=True),
+        Arm("fast_cost", "FastConvMAE, as many FLOPs", flags=_FAST, main=True, equal_cost=True),
         Arm("leaky", "without masked convolution", build=LeakyMaskedAutoencoder),
-        Arm("stage1_masks", "masks drawn at stage 1", build=Stage1MaskedAutoencoder),
-        Arm("fast", "FastConvMAE, as many epochs", flags=("--complementary",)),
         Arm("single_scale", "without multi-scale decoder", changes=dict(multi_scale=False)),
+        Arm("stage1_masks", "masks drawn at stage 1", build=Stage1MaskedAutoencoder),
+        Arm("mimic", "MR-MCMAE, teacher trained with the labels", mimics=True),
         Arm("kernel3", "3×3 convolutions", changes=dict(kernel_size=3)),
         Arm("kernel7", "7×7 convolutions", changes=dict(kernel_size=7)),
+        Arm("shallow", "one block a convolution stage", depth=(1, 1, 4)),
         Arm("ratio50", "50 % removed", flags=("--mask_ratio", "0.5")),
         Arm("ratio90", "90 % removed", flags=("--mask_ratio", "0.9")),
         Arm("pixels", "plain pixels as target", flags=("--no_norm_pix_loss",)),
@@ -202,12 +213,16 @@ class Claim:
 
 CLAIMS = (
     Claim("convmae", "random", "pretraining helps"),
+    Claim("mae", "random_plain", "pretraining helps (MAE's finding)"),
     Claim("convmae", "mae", "better than a plain MAE (+1.4 of 83.6 % on ImageNet, base)"),
     Claim("convmae", "mae_cost", "better than a plain MAE, at equal computation"),
     Claim("convmae", "leaky", "masked convolution helps"),
     Claim("convmae", "stage1_masks", "block-wise masks cost less and are no worse"),
     Claim("fast", "convmae", "in as many epochs complementary masks are better"),
+    Claim("fast_cost", "convmae", "at equal computation complementary masks are no worse"),
+    Claim("mimic", "convmae", "a teacher's tokens to mimic help"),
     Claim("convmae", "single_scale", "the multi-scale decoder helps"),
+    Claim("convmae", "shallow", "two blocks in each convolution stage, as in the paper"),
     Claim("kernel7", "convmae", "larger kernels help a little"),
     Claim("convmae", "kernel3", "larger kernels help a little"),
     Claim("convmae", "ratio50", "75 % is the ratio to remove"),

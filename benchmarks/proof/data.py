@@ -133,6 +133,9 @@ def prepare(
     for name, share in {"all": 100.0, **{f"labels-{share:g}": share for share in shares}}.items():
         part = first(train, max(1, round(count(train) * share / 100)))
         link(part, roots["train"], folder / name / "train")
-        link(test, roots["val"], folder / name / "val")
         counts[name] = count(part)
+        if name == "all":
+            link(test, roots["val"], folder / name / "val")
+        elif not (val := folder / name / "val").exists():
+            val.symlink_to(Path("..") / "all/val")
     return counts

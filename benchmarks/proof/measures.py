@@ -1,8 +1,9 @@
 """Measures of an encoder: k-NN and logistic regression on frozen features, and fine-tuning."""
 
 import argparse
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from statistics import median
@@ -24,15 +25,16 @@ from benchmarks.proof.arms import Arm, plain_state
 from build_classifier import Trainee, build_criterion, build_finetuning, build_optimizer
 from engine_evaluate import evaluate
 from engine_finetune import train_one_epoch as finetune_one_epoch
-from engine_pretrain import build_run
+from engine_pretrain import build_run, build_teacher
 from engine_pretrain import train_one_epoch as pretrain_one_epoch
 from models_convvit import LAYER_NORM, ConvViT, convvit_from_weights
 from util.data.datasets import LabeledImages
 from util.data.loader import Loader
 from util.data.samplers import EvalSampler
-from util.data.transforms import eval_transform
+from util.data.transforms import channel_stats, eval_transform
 from util.layers.architecture import Architecture
 from util.run.labeled_data import build_data
+from util.run.program import Stopped
 from util.run.resume import find_resumable
 from util.run.run import Run
 from util.run.run_log import read_log
@@ -59,13 +61,16 @@ def pretrain(arm: Arm, args: argparse.Namespace, device: torch.device) -> None:
     from_there = find_pretraining_start(args, main_pretrain.PROGRAM, models, args.model)
     complete_run(args, device)
     loader = main_pretrain.build_data(args)
+    teacher = build_teacher(args, device)
     run = build_run(args, device, loader, models, main_pretrain.PROGRAM, from_there)
+    if teacher:
+        teacher.see_through(*channel_stats(args.in_chans), run.model.geometry.grid(3))
     run.describe(arm.what)
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     with closing(run.report.log):
         for epoch, start in run.epochs():
             began = clock()
-            values = pretrain_one_epoch(run, epoch, start, args.mask_ratio)
+            values = pretrain_one_epoch(run, epoch, start, args.mask_ratio, teacher=teacher)
             if not start:  # a whole epoch
                 values["seconds"] = clock() - began
             run.end_epoch(epoch, values)
@@ -155,48 +160,106 @@ def pooled(model: nn.Module, imgs: Tensor) -> tuple[Tensor, Tensor]:
     return means[-1], torch.cat(means, dim=1)
 
 
+def without_table(model: nn.Module) -> nn.Module:
+    """A copy of an encoder that knows no positions: its table is zero."""
+    bare = copy.deepcopy(model)
+    with torch.no_grad():
+        bare.pos_embed.zero_()
+    return bare
+
+
 @torch.no_grad()
 def features(
-    model: nn.Module, root: Path, args: argparse.Namespace, device: torch.device
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    models: Mapping[str, nn.Module], root: Path, args: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Frozen features of all pictures of a split, whole and unaugmented.
 
+    Args:
+        models: encoders by what is behind "last" and "scales" in the names of their features.
+        root: of the split.
+        args: completed arguments of the pretraining.
+        device: where.
+
     Returns:
-        last and scales of `pooled`, and the labels, `[N]`.
+        last and scales of `pooled` of each encoder, and the labels, `[N]`.
     """
     dataset = LabeledImages(root, eval_transform(args.input_size, args.in_chans))
-    model.eval().to(device)
-    parts = []
+    found, labels = {}, []
+    for model in models.values():
+        model.eval().to(device)
     loader = Loader(dataset, EvalSampler(len(dataset), EVAL_BATCH), args.num_workers)
-    for imgs, labels, *_ in loader.epoch(0):
-        last, scales = pooled(model, imgs.to(device))
-        parts.append((last.cpu(), scales.cpu(), labels))
-    return tuple(torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    for imgs, targets, *_ in loader.epoch(0):
+        labels.append(targets)
+        imgs = imgs.to(device)
+        for name, model in models.items():
+            for kind, means in zip(("last", "scales"), pooled(model, imgs), strict=True):
+                found.setdefault(kind + name, []).append(means.cpu())
+    parts = {name: torch.cat(means).numpy() for name, means in found.items()}
+    return parts, torch.cat(labels).numpy()
 
 
-def probe(model: nn.Module, data: Path, args: argparse.Namespace, device: torch.device) -> dict:
-    """Accuracy in percent of k-NN and logistic regression on frozen features, of each kind."""
-    train, test = (features(model, data / split, args, device) for split in ("train", "val"))
-    found = {}
-    for kind, place in (("last", 0), ("scales", 1)):
-        for name, judge in (
-            ("knn", KNeighborsClassifier(min(NEIGHBOURS, len(train[2])), metric="cosine")),
-            ("regression", LogisticRegression(max_iter=1000)),
-        ):
-            fitted = make_pipeline(StandardScaler(), judge).fit(train[place], train[2])
-            found[f"{name}_{kind}"] = 100 * fitted.score(test[place], test[2])
-    return found
+def knn(train: tuple[np.ndarray, np.ndarray], test: np.ndarray) -> np.ndarray:
+    """Classes of features `[n, C]` by their nearest neighbours among labelled ones: `[n]`."""
+    judge = KNeighborsClassifier(min(NEIGHBOURS, len(train[1])), metric="cosine")
+    return make_pipeline(StandardScaler(), judge).fit(*train).predict(test)
+
+
+def regression(train: tuple[np.ndarray, np.ndarray], test: np.ndarray) -> np.ndarray:
+    """Classes of features `[n, C]` by a logistic regression on labelled ones: `[n]`."""
+    judge = LogisticRegression(max_iter=1000)
+    return make_pipeline(StandardScaler(), judge).fit(*train).predict(test)
+
+
+def verdict_of(right: np.ndarray | Tensor) -> dict[str, object]:
+    """Accuracy in percent, and which pictures are right: a bit each, as hexadecimal digits.
+
+    Args:
+        right: `[n]`, bool.
+    """
+    right = np.asarray(right, dtype=bool)
+    accuracy, digits = 100 * right.mean().item(), np.packbits(right).tobytes().hex()
+    return {"accuracy": accuracy, "pictures": len(right), "right": digits}
+
+
+def probe(
+    model: nn.Module,
+    data: Path,
+    args: argparse.Namespace,
+    device: torch.device,
+    bare: bool = False,
+) -> dict[str, dict]:
+    """Accuracy of k-NN and logistic regression on frozen features, of each kind.
+
+    Args:
+        model: the encoder.
+        data: with `train/` and `val/`.
+        args: completed arguments of the pretraining.
+        device: where.
+        bare: without the position table, too.
+
+    Returns:
+        `verdict_of` by "<judge>_<kind>", such as "knn_scales" and "regression_last_bare".
+    """
+    models = {"": model} | ({"_bare": without_table(model)} if bare else {})
+    train, test = (features(models, data / split, args, device) for split in ("train", "val"))
+    return {
+        f"{judge.__name__}_{kind}": verdict_of(judge((known, train[1]), test[0][kind]) == test[1])
+        for kind, known in train[0].items()
+        for judge in (knn, regression)
+    }
 
 
 def curve(
     arm: Arm, folder: Path, data: Path, args: argparse.Namespace, device: torch.device
-) -> dict[str, dict]:
-    """`probe` of the checkpoints on the way, by the number of epochs done."""
+) -> dict[str, float]:
+    """Accuracy of k-NN on all scales of the checkpoints on the way, by the epochs done."""
+    paths = {int(p.stem.partition("-")[2]) + 1: p for p in folder.glob("checkpoint-*.pth")}
+    models = {f"_{n}": encoder(arm, path, args) for n, path in paths.items() if n < args.epochs}
+    train, test = (features(models, data / split, args, device) for split in ("train", "val"))
     found = {}
-    for path in folder.glob("checkpoint-*.pth"):
-        epochs = int(path.stem.partition("-")[2]) + 1
-        if epochs < args.epochs:
-            found[str(epochs)] = probe(encoder(arm, path, args), data, args, device)
+    for name in models:
+        right = knn((train[0]["scales" + name], train[1]), test[0]["scales" + name]) == test[1]
+        found[name[1:]] = 100 * right.mean().item()
     return found
 
 
@@ -217,7 +280,7 @@ def build_plain(
 
 def finetune(
     arm: Arm, checkpoint: Path | None, args: argparse.Namespace, device: torch.device
-) -> float:
+) -> dict[str, object]:
     """Fine-tune as `main_finetune.py` does, and judge once, at the end.
 
     Args:
@@ -227,7 +290,7 @@ def finetune(
         device: where.
 
     Returns:
-        Accuracy in percent.
+        `verdict_of` of the test pictures.
 
     Raises:
         Stopped: a signal came; the state is saved.
@@ -253,4 +316,9 @@ def finetune(
     with closing(run.report.log):
         for epoch, start in run.epochs():
             run.end_epoch(epoch, finetune_one_epoch(run, epoch, start, trainee))
-    return evaluate(model, val_loader, device, run.optim.dtype).acc1
+    evaluation = evaluate(
+        model, val_loader, device, run.optim.dtype, stopping=lambda: run.stop.received > 0
+    )
+    if evaluation is None:
+        raise Stopped(run.stopped_at("the evaluation"))
+    return verdict_of(evaluation.top1)

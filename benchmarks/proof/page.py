@@ -1,20 +1,22 @@
 """The page of a proof: tables with mean and spread, a figure, reconstructions."""
 
 import argparse
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 from torch import nn
 from torchvision.utils import save_image
 
 from benchmarks.proof.arms import ARMS, CLAIMS, Arm
+from benchmarks.proof.book import Book, Results
 from util.run.logger import markdown_table
 from util.run.pictures import load_samples, reconstruct, triples_grid
 
-# Results of an arm: for each seed what its jobs found, by the name of the job.
-Results = Mapping[str, Mapping[int, Mapping[str, Mapping]]]
 MEASURES = {
     "knn_last": "k-NN, last",
     "knn_scales": "k-NN, scales",
@@ -23,19 +25,25 @@ MEASURES = {
 }
 # A difference counts if it is so many standard errors from zero.
 ERRORS = 2
+# Arms of the four lines for a README.
+HEADLINE = ("random", "mae", "convmae", "fast_cost")
+# The reconstructions, in the output folder.
+PICTURE = "reconstruction.png"
 
 
-def value(jobs: Mapping[str, Mapping], measure: str) -> float | None:
-    """The result of an arm and seed, in percent: one of `MEASURES`, or a fine-tuning."""
-    if measure.startswith("finetune"):
-        return jobs.get(measure, {}).get("accuracy")
-    return jobs.get("probe", {}).get(measure)
+def verdicts(results: Results, arm: str, measure: str) -> dict[int, dict]:
+    """What `verdict_of` gave for each seed: one of `MEASURES`, or a fine-tuning."""
+    found = {}
+    for seed, jobs in results.get(arm, {}).items():
+        of = jobs if measure.startswith("finetune") else jobs.get("probe", {})
+        if measure in of:
+            found[seed] = of[measure]
+    return found
 
 
 def values(results: Results, arm: str, measure: str) -> dict[int, float]:
-    """The same of every seed that has it."""
-    found = {seed: value(jobs, measure) for seed, jobs in results.get(arm, {}).items()}
-    return {seed: number for seed, number in found.items() if number is not None}
+    """Accuracies in percent by seed."""
+    return {s: found["accuracy"] for s, found in verdicts(results, arm, measure).items()}
 
 
 def spread(numbers: Sequence[float], form: str = ".1f") -> str:
@@ -52,39 +60,68 @@ def measures_of(shares: Sequence[float]) -> dict[str, str]:
 
 
 def accuracy_table(results: Results, shares: Sequence[float]) -> str:
-    """Every arm's accuracies in percent, and the seconds of an epoch of its pretraining."""
+    """Every arm's accuracies in percent, and the costs of its pretraining."""
     measures = measures_of(shares)
-    rows = [["arm", "seeds", "epochs", *measures.values(), "s an epoch"]]
+    rows = [["arm", "seeds", "epochs", "MFLOP", *measures.values(), "s an epoch"]]
     for name, arm in ARMS.items():
         if name not in results:
             continue
         cells = [spread(list(values(results, name, m).values())) for m in measures]
         trained = [jobs["pretrain"] for jobs in results[name].values() if "pretrain" in jobs]
         epochs = str(trained[0]["epochs"]) if trained else "0"
+        cost = f"{trained[0]['mflops']:.0f}" if trained else "–"
         seconds = [job["seconds_an_epoch"] for job in trained if job["seconds_an_epoch"]]
         seeds = str(len(results[name]))
-        rows.append([arm.what, seeds, epochs, *cells, spread(seconds)])
+        rows.append([arm.what, seeds, epochs, cost, *cells, spread(seconds)])
+    return markdown_table(rows)
+
+
+def headline(results: Results, shares: Sequence[float]) -> str:
+    """The table in four lines, for a README: fine-tuning and features of the first arms."""
+    measures = measures_of(shares)
+    shown = [name for name in measures if name.startswith("finetune")] + ["regression_scales"]
+    rows = [["encoder", *(measures[name] for name in shown)]]
+    for name in HEADLINE:
+        if name in results:
+            cells = [spread(list(values(results, name, m).values())) for m in shown]
+            rows.append([ARMS[name].what, *cells])
     return markdown_table(rows)
 
 
 def difference(
-    results: Results, better: str, worse: str, measure: str, tests: int
+    results: Results, better: tuple[str, str], worse: tuple[str, str]
 ) -> tuple[float, float] | None:
     """The paired difference of two arms and its standard error, in percent points.
 
-    The error is the larger of two: that of the seeds (if there are several), and that of judging
-    by `tests` pictures as if they were others for each arm. None if there is no seed of both.
+    Two errors are added as independent ones are: that of the pictures, each judged by both arms
+    and by all seeds, and that of the seeds, if there are several.
+
+    Args:
+        results: of all arms.
+        better: name of an arm, and measure.
+        worse: likewise.
+
+    Returns:
+        None if there is no seed of both.
     """
-    a, b = values(results, better, measure), values(results, worse, measure)
-    pairs = [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
-    if not pairs:
+    a, b = verdicts(results, *better), verdicts(results, *worse)
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
         return None
-    differences = [x - y for x, y in pairs]
-    variances = (p / 100 * (1 - p / 100) / tests for p in map(mean, zip(*pairs, strict=True)))
-    error = 100 * sum(variances) ** 0.5
-    if len(pairs) > 1:
-        error = max(error, stdev(differences) / len(pairs) ** 0.5)
-    return mean(differences), error
+    # [seeds, pictures]: 1 where the better arm alone is right, -1 where the worse one alone is.
+    pairs = np.stack([bits(a[seed]) - bits(b[seed]) for seed in seeds])
+    error = pairs.mean(axis=0).std() / math.sqrt(pairs.shape[1])
+    if len(seeds) > 1:
+        of_seeds = pairs.mean(axis=1).std(ddof=1) / math.sqrt(len(seeds))
+        error = math.hypot(error, of_seeds)
+    change = mean(a[seed]["accuracy"] - b[seed]["accuracy"] for seed in seeds)
+    return change, 100 * float(error)
+
+
+def bits(verdict: Mapping[str, object]) -> np.ndarray:
+    """The pictures of a `verdict_of` that are right as 1, the others as 0: `[n]`, int8."""
+    packed = np.frombuffer(bytes.fromhex(verdict["right"]), np.uint8)
+    return np.unpackbits(packed, count=verdict["pictures"]).astype(np.int8)
 
 
 def verdict(change: float, error: float) -> str:
@@ -94,14 +131,15 @@ def verdict(change: float, error: float) -> str:
     return "**as the paper**" if change > 0 else "**the other way**"
 
 
-def claims_table(results: Results, shares: Sequence[float], tests: int) -> str:
+def claims_table(results: Results, shares: Sequence[float]) -> str:
     """Each claim of the paper beside what was found: points of difference ± standard error."""
     measures = {
         name: head for name, head in measures_of(shares).items() if not name.startswith("knn")
     }
     rows = [["comparison", "the paper", *measures.values()]]
     for claim in CLAIMS:
-        found = [difference(results, claim.better, claim.worse, m, tests) for m in measures]
+        pairs = [((claim.better, m), (claim.worse, m)) for m in measures]
+        found = [difference(results, *pair) for pair in pairs]
         if any(found):
             cells = [f"{d[0]:+.1f} ± {d[1]:.1f}: {verdict(*d)}" if d else "–" for d in found]
             pair = f"{ARMS[claim.better].what} − {ARMS[claim.worse].what}"
@@ -114,8 +152,8 @@ def curve_of(jobs: Mapping[str, Mapping]) -> dict[int, float]:
     if "pretrain" not in jobs or "probe" not in jobs:
         return {}
     points = jobs.get("curve", {}).get("points", {})
-    found = {int(epochs): point["knn_scales"] for epochs, point in points.items()}
-    return found | {jobs["pretrain"]["epochs"]: jobs["probe"]["knn_scales"]}
+    found = {int(epochs): accuracy for epochs, accuracy in points.items()}
+    return found | {jobs["pretrain"]["epochs"]: jobs["probe"]["knn_scales"]["accuracy"]}
 
 
 def draw_figure(results: Results, shares: Sequence[float], path: Path) -> None:
@@ -125,8 +163,9 @@ def draw_figure(results: Results, shares: Sequence[float], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (bars, lines) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     names = [name for name in ARMS if values(results, name, "regression_scales")]
+    size = (11, max(4.5, 0.4 * len(names)))
+    figure, (bars, lines) = plt.subplots(1, 2, figsize=size, layout="constrained")
     shown = {"regression_scales": "logistic regression, all scales"}
     if shares:
         shown |= {f"finetune-{s:g}": f"fine-tuned with {s:g} % of the labels" for s in shares}
@@ -146,8 +185,8 @@ def draw_figure(results: Results, shares: Sequence[float], path: Path) -> None:
     bars.set_xlabel("accuracy on pictures never seen, %")
     figure.legend(loc="outside upper left", ncols=2, fontsize="small")
     for name in names:
-        curves = [curve_of(jobs) for jobs in results[name].values()]
-        epochs = sorted(set.intersection(*map(set, curves)))
+        curves = [curve for jobs in results[name].values() if (curve := curve_of(jobs))]
+        epochs = sorted(set.intersection(*map(set, curves))) if curves else []
         if epochs:
             means = [mean(curve[epoch] for curve in curves) for epoch in epochs]
             lines.plot(epochs, means, marker="o", label=ARMS[name].what)
@@ -189,72 +228,94 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
-def write_page(
-    page: Path,
-    results: Results,
-    settings: Mapping[str, object],
-    environment: Mapping[str, str],
-    draw: Callable[[Path], str] | None,
-) -> None:
+def position_table(results: Results) -> str:
+    """A sentence on features of the last block without the position table; "" if not measured."""
+    measure, parts = "regression_last", []
+    for name, arm in ARMS.items():
+        if found := difference(results, (name, f"{measure}_bare"), (name, measure)):
+            bare, whole = (values(results, name, m) for m in (f"{measure}_bare", measure))
+            parts.append(
+                f"{arm.what} {mean(bare.values()):.1f} % instead of {mean(whole.values()):.1f} % "
+                f"({found[0]:+.1f} ± {found[1]:.1f})"
+            )
+    if not parts:
+        return ""
+    return (
+        f"Without the position table, set to zero after pretraining, the regression on the last "
+        f"block is right in: {'; '.join(parts)}."
+    )
+
+
+def write_page(page: Path, book: Book) -> None:
     """Write the page and, beside it, its pictures.
 
     Args:
         page: the Markdown file.
-        results: of all arms so far.
-        settings: of the experiment, see `settings_of` of the program.
-        environment: hardware, versions and command.
-        draw: writes the reconstructions to a path and returns their caption; None without any.
+        book: the results so far; the reconstructions lie beside them.
     """
     page.parent.mkdir(parents=True, exist_ok=True)
-    shares, counts = settings["shares"], settings["counts"]
+    results, settings, setting = book.found, book.settings, book.setting
+    shares, counts = [float(share) for share in settings["finetunings"]], setting["counts"]
     figure = page.with_name("proof.png")
     draw_figure(results, shares, figure)
-    arms = [jobs for seeds in results.values() for jobs in seeds.values()]
-    seconds = sum(job["seconds"] for jobs in arms for job in jobs.values())
     labels = ", ".join(f"{share:g} % = {counts[f'labels-{share:g}']}" for share in shares)
     judged = "training pictures held out" if settings["tune"] else "test pictures"
+    several = f", {setting['jobs']} jobs at a time" if setting["jobs"] > 1 else ""
+    beside = " with the other jobs beside" if several else ""
+    depth = " ".join(map(str, setting["depth"]))
     lines = [
         "# The paper's claims, replayed small",
         "",
         "Written by the command below; a longer run replaces it.",
         "",
-        f"Pretrained on {counts['all']} pictures of {settings['classes']} classes, without their "
-        f"labels, {settings['epochs']} epochs, {settings['size']} pixels, model "
-        f"{settings['model']} (ConvViT blocks and decoder of that size, strides "
-        f"{settings['strides']}); judged by {counts['test']} {judged}. That is little: ImageNet "
-        f"has 1.28 million pictures, the paper's runs 400 to 1600 epochs, and its base model 100 "
-        f"times the parameters of tiny. The numbers say what happens at this size, no more.",
+        f"Pretrained on {counts['all']} pictures of {setting['classes']} classes, without their "
+        f"labels, {settings['epochs']} epochs, {setting['size']} pixels, model "
+        f"{settings['model']} (ConvViT blocks and decoder of that size, {depth} blocks in the "
+        f"stages, strides {setting['strides']}); judged by {counts['test']} {judged}. That is "
+        f"little: ImageNet has 1.28 million pictures, the paper's runs 400 to 1600 epochs, and its "
+        f"base model 100 times the parameters of tiny. The numbers say what happens at this size, "
+        f"no more.",
         "",
         "Frozen features are means over the tokens, normalised token by token, then standardised: "
         "of the last block, or of all scales concatenated (the three stages; of a plain ViT the "
         "first, middle and last block). k-NN: 20 neighbours, cosine; regression: scikit-learn's "
         f"logistic regression, C = 1. Fine-tuning with {labels or 'no'} labelled pictures, the "
-        "accuracy of the last epoch. ± is the standard deviation over seeds. Seconds are the "
-        "processor's, which other work changes least (on a GPU the clock's); the arms without "
-        "masked convolution and with masks of stage 1 compute everything, masked or not.",
+        f"accuracy of the last epoch. Peak learning rates {settings['lr']:g} and, in fine-tuning, "
+        f"{settings['finetune_lr']:g} at batches of {settings['batch_size']}, the same for all "
+        f"arms; layer decay 0.8, for random weights none. ± is the standard deviation over seeds. "
+        f"MFLOP are those of a picture in pretraining, forward and backward; seconds are on a CPU "
+        f"the processor's, on a GPU the clock's{beside}. The arms without masked convolution and "
+        f"with masks of stage 1 compute everything, masked or not. The teacher of MR-MCMAE is the "
+        f"ConvViT trained from random weights with all labels, so that arm has seen them.",
         "",
         accuracy_table(results, shares),
         "",
+        position_table(results),
+        "",
         "## Beside the paper",
         "",
-        "Points of difference, paired by seed, ± standard error: the larger of that over seeds "
-        f"and that of judging by {counts['test']} pictures. Within {ERRORS} errors of zero it "
-        "reads no difference.",
+        "Points of difference, paired by seed and picture, ± standard error: that of the pictures "
+        "and that of the seeds, which are few, together. Within "
+        f"{ERRORS} errors of zero it reads no difference.",
         "",
-        claims_table(results, shares, counts["test"]),
+        claims_table(results, shares),
         "",
         f"![Accuracies, and accuracy against epochs]({figure.name})",
         "",
     ]
-    if draw:
+    arms = [jobs for seeds in results.values() for jobs in seeds.values()]
+    drawn = [jobs["picture"] for jobs in arms if "picture" in jobs]
+    source = book.path.with_name(PICTURE)
+    if drawn and source.exists():
         picture = page.with_name("proof_reconstruction.png")
-        caption = draw(picture)
-        lines += [f"![Reconstructions]({picture.name})", "", f"*{caption}*", ""]
+        shutil.copyfile(source, picture)
+        lines += [f"![Reconstructions]({picture.name})", "", f"*{drawn[0]['caption']}*", ""]
+    environment = setting["environment"]
     lines += [
         "## How it was run",
         "",
         *(f"- {name}: {text}" for name, text in environment.items() if name != "command"),
-        f"- time: {duration(seconds)} for all of it, of a machine that may have done other work",
+        f"- time: {duration(book.seconds)}{several}, on a machine that may have done other work",
         "",
         "```",
         environment["command"],

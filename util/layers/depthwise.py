@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from util.layers import depthwise_triton
 from util.layers.geometry import channels_first, channels_last, coordinates
 
 
@@ -299,11 +300,13 @@ class VisibleGrid(NamedTuple):
         index: `[N * B * U]`, rows of the flattened canvas, in the order of the tokens.
         canvas: `(N, *grid)`.
         windows: of a clip, what lies around its mask units.
+        token_map: on a GPU, the token at each place; see `depthwise_triton.token_map`.
     """
 
     index: Tensor
     canvas: tuple[int, ...]
     windows: Windows | None = None
+    token_map: Tensor | None = None
 
     def depthwise(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve tokens `[N, B, U, C]` on their grid, with zeros where nothing is visible.
@@ -314,7 +317,9 @@ class VisibleGrid(NamedTuple):
             bias: `[C]`, or None.
         """
         weight, bias, tokens = weight.to(x.dtype), _cast(bias, x), x.flatten(0, 2)
-        if self.windows is None:
+        if self.token_map is not None:
+            out = depthwise_triton.depthwise(tokens, weight, bias, self.index, self.token_map)
+        elif self.windows is None:
             out = _call(_VisibleDepthwiseConv, tokens, weight, bias, self.index, self.canvas)
         else:
             out = _call(_WindowsDepthwise, tokens, weight, bias, *self.windows)

@@ -1,45 +1,88 @@
+import numpy as np
 import pytest
 
+from benchmarks.proof.measures import verdict_of
 from benchmarks.proof.page import (
     accuracy_table,
+    bits,
     claims_table,
     difference,
+    headline,
+    position_table,
     verdict,
 )
 
 
-def results(**accuracies):
-    """Of each arm the accuracies of its seeds, by one measure."""
+def results(measure="regression_last", **pictures):
+    """Of each arm what its seeds judge right, 0 or 1 for each picture, by one measure."""
     return {
         arm: {
             seed: {
-                "pretrain": {"epochs": 5, "seconds_an_epoch": 2.0},
-                "probe": {"regression_last": accuracy},
+                "pretrain": {"epochs": 5, "seconds_an_epoch": 2.0, "mflops": 140.2},
+                "probe": {measure: verdict_of(np.array(right))},
             }
-            for seed, accuracy in enumerate(seeds)
+            for seed, right in enumerate(seeds)
         }
-        for arm, seeds in accuracies.items()
+        for arm, seeds in pictures.items()
     }
 
 
+def change(found):
+    """The difference of ConvMAE and the plain MAE, and its error."""
+    return difference(found, ("convmae", "regression_last"), ("mae", "regression_last"))
+
+
+def first(right, pictures=100):
+    """Of so many pictures the first ones are right."""
+    return [1] * right + [0] * (pictures - right)
+
+
 def test_accuracies_stand_with_mean_and_standard_deviation():
-    row = accuracy_table(results(convmae=[50.0, 52.0, 54.0]), []).splitlines()[2]
+    found = results(convmae=[first(50), first(52), first(54)])
+    row = accuracy_table(found, []).splitlines()[2]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        *("ConvMAE", "3", "5", "–", "–", "52.0 ± 2.0", "–", "2.0 ± 0.0")
+        *("ConvMAE", "3", "5", "140", "–", "–", "52.0 ± 2.0", "–", "2.0 ± 0.0")
     ]
 
 
-def test_a_difference_is_paired_by_seed():
-    found = results(convmae=[50.0, 60.0, 70.0], mae=[49.0, 58.0, 67.0, 1.0])
-    change, error = difference(found, "convmae", "mae", "regression_last", tests=10**9)
-    assert change == pytest.approx(2)
-    assert error == pytest.approx(1 / 3**0.5)
+def test_a_difference_is_paired_by_seed_and_picture():
+    # In each seed the plain MAE is right where ConvMAE is, but for one picture of a hundred.
+    found = results(convmae=[first(50), first(60)], mae=[first(49), first(59), first(99)])
+    value, error = change(found)
+    assert value == pytest.approx(1)
+    # Two pictures of a hundred differ in half of the seeds each.
+    assert error == pytest.approx(100 * (0.005 - 0.01**2) ** 0.5 / 10)
 
 
-def test_the_error_of_one_seed_is_that_of_the_test_pictures():
-    found = results(convmae=[50.0], mae=[50.0])
-    error = difference(found, "convmae", "mae", "regression_last", tests=5000)[1]
-    assert error == pytest.approx(1.0)
+def test_what_differs_between_seeds_adds_to_the_error():
+    alike = results(convmae=[first(52), first(52)], mae=[first(50), first(50)])
+    other = results(convmae=[first(50), first(54)], mae=[first(50), first(50)])
+    assert change(alike)[0] == change(other)[0] == pytest.approx(2)
+    assert change(other)[1] > 2 > change(alike)[1]
+
+
+def test_pictures_that_both_judge_alike_are_no_doubt():
+    assert change(results(convmae=[first(50)], mae=[first(50)])) == (0, 0)
+
+
+def test_bits_of_a_number_that_fills_no_byte_come_back():
+    right = [True, False, True]
+    assert bits(verdict_of(right)).tolist() == right
+
+
+def test_the_headline_has_a_line_for_each_of_its_arms_that_is_there():
+    found = results("regression_scales", convmae=[first(50)], random=[first(30)], leaky=[first(1)])
+    lines = headline(found, [10]).splitlines()[2:]
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] == [
+        ["ConvViT, random weights", "–", "30.0"],
+        ["ConvMAE", "–", "50.0"],
+    ]
+
+
+def test_features_without_the_position_table_stand_in_a_sentence():
+    found = results(convmae=[first(50)])
+    found["convmae"][0]["probe"]["regression_last_bare"] = verdict_of(first(55))
+    assert "ConvMAE 55.0 % instead of 50.0 % (+5.0 ± 2.2)" in position_table(found)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +94,6 @@ def test_a_difference_counts_beyond_two_errors(change, words):
 
 
 def test_only_what_has_both_arms_is_compared():
-    table = claims_table(results(convmae=[50.0], random=[30.0]), [], tests=1000)
+    table = claims_table(results(convmae=[first(50)], random=[first(30)]), [])
     assert len(table.splitlines()) == 3
-    assert "+20.0 ± 2.1: **as the paper**" in table
+    assert "+20.0 ± 4.0: **as the paper**" in table

@@ -1,11 +1,17 @@
 import json
 import re
+import shutil
+import signal
+import time
 
 import pytest
+import torch
 
-from benchmarks.proof import __main__ as program
-from benchmarks.proof.__main__ import epochs_of, main, parse_args, shown
+from benchmarks.proof import jobs
+from benchmarks.proof.__main__ import main, parse_args, shown
 from benchmarks.proof.arms import ARMS
+from benchmarks.proof.book import Book
+from benchmarks.proof.jobs import all_jobs, epochs_of, flops_of
 from tests.pictures import write_pictures
 from util.errors import UsageError
 
@@ -24,52 +30,117 @@ def data(tmp_path_factory):
 
 def command(data, output, *more):
     return [
-        *("--data_path", data, "--output_dir", output, "--arms", "mae", "convmae"),
+        *("--data_path", data, "--output_dir", output, "--arms", "random", "convmae", "mimic"),
         *("--epochs", 4, "--seeds", 1, "--input_size", 16, "--num_workers", 0, "--device", "cpu"),
-        *("--shares", 50, "--finetune_epochs", 2, "--curve_points", 2, *more),
+        *("--shares", 10, 100, "--finetune_epochs", 2, 1, "--curve_points", 2, *more),
     ]
-
-
-def found(output):
-    """The findings of all jobs, without what depends on the machine."""
-    texts = [path.read_text() for path in sorted(output.glob("runs/*/results.json"))]
-    return [json.loads(re.sub(r'"seconds\w*": [^,\n]*,?', "", text)) for text in texts]
-
-
-def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(launcher, data, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert launcher.run(*command(data, whole), program=PROGRAM).code == 0
-    process = launcher.start(*command(data, killed), program=PROGRAM)
-    process.wait_for("[5/8] ConvMAE, seed 0: pretrain")
-    process.wait_for("Epoch 2/4", timeout=60)
-    process.signal(9)
-    process.wait()
-    assert len(found(killed)) == 1
-    done = launcher.run(*command(data, killed), program=PROGRAM)
-    assert done.code == 0, done.err
-    assert "[5/8] ConvMAE, seed 0: pretrain; about 1 min left" in done.out
-    assert found(killed) == found(whole)
-    assert [sorted(jobs) for jobs in found(whole)] == 2 * [
-        ["curve", "finetune-50", "pretrain", "probe"]
-    ]
-    pages = [(folder / "PROOF.md").read_text() for folder in (killed, whole)]
-    tables = [re.search(r"\| comparison.*?\n\n", page, re.DOTALL).group() for page in pages]
-    assert tables[0] == tables[1]
-    for name in ("proof.png", "proof_reconstruction.png"):
-        assert (whole / name).stat().st_size > 1000
-        assert f"({name})" in pages[1]
 
 
 def run(data, output, *more):
     main(parse_args([str(word) for word in command(data, output, *more)]))
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The output of an experiment that nothing stopped."""
+    output = tmp_path_factory.mktemp("whole")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(data, output)
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return output
+
+
+def found(output):
+    """The findings of all jobs, without what depends on the machine."""
+    text = (output / "results.json").read_text()
+    return json.loads(re.sub(r'"seconds\w*": [^,\n]*,?', "", text))["results"]
+
+
+def wait_until(happened, seconds=1200):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def tables(output):
+    """The tables of a page that do not depend on the machine."""
+    return re.search(r"## Beside the paper.*?\n\n!", (output / "PROOF.md").read_text(), re.DOTALL)[
+        0
+    ]
+
+
+def test_every_job_of_an_arm_is_done_and_stands_on_the_page(whole):
+    names = ["curve", "finetune-10", "finetune-100", "pretrain", "probe"]
+    assert {arm: sorted(seeds["0"]) for arm, seeds in found(whole).items()} == {
+        "random": [name for name in names if name not in ("curve", "pretrain")],
+        "convmae": sorted([*names, "picture"]),
+        "mimic": ["finetune-10", "pretrain", "probe"],
+    }
+    page = (whole / "PROOF.md").read_text()
+    assert "Without the position table" in page
+    for name in ("proof.png", "proof_reconstruction.png"):
+        assert (whole / name).stat().st_size > 1000
+        assert f"({name})" in page
+
+
+def test_stopped_among_several_jobs_it_goes_on_to_the_same_numbers(launcher, data, whole, tmp_path):
+    beside = ("--jobs", 2, "--arms", "convmae", "random", "mimic")
+    process = launcher.start(*command(data, tmp_path, *beside), program=PROGRAM)
+    process.wait_for("ConvMAE, seed 0: pretrain")
+    log = tmp_path / "runs/convmae-0/pretrain/log.txt"
+    wait_until(lambda: log.exists() and log.read_text())
+    process.signal(signal.SIGTERM)
+    assert process.wait().code == 0
+    assert "pretrain" not in found(tmp_path).get("convmae", {}).get("0", {})
+    assert launcher.run(*command(data, tmp_path), program=PROGRAM).code == 0
+    assert found(tmp_path) == found(whole)
+
+
+def test_the_page_is_made_from_the_results_and_the_picture_alone(whole, tmp_path):
+    for name in ("results.json", "reconstruction.png"):
+        shutil.copy(whole / name, tmp_path)
+    main(parse_args(["--publish", "--output_dir", str(tmp_path)]))
+    assert tables(tmp_path) == tables(whole)
+    assert (tmp_path / "proof_reconstruction.png").exists()
+
+
+def test_publishing_what_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match="holds no results"):
+        main(parse_args(["--publish", "--output_dir", str(tmp_path)]))
+
+
 def test_a_plain_mae_of_a_third_of_the_flops_gets_three_times_the_epochs(monkeypatch, data):
-    flops = iter([3.0, 1.0])
-    monkeypatch.setattr(program, "count_flops", lambda loss: next(flops))
+    flops = {"convmae": 3, "mae_cost": 1}
+    monkeypatch.setattr(jobs, "flops_of", lambda args, arm: flops[arm.name])
     args = parse_args([str(word) for word in command(data, "out")])
-    assert epochs_of(args, ARMS["mae_cost"]) == 12
-    assert epochs_of(args, ARMS["mae"]) == 4
+    assert epochs_of(args, ARMS["mae_cost"]) == 3 * args.epochs
+    assert epochs_of(args, ARMS["mae"]) == args.epochs
+
+
+def test_complementary_masks_cost_the_flops_of_as_many_pictures(data):
+    args = parse_args([str(word) for word in command(data, "out")])
+    fast, one = (flops_of(args, ARMS[name]) for name in ("fast_cost", "convmae"))
+    assert fast == pytest.approx(4 * one, rel=0.02)
+
+
+def test_the_main_arms_come_first_with_all_their_seeds(data, tmp_path):
+    more = ("--arms", "leaky", "convmae", "--seeds", 2)
+    args = parse_args([str(word) for word in command(data, tmp_path, *more)])
+    args.counts = {"all": 60, "test": 10, "labels-10": 6, "labels-100": 60}
+    order = [(job.arm.name, job.seed) for job in all_jobs(args, torch.device("cpu"))]
+    assert list(dict.fromkeys(order)) == [
+        *(("convmae", 0), ("convmae", 1), ("leaky", 0), ("leaky", 1))
+    ]
+
+
+def test_a_student_without_its_teacher_is_one_line(data, tmp_path):
+    with pytest.raises(UsageError, match="--arms mimic needs random"):
+        run(data, tmp_path, "--arms", "mimic")
 
 
 def test_the_page_shows_no_folders_of_the_machine():
@@ -79,21 +150,22 @@ def test_the_page_shows_no_folders_of_the_machine():
 
 
 def test_a_folder_of_another_experiment_is_refused(data, tmp_path):
-    (tmp_path / "settings.json").write_text('{"data_path": "elsewhere"}')
+    book = Book(tmp_path)
+    book.begin({"data_path": "elsewhere"}, {})
     with pytest.raises(UsageError, match="an experiment with other settings"):
         run(data, tmp_path)
 
 
 def test_sizes_that_do_not_fit_are_one_line(data, tmp_path):
     with pytest.raises(UsageError, match="--input_size, --patch_size: img_size 17x17"):
-        run(data, tmp_path, "--input_size", 17)
+        run(data, tmp_path, "--input_size", 17, "--arms", "fast_cost")
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--shares", 1, 10], "--finetune_epochs: 1 numbers for 2 --shares"),
-        (["--shares", 101], "--shares are percent"),
+        (["--shares", 1], "--finetune_epochs: 2 numbers for 1 --shares"),
+        (["--shares", 1, 101], "--shares are percent"),
         (["--arms", "mea"], "did you mean mae?"),
     ],
 )
