@@ -13,7 +13,7 @@ from util.atomic import write_atomically
 from util.data.transforms import Stats
 from util.errors import UsageError
 from util.run.normalization import agreed_stats, saved_stats
-from util.run.resume import random_state, set_random_state
+from util.run.resume import last_counts, random_state, set_random_state
 from util.run.states import compare_moments, compare_state
 from util.weights.checkpoint import load_file, save_atomically
 from util.weights.load import Report, load_weights
@@ -87,9 +87,8 @@ class Checkpointer(DetectionCheckpointer):
         """Go on from a checkpoint.
 
         Args:
-            which: "none", "auto" (the last of the folder, if there is one), or a file. A file of
-                another folder counts only until this one has a checkpoint of its own, so that the
-                same command can be repeated.
+            which: "none", "auto" (the last of the folder, if there is one), or a file, see
+                `last_counts`.
 
         Returns:
             The iterations that are done.
@@ -146,13 +145,9 @@ class Checkpointer(DetectionCheckpointer):
         """The file to go on from, see `resume`."""
         if which == "none":
             return None
-        here, last = self.has_checkpoint(), Path(self.save_dir)
-        if which == "auto":
-            return self._last_checkpoint() if here else None
-        if here and Path(which).absolute().parent != last.absolute():
-            self.logger.info("Not from --resume %s, which the run began with", which)
+        if last_counts(which, self.save_dir, self.has_checkpoint()):
             return self._last_checkpoint()
-        return Path(which)
+        return None if which == "auto" else Path(which)
 
     def _last_checkpoint(self) -> Path:
         """The file that the folder's `last_checkpoint` names."""

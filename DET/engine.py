@@ -261,7 +261,8 @@ def register_hooks(
         default_writers(options.output_dir, schedule.iterations), options.log_period
     )
     everywhere = [
-        hooks.IterationTimer(),
+        # Times all iterations: the writers divide by zero where a run stops that has no time yet.
+        hooks.IterationTimer(warmup_iter=0),
         hooks.LRScheduler(scheduler=build(cfg.lr_multiplier, "lr_multiplier")),
     ]
     trainer.register_hooks(

@@ -20,6 +20,7 @@ from util.errors import UsageError
 from util.run.distributed import print_once, world_size
 from util.run.parser import Parser, complete_resume, positive_int
 from util.run.program import run_main
+from util.run.resume import last_counts
 from util.run.setup import hold_output
 from util.weights.checkpoint import load_file
 from util.weights.read import read_weights, weights_of
@@ -154,9 +155,7 @@ def begin_from(config: Config, pretrained: str | None, resume: str) -> int:
     Args:
         config: changed in place.
         pretrained: `--pretrained`.
-        resume: `--resume`: "none", "auto" or a file. A file of another folder than the run's
-            counts only until that has a checkpoint of its own, so that the same command can be
-            repeated.
+        resume: `--resume`: "none", "auto" or a file, see `last_counts`.
 
     Returns:
         The iterations that are done.
@@ -165,11 +164,8 @@ def begin_from(config: Config, pretrained: str | None, resume: str) -> int:
         UsageError: a checkpoint that is not there, or of another run.
     """
     last = None if resume == "none" else options.last_checkpoint(config.work_dir)
-    if resume not in ("none", "auto"):
-        here = Path(resume).absolute().parent == Path(config.work_dir).absolute()
-        if last and not here:
-            print_once(f"not from --resume {resume}, which the run began with")
-        last = Path(resume) if here or not last else last
+    if resume not in ("none", "auto") and not last_counts(resume, config.work_dir, bool(last)):
+        last = Path(resume)
     backbone = config.model.backbone
     if last:
         content = load_file(last)

@@ -1,6 +1,5 @@
 """Clips of videos as data sets: random ones to train on, several views of each to test on."""
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ from torch import Tensor
 from util.data.classes import NO_LABEL
 from util.data.datasets import FileDataset
 from util.data.images import MAX_PIXELS
+from util.data.paths import Paths
 from VideoConvMAE.decode import Video, open_video
 from VideoConvMAE.lists import VideoList, class_numbers
 from VideoConvMAE.sampling import eval_clips, training_clip
@@ -45,8 +45,7 @@ class Clips(FileDataset):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.root = videos.source
-        # One array, because workers would copy a list bit by bit as they touch its strings.
-        self._paths = np.array([os.fsencode(path) for path in videos.paths])
+        self._paths = Paths(videos.paths)
         self.transform = transform
         self.length, self.sampling, self.stride = length, sampling, stride
         self.in_chans, self.short_side, self.max_pixels = in_chans, short_side, max_pixels
@@ -56,7 +55,7 @@ class Clips(FileDataset):
 
     def path(self, index: int) -> str:
         """The file or folder of a video."""
-        return os.fsdecode(self._paths[index])
+        return self._paths[index]
 
     def open(self, index: int) -> Video:
         """A video, to read frames of."""

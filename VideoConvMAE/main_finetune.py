@@ -139,7 +139,13 @@ def videos_to_test(args: argparse.Namespace, weights: Weights) -> VideoList:
 
 
 def views_loader(
-    args: argparse.Namespace, videos: VideoList, classes: Sequence[str], clips: int, crops: int
+    args: argparse.Namespace,
+    videos: VideoList,
+    classes: Sequence[str],
+    clips: int,
+    crops: int,
+    *,
+    tell: bool = True,
 ) -> Loader:
     """All views of every video once; as many views at a time as training has clips."""
     transform = views_transform(tuple(args.input_size), crops, given_stats(args))
@@ -147,23 +153,25 @@ def views_loader(
     dataset = Views(
         videos, classes, transform, clips=clips, unlabeled=unlabeled, **complete_protocol(args)
     )
-    return eval_loader(args, dataset, max(1, args.batch_size // (clips * crops)))
+    return eval_loader(args, dataset, max(1, args.batch_size // (clips * crops)), tell=tell)
 
 
-def load_test(args: argparse.Namespace, weights: Weights) -> Loader:
+def load_test(args: argparse.Namespace, weights: Weights, *, tell: bool = True) -> Loader:
     """All views by which a trained model is tested, as the run that trained it says.
 
-    The classes are the model's own if it names them.
+    The classes are the model's own if it names them. A run that tests itself has said what there
+    is to `tell` of the videos.
     """
     complete_stats(args, weights)
     complete_protocol(args, weights.args)
     videos = videos_to_test(args, weights)
-    tell(videos)
+    if tell:
+        tell_notes(videos)
     classes = weights.classes or videos.classes
-    return views_loader(args, videos, classes, args.test_clips, args.test_crops)
+    return views_loader(args, videos, classes, args.test_clips, args.test_crops, tell=tell)
 
 
-def tell(videos: VideoList) -> None:
+def tell_notes(videos: VideoList) -> None:
     """Print what was left out of a list or a folder."""
     for note in videos.notes:
         print_once(note)
@@ -177,7 +185,7 @@ def build_data(args: argparse.Namespace) -> tuple[Loader, Loader]:
         train, val = videos_to_train_on(args), videos_to_validate_on(args)
         classes = train.classes
     for videos in (train, val):
-        tell(videos)
+        tell_notes(videos)
     transform = finetune_transform(
         tuple(args.input_size),
         args.in_chans,
@@ -232,9 +240,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     )
 
 
-def test(args: argparse.Namespace, device: torch.device) -> Evaluation:
-    """Test a checkpoint on all views, and say which these were."""
-    evaluation = evaluate_checkpoint(args, device, load_test, mean_over_views)
+def test(args: argparse.Namespace, device: torch.device, *, tell: bool = True) -> Evaluation:
+    """Test a checkpoint on all views, and say which these were; `tell` also of the videos."""
+    load = partial(load_test, tell=tell)
+    evaluation = evaluate_checkpoint(args, device, load, mean_over_views)
     stride = f", stride {args.stride}" if args.sampling == "dense" else ""
     size = "x".join(map(str, args.input_size))
     print_once(
@@ -258,7 +267,7 @@ def test_of_run(
     """
     print_once(f"Test of the {which} epoch's weights, {name}:")
     start = dict(eval=True, resume=str(args.output_dir / name), finetune=None, model=None)
-    return test(argparse.Namespace(**{**vars(args), **start, **changed}), device)
+    return test(argparse.Namespace(**{**vars(args), **start, **changed}), device, tell=False)
 
 
 if __name__ == "__main__":

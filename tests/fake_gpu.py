@@ -119,10 +119,11 @@ class FakeRun(Run):
         optimizer: of its parameters.
         batch: what the loader gives each time, on the host.
         dtype: autocast type.
+        losses: names of the parts of the loss.
         **args: of the run.
     """
 
-    def __init__(self, model, optimizer, batch, dtype=torch.bfloat16, **args):
+    def __init__(self, model, optimizer, batch, dtype=torch.bfloat16, losses=(), **args):
         args = argparse.Namespace(
             lr=1.0, min_lr=0.0, warmup_epochs=0, epochs=1, print_freq=1, save_steps=0,
             accum_iter=1, effective_batch_size=4, **args,
@@ -132,7 +133,7 @@ class FakeRun(Run):
         feed = DeviceFeed(CPU)
         feed.device = GPU
         with mock.patch("util.run.reporter.DeviceFeed", lambda device, stats: feed):
-            report = Reporter(args, GPU, loader)
+            report = Reporter(args, GPU, loader, losses)
         with mock.patch("signal.signal"):
             super().__init__(args, GPU, model, model, optim, loader, report, None, (0, 0))
 

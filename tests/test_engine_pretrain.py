@@ -21,9 +21,8 @@ VIDEO = INPUTS["video"] | {"mask_unit": (2, 1, 1)}
 FAMILIES = {
     "image": ({}, dict(dtype=torch.float16)),
     "complementary masks, class token": (dict(complementary=True, class_token=True), {}),
-    "a share predicted": (dict(norm_pix_loss=True), dict(predict_share=0.5)),
-    "teacher": (dict(mimic_dim=64), {}),
-    "arrays": (dict(norm_pix_loss=True), dict(arrays=True)),
+    "arrays, a share predicted": (dict(norm_pix_loss=True), dict(predict_share=0.5, arrays=True)),
+    "teacher": (dict(mimic_dim=64), dict(losses=("loss_reconstruction", "loss_mimic"))),
     "video, a share predicted": (VIDEO | {"complementary": True}, dict(predict_share=0.5)),
 }
 

@@ -1229,6 +1229,14 @@ def test_a_folder_for_k_nn_without_its_frequency_is_refused(images, launcher, tm
     assert_one_line(result, 2, "--knn_path needs --knn_freq")
 
 
+def test_a_finished_run_names_the_data_that_it_is_given_in_vain(whole, launcher, tmp_path):
+    images = write_images(tmp_path / "others", 4)
+    shutil.copytree(whole, tmp_path / "run")
+    result = launcher.run(*flags(images, tmp_path / "run"))
+    assert_ok(result)
+    assert f"there, {images} here): give another --output_dir for a new run" in result.out
+
+
 def test_a_run_of_before_keeps_the_warm_up_that_was_not_given(images, launcher, tmp_path):
     command = flags(images, tmp_path, warmup_epochs=None)
     assert_ok(launcher.run(*command))

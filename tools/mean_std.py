@@ -89,10 +89,8 @@ def main(args: argparse.Namespace) -> None:
         file=sys.stderr,
     )
     if still := [str(number) for number, std in enumerate(found["std"], 1) if not std]:
-        print(
-            f"note: channel {', '.join(still)} never changes: leave it away by --bands",
-            file=sys.stderr,
-        )
+        right = "leave it away by --bands" if args.arrays else "give --std 1 for it"
+        print(f"note: channel {', '.join(still)} never changes: {right}", file=sys.stderr)
     print(" ".join(f"--{n} {' '.join(f'{v:.6g}' for v in values)}" for n, values in found.items()))
 
 

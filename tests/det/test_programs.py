@@ -90,14 +90,15 @@ def test_a_bad_override_is_one_line_and_exit_code_2_before_anything_is_made(laun
 
 @needs_detectron2
 def test_a_signal_saves_and_the_same_command_goes_on_and_predicts(launcher, scenes, tmp_path):
-    more = ("train.epochs=100", "train.log_period=5", "data.val.json=null")
-    settings = small.overrides(scenes, tmp_path / "run", *more)
+    """With workers that are at work, in one of the first iterations."""
+    more = ("train.epochs=100", "train.log_period=1", "data.val.json=null")
+    settings = small.overrides(scenes, tmp_path / "run", *more, "dataloader.train.num_workers=1")
     command = ["--config-file", small.CONFIG, "--resume", *settings]
     run = launcher.start(*command, program="DET.train_net")
-    run.wait_for("iter: 4")
+    run.wait_for("iter: 0")
     run.signal(signal.SIGTERM)
     stopped = run.wait()
-    assert stopped.code == 0 and "stopped by a signal after" in stopped.out
+    assert stopped.code == 0 and "stopped by a signal after" in stopped.out, stopped.err
     assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_stopped.pth"
 
     run = launcher.start(*command, program="DET.train_net")

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from util.errors import UsageError
 from util.run import args as arguments
 from util.run.args import check_file_writable, check_writable, derive_args
 from util.run.parser import ChoiceOf, Parser
-from util.run.record import prepare_record, write_record
-from util.run.same_run import MAY_CHANGE, check_same_run, plain
+from util.run.record import write_record
+from util.run.same_run import MAY_CHANGE, changed_data, check_same_run, plain
 from util.run.setup import complete_run
 from VideoConvMAE import main_finetune as main_finetune_video
 from VideoConvMAE import main_pretrain as main_pretrain_video
@@ -212,6 +213,22 @@ def test_another_effective_batch_is_another_run():
         check_same_run(completed("--batch_size 64", processes=4), saved)
 
 
+@pytest.mark.parametrize(("digest", "same"), [("ab", True), ("cd", False)])
+def test_a_teachers_file_may_move_and_its_weights_may_not_change(digest, same):
+    runs = [completed(), completed()]
+    vars(runs[0]).update(teacher="there.pth", teacher_digest="ab")
+    vars(runs[1]).update(teacher="here.pth", teacher_digest=digest)
+    with nullcontext() if same else pytest.raises(UsageError, match="weights of the teacher ab"):
+        check_same_run(runs[1], plain(runs[0]))
+
+
+def test_other_data_are_named_and_another_way_to_write_a_path_is_not():
+    saved = plain(completed("--data_path a")) | {"val_path": "b"}
+    moved = completed("--data_path c")
+    moved.val_path = Path("./b/../b")
+    assert changed_data(moved, saved) == "--data_path a there, c here"
+
+
 def test_only_existing_flags_may_change():
     mains = (main_pretrain, main_finetune, main_pretrain_video, main_finetune_video)
     flags = set().union(*(vars(main.parse_args(["--data_path", "x"])) for main in mains))
@@ -386,8 +403,7 @@ def test_a_configuration_is_as_if_typed_and_flags_count_more(name, tmp_path):
 
 def test_arguments_come_back_from_the_file_that_a_run_writes(tmp_path):
     args = parse("--data_path a --crop_scale 0.3 0.9 --no_hflip --no_pin_mem --amp bf16")
-    prepare_record(tmp_path, plain(args))
-    write_record()
+    write_record(tmp_path, plain(args))
     assert plain(parse(f"--config {tmp_path / 'args.json'}")) == plain(args)
 
 

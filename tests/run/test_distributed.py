@@ -1,10 +1,12 @@
+import itertools
+import multiprocessing
 import os
 import signal
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from util.errors import UsageError
 from util.run import distributed
@@ -329,6 +331,28 @@ class Signalled(Dataset):
         if index == 1:
             os.kill(os.getpid(), self.number)
         return index
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return itertools.count()
+
+
+def test_a_program_whose_shielded_workers_are_at_work_ends_without_a_word(tmp_path):
+    """Its loader lives as long as it does."""
+
+    def work(log):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
+        loader = DataLoader(Endless(), batch_size=None, num_workers=1)
+        shield_workers(loader)
+        globals()["kept"] = iter(loader)
+        next(kept)  # noqa: F821
+
+    process = multiprocessing.get_context("fork").Process(target=work, args=(tmp_path / "log",))
+    process.start()
+    process.join(30)
+    process.kill()
+    assert (process.exitcode, (tmp_path / "log").read_text()) == (0, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -309,6 +309,7 @@ def test_lists_and_random_weights(data, launcher, tmp_path):
     result = launcher.run(*finetune_flags(tmp_path, tmp_path / "o", **options), program=FINETUNE)
     assert_ok(result)
     assert "8 classes" in result.out
+    assert result.err.count("6 of 8 classes have none of the videos") == 1  # in three evaluations
     assert load(tmp_path / "o" / "checkpoint.pth")["classes"] == [str(i) for i in range(8)]
     assert weights(tmp_path / "o")["blocks1.0.attn.weight"].shape == (32, 1, 5, 5, 5)
 

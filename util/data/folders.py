@@ -13,6 +13,7 @@ import numpy as np
 
 from util.data.files import open_regular, read_file, retried
 from util.data.images import IMAGE_EXTENSIONS
+from util.data.paths import Paths
 from util.errors import UsageError
 
 HIDDEN = "hidden"
@@ -138,20 +139,19 @@ class NumberedFiles:
 
     def __init__(self, root: Path, paths: Sequence[str], left_out: Counter[str]) -> None:
         self.root, self.left_out = root, left_out
-        # One array, because workers would copy a list bit by bit as they touch its strings.
-        self._paths = np.array([os.fsencode(path) for path in paths])
+        self._paths = Paths(paths)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def path(self, index: int) -> str:
         """Path of a file, for messages."""
-        return os.fsdecode(self._paths[index])
+        return self._paths[index]
 
     def part(self, keep: np.ndarray) -> "NumberedFiles":
         """Only some of the files: those of `keep`, `[n]`, bool."""
         other = copy.copy(self)
-        other._paths = self._paths[keep]
+        other._paths = Paths(self.path(index) for index in np.flatnonzero(keep))
         return other
 
     def open(self, index: int) -> BinaryIO:

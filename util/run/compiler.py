@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from torch._functorch import config as functorch
 
 from util.errors import UsageError
 from util.run.distributed import print_once
@@ -19,14 +20,20 @@ OLDEST_GPU = (7, 0)
 def settle_compile(args: argparse.Namespace, asked: bool | None, device: torch.device) -> None:
     """Run without torch.compile, and say so, where it cannot work and was not asked for.
 
+    The memory budget of compiled steps holds for this process from here on.
+
     Args:
         args: completed arguments; `compile` becomes False there.
         asked: `--compile` as it was given, None for not at all.
         device: where the model runs.
 
     Raises:
-        UsageError: it was asked for.
+        UsageError: it was asked for; a memory budget for steps that are not compiled.
     """
+    budget = getattr(args, "memory_budget", 1.0)
+    functorch.activation_memory_budget = budget
+    if budget != 1 and not args.compile:
+        raise UsageError("--memory_budget is for compiled steps: give --compile too")
     if not args.compile or not (lack := missing_for_compile(device)):
         return
     if asked:

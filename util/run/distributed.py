@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from multiprocessing.util import Finalize
 from types import FrameType
 
 import torch
@@ -300,12 +302,21 @@ def shield_workers(loader: DataLoader) -> None:
     """Have a loader's workers live on when a signal asks the run to stop: it will end them.
 
     Launchers may send the signal to all processes of a job, and torch ends a run that loses a
-    worker. A second one ends a worker, as torch does with one that is stuck.
+    worker. A second one ends a worker, as torch does with one that is stuck. Those that are left
+    when this process exits are killed: multiprocessing would send them a first one, and wait.
 
     Args:
         loader: not yet iterated over; changed in place.
     """
+    Finalize(None, _kill_workers, exitpriority=0)  # runs before multiprocessing's own end
     loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn)
+
+
+def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+    for child in multiprocessing.active_children():
+        if child.daemon:  # as all workers of loaders are
+            child.kill()
 
 
 def _begin_worker(begin: Callable[[int], object] | None, number: int) -> None:

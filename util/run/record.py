@@ -19,27 +19,17 @@ RECORD = "args.json"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
-# The record to write once the run is built.
-_pending: list[tuple[Path, dict[str, object]]] = []
-
-
-def prepare_record(folder: Path, args: Mapping[str, object]) -> None:
-    """Keep what `write_record` is to write: a run that is refused leaves nothing.
+def write_record(folder: Path, args: Mapping[str, object]) -> None:
+    """Write arguments with command, versions and commit.
 
     Args:
         folder: `--output_dir`.
         args: the arguments as plain values, before the machine's part is filled in.
     """
-    _pending[:] = [(folder, dict(args))]
-
-
-def write_record() -> None:
-    """Write the prepared arguments with command, versions and commit, if there are any."""
-    if not _pending or not is_main_process():
+    if not is_main_process():
         return
-    folder, args = _pending.pop()
     record = {
-        "args": args,
+        "args": dict(args),
         "command": sys.argv,
         "versions": {"python": platform.python_version(), **_versions()},
         "commit": _commit(),

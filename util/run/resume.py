@@ -159,9 +159,8 @@ def find_resumable(resume: str, folder: str | Path) -> dict | None:
     """The checkpoint that `--resume` asks for, checked to hold a training state.
 
     Args:
-        resume: "auto" (the folder's last checkpoint, if there is one), "none", or a path. A path
-            outside the folder counts only until the folder has a checkpoint of its own, so that
-            the same command can be repeated.
+        resume: "auto" (the folder's last checkpoint, if there is one), "none", or a path, see
+            `last_counts`.
         folder: `--output_dir`.
 
     Returns:
@@ -196,9 +195,25 @@ def resumable_path(resume: str, folder: str | Path) -> str | None:
                 f"or move {last} away"
             )
         return None
-    elsewhere = resume != "auto" and Path(resume).absolute().parent != last.absolute().parent
-    if last.exists() and elsewhere:
-        print_once(f"going on from {last}, not from --resume {resume}, which it began with")
-    if last.exists() and (elsewhere or resume == "auto"):
+    if last_counts(resume, folder, last.exists()):
         return str(last)
     return None if resume == "auto" else resume
+
+
+def last_counts(resume: str, folder: str | Path, there: bool) -> bool:
+    """True if a run goes on from its folder's last checkpoint, False if as `--resume` says.
+
+    A file of another folder counts only until the run has a checkpoint of its own, so that the
+    same command can be repeated.
+
+    Args:
+        resume: "auto" or a file.
+        folder: of the run.
+        there: whether it has a checkpoint.
+    """
+    if resume == "auto" or not there:
+        return there
+    elsewhere = Path(resume).absolute().parent != Path(folder).absolute()
+    if elsewhere:
+        print_once(f"going on in {folder}, not from --resume {resume}, which the run began with")
+    return elsewhere

@@ -17,7 +17,7 @@ from util.run.program import Stopped
 from util.run.record import write_record
 from util.run.reporter import Reporter
 from util.run.resume import BEST, LAST, Checkpoints, Stateful
-from util.run.same_run import plain
+from util.run.same_run import changed_data, plain
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Run:
         report: what the run tells.
         checkpoints: of the run.
         position: epoch and steps done in it at which the run begins.
+        changed: flags that give a run that goes on other data than it had, for people.
     """
 
     args: argparse.Namespace
@@ -45,6 +46,7 @@ class Run:
     report: Reporter
     checkpoints: Checkpoints
     position: tuple[int, int]
+    changed: str = ""
 
     def __post_init__(self) -> None:
         self.stop = StopSignal()
@@ -103,15 +105,26 @@ class Run:
                 f"--output_dir and --data_path must be the same folders on every node"
             )
         report.open_log(*position)
-        write_record()
-        return cls(args, device, model, ddp_model, optim, loader, report, checkpoints, position)
+        if not (args.output_dir / LAST).exists():  # one that goes on keeps that of its beginning
+            write_record(args.output_dir, args.given)
+        changed = changed_data(args, content["args"]) if content else ""
+        state = (report, checkpoints, position, changed)
+        return cls(args, device, model, ddp_model, optim, loader, *state)
 
     def describe(self, title: str) -> None:
         """Print what is about to run, `title` first."""
         args, (epoch, step) = self.args, self.position
         if epoch >= args.epochs:
-            print_once(f"nothing to train: {args.output_dir} holds all {args.epochs} epochs")
+            changed = self.changed and (
+                f", and no other data are used ({self.changed}): give another --output_dir for a "
+                f"new run"
+            )
+            print_once(
+                f"nothing to train: {args.output_dir} holds all {args.epochs} epochs{changed}"
+            )
             return
+        if self.changed:
+            print_once(f"note: the run goes on with other data ({self.changed})")
         precision = str(self.optim.dtype or torch.float32).removeprefix("torch.")
         begin = f"from epoch {epoch + 1}, step {step}" if epoch or step else "from the beginning"
         print_once(

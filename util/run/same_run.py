@@ -1,6 +1,7 @@
 """Checks that a checkpoint belongs to the run that resumes it."""
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,7 +27,7 @@ MAY_CHANGE = frozenset(
         "knn_path",
         "log_dir",
     }
-    | {"max_bad_images", "max_pixels", "nb_classes", "num_workers", "output_dir"}
+    | {"max_bad_images", "max_pixels", "memory_budget", "nb_classes", "num_workers", "output_dir"}
     | {
         "picture_freq",
         "pin_mem",
@@ -50,14 +51,14 @@ _DERIVED = {
 
 
 def plain(args: argparse.Namespace) -> dict[str, object]:
-    """The arguments as plain values, as checkpoints hold them."""
+    """The arguments as plain values, as checkpoints hold them; not once more those given."""
 
     def value(v: object) -> object:
         if isinstance(v, Path):
             return str(v)
         return [value(x) for x in v] if isinstance(v, list | tuple) else v
 
-    return {name: value(v) for name, v in vars(args).items()}
+    return {name: value(v) for name, v in vars(args).items() if name != "given"}
 
 
 def hyperparameters(args: argparse.Namespace) -> dict[str, object]:
@@ -78,6 +79,8 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
     """
     now = plain(args)
     names = [n for n, v in now.items() if n not in MAY_CHANGE and saved.get(n) != v]
+    if now.get("teacher_digest") and "teacher_digest" not in names:  # whatever its file is called
+        names = [name for name in names if name != "teacher"]
     if "model" in names:  # what follows from it
         names = [name for name in names if name not in GEOMETRY]
     for name in ("lr", "min_lr"):
@@ -94,6 +97,18 @@ def check_same_run(args: argparse.Namespace, saved: dict[str, object]) -> None:
             f"the same flags, or another --output_dir to start a new run (with the checkpoint as "
             f"--finetune from its weights: so 400 epochs go on to 800)"
         )
+
+
+def changed_data(args: argparse.Namespace, saved: Mapping[str, object]) -> str:
+    """The flags by which a run gets other data than it began with, with both values; or nothing."""
+    now = plain(args)
+    return "; ".join(
+        f"--{name} {saved[name]} there, {now[name]} here"
+        for name in ("data_path", "val_path", "video_root", "knn_path")
+        if isinstance(saved.get(name), str)
+        and isinstance(now.get(name), str)
+        and os.path.abspath(saved[name]) != os.path.abspath(now[name])
+    )
 
 
 def check_program(content: Mapping, program: str) -> None:

@@ -18,8 +18,6 @@ from util.run.compiler import settle_compile
 from util.run.distributed import is_main_process, print_once, rank, world_size
 from util.run.lock import hold
 from util.run.optim_step import amp_dtype
-from util.run.record import prepare_record
-from util.run.resume import LAST
 from util.run.same_run import plain
 
 _held: set[Path] = set()
@@ -35,7 +33,8 @@ def seed_everything(seed: int) -> None:
 def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     """Fill in the arguments and check all that can be checked before anything is built.
 
-    The output folder is this run's until the process ends.
+    `args.given` becomes what they were before, for the run's record. The output folder is this
+    run's until the process ends.
 
     Raises:
         UsageError: values that do not go together or that this machine cannot do; another run
@@ -49,8 +48,7 @@ def complete_run(args: argparse.Namespace, device: torch.device) -> None:
     hold_output(args.output_dir)
     check_writable(args.log_dir, "--log_dir")
     check_tables(args)
-    if not (args.output_dir / LAST).exists():  # a run that goes on keeps that of its beginning
-        prepare_record(args.output_dir, given | {"warmup_epochs": args.warmup_epochs})
+    args.given = given | {"warmup_epochs": args.warmup_epochs}
 
 
 def hold_output(folder: Path, flag: str = "--output_dir") -> None:
@@ -111,9 +109,18 @@ def train_loader(args: argparse.Namespace, dataset: FileDataset) -> Loader:
     return _loader(args, dataset, sampler)
 
 
-def eval_loader(args: argparse.Namespace, dataset: FileDataset, batch_size: int) -> Loader:
-    """Every sample of a data set once, each in one process; tells which classes none is of."""
-    labels = getattr(dataset, "labels", ())  # of unlabelled files there are none
+def eval_loader(
+    args: argparse.Namespace, dataset: FileDataset, batch_size: int, *, tell: bool = True
+) -> Loader:
+    """Every sample of a data set once, each in one process; tells which classes none is of.
+
+    Args:
+        args: completed arguments.
+        dataset: to take the samples from.
+        batch_size: of the loader.
+        tell: False if what there is to tell of the data has been said already.
+    """
+    labels = getattr(dataset, "labels", ()) if tell else ()  # of unlabelled files there are none
     missing = unseen(labels, dataset.classes) if len(labels) else []
     if 0 < len(missing) < len(dataset.classes):
         print_once(
