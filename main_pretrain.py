@@ -32,7 +32,7 @@ from util.run.distributed import init_processes, is_main_process
 from util.run.labeled_data import labeled_splits
 from util.run.normalization import given_stats
 from util.run.parser import Parser, RecipeValue
-from util.run.pictures import load_samples, reconstruction_grid, stretched
+from util.run.pictures import draw_images, load_samples, stretched
 from util.run.program import run_main
 from util.run.setup import complete_run, train_loader
 from util.run.start import find_pretraining_start
@@ -142,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
         ).to(device)
         undo = partial(denormalize, stats=given_stats(args))
         show = stretched(samples, args.rgb) if args.arrays else undo
-        draw = partial(reconstruction_grid, run.model, samples, args.mask_ratio, show=show)
+        draw = partial(draw_images, run.model, samples, args.mask_ratio, show=show)
     pretrain(run, draw, teacher, measure)
 
 

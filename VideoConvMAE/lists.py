@@ -18,6 +18,7 @@ from VideoConvMAE.decode import VIDEO_EXTENSIONS
 from VideoConvMAE.folders import VideoList, list_folder
 
 LIST_EXTENSIONS = (".csv", ".txt", ".json")
+TEST_SPLIT = ("val", "validation", "test")
 _SPLIT_ENDINGS = ("", *LIST_EXTENSIONS)
 # Heads of columns, in small letters.
 _PATH_HEADS = ("path", "video_path", "file_path", "filepath", "file", "filename", "video", "name")

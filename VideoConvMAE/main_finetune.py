@@ -33,12 +33,18 @@ from util.run.val_share import check_share, choose_share, means_share
 from util.weights.read import Weights
 from VideoConvMAE.args import add_clip_args, add_view_args, complete_protocol
 from VideoConvMAE.datasets import LabeledClips, Views
-from VideoConvMAE.lists import VideoList, class_numbers, find_path, find_split, find_videos
+from VideoConvMAE.lists import (
+    TEST_SPLIT,
+    VideoList,
+    class_numbers,
+    find_path,
+    find_split,
+    find_videos,
+)
 from VideoConvMAE.models import CLASSIFIERS
 from VideoConvMAE.transforms import finetune_transform, views_transform
 
 PROGRAM = "video fine-tuning"
-TEST_SPLIT = ("val", "validation", "test")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

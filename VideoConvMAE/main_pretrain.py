@@ -13,11 +13,13 @@ from functools import partial
 from torch import Tensor
 
 from engine_pretrain import build_run, check_sizes, pretrain
+from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run import args as arguments
 from util.run.distributed import init_processes, is_main_process, print_once
 from util.run.normalization import given_stats, tell_stats
 from util.run.parser import Parser, add_switch, share
+from util.run.pictures import Drawing, Reconstruction, reconstruct
 from util.run.program import run_main
 from util.run.run import Run
 from util.run.setup import complete_run, train_loader
@@ -27,7 +29,7 @@ from VideoConvMAE.datasets import Clips
 from VideoConvMAE.lists import VideoList, find_unlabeled
 from VideoConvMAE.models import MASKINGS, MODELS
 from VideoConvMAE.transforms import CROP_SCALES, pretrain_transform
-from VideoConvMAE.visualize import clip_grid, clip_movie, load_samples
+from VideoConvMAE.visualize import clip_movie, draw_clips, load_samples
 
 PROGRAM, MODEL = "video pretraining", "videoconvmae_base_patch16"
 
@@ -102,16 +104,25 @@ def main(args: argparse.Namespace) -> None:
     draw = None
     if is_main_process():
         samples = load_samples(videos, args).to(device)
-        draw = partial(clip_grid, run.model, samples, args.mask_ratio, stats=given_stats(args))
+
+        def draw() -> Drawing:
+            return draw_clips(reconstructed(run, samples))
+
     pretrain(run, draw)
     if is_main_process():
         write_movie(run, samples)
 
 
+def reconstructed(run: Run, samples: Tensor) -> Reconstruction:
+    """The samples, masked and filled in."""
+    show = partial(denormalize, stats=given_stats(run.args))
+    return reconstruct(run.model, samples, run.args.mask_ratio, show=show)
+
+
 def write_movie(run: Run, samples: Tensor) -> None:
     """The samples, masked and filled in, as an mp4 in the output folder."""
     path = run.args.output_dir / "reconstruction.mp4"
-    clip_movie(run.model, samples, run.args.mask_ratio, path, stats=given_stats(run.args))
+    clip_movie(reconstructed(run, samples), path)
     print(f"and {path}")
 
 

@@ -9,83 +9,54 @@ if __name__ == "__main__":  # from here on, while the rest is imported
     leave_on_signals()
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from util.data.files import is_one_of
 from util.data.images import MAX_PIXELS
-from util.data.transforms import Stats, denormalize
+from util.data.transforms import denormalize
 from util.errors import UsageError
 from util.run.args import check_png
 from util.run.normalization import add_stats_args, complete_stats, given_stats
 from util.run.parser import Parser, mask_ratio, positive_int, seed
-from util.run.pictures import reconstruct
+from util.run.pictures import Drawing, Reconstruction, captioned, enlarged, reconstruct
 from util.run.program import run_main
 from util.weights.describe import guesses
 from util.weights.read import read_weights
 from VideoConvMAE.args import add_sampling_args, complete_protocol
 from VideoConvMAE.datasets import evenly_chosen
 from VideoConvMAE.decode import open_video, write_mp4
-from VideoConvMAE.lists import VideoList, find_videos
+from VideoConvMAE.lists import TEST_SPLIT, VideoList, find_split, find_videos
 from VideoConvMAE.models import videoconvmae_from_weights
 from VideoConvMAE.sampling import eval_clips
 from VideoConvMAE.transforms import views_transform
 
 
-def triples(
-    model: nn.Module,
-    clips: Tensor,
-    mask_ratio: float,
-    seed: int = 0,
-    stats: Stats | None = None,
-) -> Tensor:
-    """Original, masked and filled in, `[N, 3, T, 3, H, W]` in [0, 1], on the CPU.
-
-    Args:
-        model: a `MaskedAutoencoderConvViT` of clips.
-        clips: `[N, C, T, H, W]`, normalised.
-        mask_ratio: share of the patches to remove.
-        seed: of the masks.
-        stats: by which the clips were normalised; ImageNet's by default.
-    """
-    show = partial(denormalize, stats=stats)
-    masked, filled = reconstruct(model, clips, mask_ratio, seed, show)
-    rows = torch.stack([show(clips, 1), masked, filled], dim=1)  # [N, 3, C, T, H, W]
+def triples(found: Reconstruction) -> Tensor:
+    """Original, masked and filled in, `[N, 3, T, 3, H, W]` in [0, 1], on the CPU."""
+    rows = torch.stack([found.original, found.masked, found.filled], dim=1)  # [N, 3, C, T, H, W]
     rows = rows.movedim(2, 3).cpu()
-    rows = rows.expand(-1, -1, -1, 3, -1, -1)  # gray as RGB
-    # Small pictures are enlarged so that a person sees them.
-    scale = max(1, 64 // rows.shape[-1])
-    return rows.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    return enlarged(rows.expand(-1, -1, -1, 3, -1, -1), 64)  # gray as RGB
 
 
-def clip_grid(
-    model: nn.Module,
-    clips: Tensor,
-    mask_ratio: float,
-    seed: int = 0,
-    columns: int = 8,
-    stats: Stats | None = None,
-) -> Tensor:
+def clip_grid(found: Reconstruction, columns: int = 8) -> Tensor:
     """Frames as columns, original, masked and filled in as rows, one clip below the other.
 
     Args:
-        model: a `MaskedAutoencoderConvViT` of clips.
-        clips: `[N, C, T, H, W]`, normalised.
-        mask_ratio: share of the patches to remove.
-        seed: of the masks.
+        found: of clips.
         columns: frames to show of each clip, at equal distances.
-        stats: by which the clips were normalised; ImageNet's by default.
 
     Returns:
         `[3, height, width]` in [0, 1], on the CPU.
     """
-    rows = triples(model, clips, mask_ratio, seed, stats)
+    rows = triples(found)
     length = rows.shape[2]
     columns = min(columns, length)
     rows = rows[:, :, [i * length // columns for i in range(columns)]]
@@ -93,31 +64,25 @@ def clip_grid(
     return make_grid(grids, nrow=1, padding=6, pad_value=1)
 
 
-def clip_movie(
-    model: nn.Module,
-    clips: Tensor,
-    mask_ratio: float,
-    path: Path,
-    seed: int = 0,
-    fps: int = 8,
-    stats: Stats | None = None,
-) -> None:
+def clip_movie(found: Reconstruction, path: Path, fps: int = 8) -> None:
     """Original, masked and filled in side by side as an mp4, one clip below the other.
 
     Args:
-        model: a `MaskedAutoencoderConvViT` of clips.
-        clips: `[N, C, T, H, W]`, normalised.
-        mask_ratio: share of the patches to remove.
+        found: of clips.
         path: the file.
-        seed: of the masks.
         fps: frames a second.
-        stats: by which the clips were normalised; ImageNet's by default.
     """
-    rows = triples(model, clips, mask_ratio, seed, stats).transpose(1, 2)  # [N, T, 3, 3, H, W]
+    rows = triples(found).transpose(1, 2)  # [N, T, 3, 3, H, W]
     frames = [make_grid(rows[:, t].flatten(0, 1), nrow=3, padding=4) for t in range(rows.shape[1])]
     movie = (torch.stack(frames).movedim(1, -1) * 255).round().byte()  # [T, H, W, 3]
     height, width = (side - side % 2 for side in movie.shape[1:3])  # the codec wants even sides
     write_mp4(path, movie[:, :height, :width].numpy(), fps, crf="18")
+
+
+def draw_clips(found: Reconstruction, columns: int = 8) -> Drawing:
+    """The picture of `clip_grid` with the errors below it."""
+    text = f"Original, masked, filled in; {found.errors}"
+    return Drawing(captioned(clip_grid(found, columns), text), found.errors)
 
 
 def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
@@ -137,20 +102,31 @@ def load_clip(path: str | Path, args: argparse.Namespace) -> Tensor:
 
 
 def load_samples(videos: VideoList, args: argparse.Namespace, count: int = 4) -> Tensor:
-    """Clips to watch a run by, `[N, C, T, H, W]`; videos that cannot be decoded are left out.
+    """Clips to watch a run by, `[N, C, T, H, W]`: of held-out videos, else of the training's.
+
+    Videos that cannot be decoded are left out.
+
+    Args:
+        videos: of the training.
+        args: of the run, see `load_clip`; `data_path` may hold a validation split.
+        count: the most clips.
 
     Raises:
         UsageError: not one can be decoded.
     """
-    clips, first = [], ""
-    for path in evenly_chosen(videos, count).paths:
-        try:
-            clips.append(load_clip(path, args))
-        except OSError as error:
-            first = first or f", the first: {error}"
-    if not clips:
-        raise UsageError(f"none of the videos tried of {videos.source} can be decoded{first}")
-    return torch.stack(clips)
+    sources = [videos]
+    with contextlib.suppress(UsageError):  # no such split, or no video in it
+        sources.insert(0, find_split(args.data_path, TEST_SPLIT, args.video_root))
+    for source in sources:
+        clips, first = [], ""
+        for path in evenly_chosen(source, count).paths:
+            try:
+                clips.append(load_clip(path, args))
+            except OSError as error:
+                first = first or f", the first: {error}"
+        if clips:
+            return torch.stack(clips)
+    raise UsageError(f"none of the videos tried of {videos.source} can be decoded{first}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -199,11 +175,12 @@ def main(args: argparse.Namespace) -> None:
         except OSError as error:
             raise UsageError(str(error)) from error
     batch = torch.stack(clips)
-    options = dict(seed=args.seed, stats=given_stats(args))
-    grid = clip_grid(model, batch, args.mask_ratio, columns=args.columns, **options)
-    save_image(grid, args.output)
-    clip_movie(model, batch, args.mask_ratio, movie, **options)
+    show = partial(denormalize, stats=given_stats(args))
+    found = reconstruct(model, batch, args.mask_ratio, args.seed, show)
+    save_image(draw_clips(found, args.columns).picture, args.output)
+    clip_movie(found, movie)
     print(f"{len(clips)} videos: original, masked, reconstruction in {args.output} and {movie}")
+    print(found.errors)
 
 
 def _files(paths: Sequence[Path]) -> list[str]:

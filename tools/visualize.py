@@ -33,7 +33,7 @@ from util.run.array_args import (
 )
 from util.run.normalization import add_stats_args, given_stats
 from util.run.parser import Parser, mask_ratio, positive_int, seed
-from util.run.pictures import load_images, reconstruction_grid, stretched
+from util.run.pictures import draw_images, load_images, stretched
 from util.run.program import run_main
 from util.weights.describe import guesses
 from util.weights.read import read_weights
@@ -91,9 +91,10 @@ def main(args: argparse.Namespace) -> None:
     size, files = model.geometry.img_size, files[: args.max_images]
     imgs = load_images(files, size, model.in_chans, form, stats)
     show = stretched(imgs, args.rgb) if args.arrays else partial(denormalize, stats=stats)
-    grid = reconstruction_grid(model, imgs, args.mask_ratio, args.seed, args.columns, show)
-    save_image(grid, args.output)
+    drawing = draw_images(model, imgs, args.mask_ratio, args.seed, args.columns, show)
+    save_image(drawing.picture, args.output)
     print(f"{len(imgs)} images: original, masked, reconstruction in {args.output}")
+    print(drawing.errors)
 
 
 if __name__ == "__main__":

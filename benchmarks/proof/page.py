@@ -9,15 +9,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.utils import save_image
 
 from benchmarks.proof.arms import ARMS, CLAIMS, Arm
 from benchmarks.proof.book import Book, Results
-from util.data.transforms import denormalize
 from util.run.logger import markdown_table
-from util.run.pictures import load_samples, reconstruct, reconstruction_grid
+from util.run.pictures import load_samples, reconstruct, triples_grid
 
 MEASURES = {
     "knn_last": "k-NN, last",
@@ -199,30 +197,6 @@ def draw_figure(results: Results, shares: Sequence[float], path: Path) -> None:
     plt.close(figure)
 
 
-@torch.no_grad()
-def masked_error(model: nn.Module, imgs: Tensor, mask_ratio: float) -> tuple[float, float]:
-    """Root mean square error of removed pixels in [0, 1]: of the model; of the trivial fill.
-
-    The trivial fill is the mean of an image's visible pixels, channel by channel; where the model
-    is given the mean of each patch (`norm_pix_loss`), it is that.
-    """
-    masked, filled = reconstruct(model, imgs, mask_ratio)
-    originals = denormalize(imgs)
-    removed = (masked != originals).any(dim=1, keepdim=True).expand_as(imgs)
-    if model.norm_pix_loss:
-        patches = model.patchify(imgs)
-        means = patches.mean(dim=-1, keepdim=True).expand_as(patches)
-        trivial = denormalize(model.unpatchify(means))
-    else:
-        visible = (~removed).sum((2, 3), keepdim=True).clamp(min=1)
-        trivial = originals.masked_fill(removed, 0).sum((2, 3), keepdim=True) / visible
-        trivial = trivial.expand_as(imgs)
-    error, of_trivial = (
-        (fill - originals)[removed].square().mean().sqrt().item() for fill in (filled, trivial)
-    )
-    return error, of_trivial
-
-
 def draw_reconstructions(
     model: nn.Module, arm: Arm, args: argparse.Namespace, data: Path, path: Path
 ) -> str:
@@ -236,18 +210,15 @@ def draw_reconstructions(
         path: of the picture.
     """
     imgs = load_samples(data, args.input_size, args.in_chans, count=256)
-    picture = reconstruction_grid(model, imgs[:: max(1, len(imgs) // 12)][:12], args.mask_ratio)
-    save_image(picture, path)
-    error, trivial = masked_error(model, imgs, args.mask_ratio)
-    given, fill = "", "the mean of the visible ones"
-    if model.norm_pix_loss:
+    twelve = reconstruct(model, imgs[:: max(1, len(imgs) // 12)][:12], args.mask_ratio)
+    save_image(triples_grid(twelve), path)
+    found, given = reconstruct(model, imgs, args.mask_ratio), ""
+    if found.means_given:
         given = " Mean and contrast of each patch are the original's: the model predicts the rest."
-        fill = "each patch's own mean"
     return (
         f"Pictures never seen: original, {args.mask_ratio:.0%} removed, filled in ({arm.what}, "
-        f"{args.epochs} epochs, spread evenly over the test pictures).{given} Root mean square "
-        f"error of the removed pixels, of 0 to 1, on {len(imgs)} test pictures: {error:.3f}; of "
-        f"filling in {fill}: {trivial:.3f}."
+        f"{args.epochs} epochs, spread evenly over the test pictures).{given} On "
+        f"{len(imgs)} test pictures: {found.errors}."
     )
 
 

@@ -5,18 +5,21 @@ import pytest
 import torch
 from matplotlib import colormaps
 from PIL import Image
+from sklearn.metrics import mean_squared_error
 
 from models_convmae import MaskedAutoencoderConvViT
 from util.data.transforms import channel_stats, denormalize
 from util.errors import UsageError
 from util.run.pictures import (
     GRAY,
+    captioned,
+    draw_images,
     load_images,
     load_samples,
     reconstruct,
-    reconstruction_grid,
     save_loss_curve,
     stretched,
+    triples_grid,
 )
 from util.run.resume import random_state
 
@@ -54,7 +57,8 @@ def test_of_complementary_masks_the_first_is_drawn():
     model, imgs = model_of(), pictures()
     expected = reconstruct(model, imgs, 0.75)
     model.complementary = True
-    torch.testing.assert_close(reconstruct(model, imgs, 0.75), expected)
+    again = reconstruct(model, imgs, 0.75)
+    torch.testing.assert_close(again.filled, expected.filled)
 
 
 def pictures(number=2, in_chans=3, size=SIZE):
@@ -79,10 +83,12 @@ def removed_pixels(model, imgs, seed=0):
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
 def test_visible_pixels_stay_and_removed_ones_turn_gray(in_chans):
     model, imgs = model_of(in_chans=in_chans), pictures(in_chans=in_chans)
-    masked, filled = reconstruct(model, imgs, 0.75)
+    found = reconstruct(model, imgs, 0.75)
+    masked, filled = found.masked, found.filled
     removed = removed_pixels(model, imgs).expand_as(imgs)
     original = denormalize(imgs)
 
+    assert torch.equal(found.original, original)
     assert removed.float().mean() == 0.75
     assert torch.equal(masked[~removed], original[~removed])
     assert torch.equal(filled[~removed], original[~removed])
@@ -95,23 +101,48 @@ def test_visible_pixels_stay_and_removed_ones_turn_gray(in_chans):
 def test_a_perfect_prediction_fills_in_the_original(norm_pix_loss):
     model, imgs = model_of(Oracle, norm_pix_loss=norm_pix_loss), pictures()
     assert model(imgs, 0.75, torch.rand(2, 24))[0] < 1e-9
-    _, filled = reconstruct(model, imgs, 0.75)
-    torch.testing.assert_close(filled, denormalize(imgs), rtol=0, atol=1e-5)
+    found = reconstruct(model, imgs, 0.75)
+    torch.testing.assert_close(found.filled, denormalize(imgs), rtol=0, atol=1e-5)
+    assert found.error < 1e-5 < found.trivial
+
+
+def test_the_error_is_that_of_the_removed_pixels_alone():
+    model, imgs = model_of(), pictures()
+    found = reconstruct(model, imgs, 0.75)
+    removed = removed_pixels(model, imgs).expand_as(imgs)
+    pair = found.filled[removed].numpy(), found.original[removed].numpy()
+    assert found.error == pytest.approx(mean_squared_error(*pair) ** 0.5)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_the_trivial_fill_is_right_where_a_picture_or_each_patch_has_one_colour(norm_pix_loss):
+    model = model_of(norm_pix_loss=norm_pix_loss)
+    colours = torch.rand(2, 1, 4, 6) if norm_pix_loss else torch.rand(2, 3, 1, 1)
+    imgs = colours.expand(2, 3, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert reconstruct(model, imgs, 0.75).trivial == pytest.approx(0, abs=1e-6)
+
+
+def test_the_trivial_fill_is_the_mean_of_what_is_visible():
+    model = model_of()
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in channel_stats(3))
+    white = removed_pixels(model, pictures()).float().expand(-1, 3, -1, -1)
+    assert reconstruct(model, (white - mean) / std, 0.75).trivial == pytest.approx(1)
 
 
 def test_patches_with_holes_are_filled_in_by_the_moments_of_their_data():
     model, imgs = model_of(Oracle, norm_pix_loss=True), pictures() * 3 + 5
     model.no_data = torch.rand(imgs.shape, generator=torch.Generator().manual_seed(1)) < 0.4
     imgs[model.no_data] = torch.nan
-    masked, filled = reconstruct(model, imgs, 0.75, show=stretched(imgs))
+    found = reconstruct(model, imgs, 0.75, show=stretched(imgs))
+    filled = found.filled
     torch.testing.assert_close(filled, stretched(imgs)(imgs, 1), rtol=0, atol=1e-5)
     assert filled[model.no_data].eq(0).all() and filled[~model.no_data].mean() > 0.4
-    assert masked.isfinite().all()
+    assert found.masked.isfinite().all() and found.error < 1e-5 < found.trivial
 
 
 def test_the_seed_decides_the_mask():
     model, imgs = model_of(), pictures()
-    first, again, other = (reconstruct(model, imgs, 0.75, seed)[0] for seed in (1, 1, 2))
+    first, again, other = (reconstruct(model, imgs, 0.75, seed).masked for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -133,7 +164,7 @@ def test_the_model_predicts_in_evaluation_mode():
 def test_the_global_random_state_stays():
     model, imgs = model_of(), pictures()
     before = random_state()
-    reconstruction_grid(model, imgs, 0.75)
+    draw_images(model, imgs, 0.75)
     after = random_state()
     assert torch.equal(after["torch"], before["torch"])
     assert torch.equal(after["numpy"][1], before["numpy"][1])
@@ -146,7 +177,8 @@ def test_the_global_random_state_stays():
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
 def test_the_grid_shows_original_masked_and_filled_next_to_each_other(in_chans):
     model, imgs = model_of(in_chans=in_chans), pictures(3, in_chans)
-    grid = reconstruction_grid(model, imgs, 0.75, columns=2)
+    found = reconstruct(model, imgs, 0.75)
+    grid = triples_grid(found, columns=2)
     # Four times as large, with frames of 4 pixels around pictures and of 8 around triples.
     height, width = 4 * 16 + 4, 4 * 24 + 4
     tall, wide = height + 4 + 8, 3 * width + 4 + 8
@@ -154,16 +186,31 @@ def test_the_grid_shows_original_masked_and_filled_next_to_each_other(in_chans):
     assert grid.dtype == torch.float32 and grid.min() >= 0 and grid.max() <= 1
 
     for number, (row, column) in enumerate([(0, 0), (0, 1), (1, 0)]):
-        shown = [denormalize(imgs), *reconstruct(model, imgs, 0.75)]
-        for place, image in enumerate(shown):
+        for place, image in enumerate((found.original, found.masked, found.filled)):
             top, left = row * tall + 12, column * wide + 12 + place * width
             picture = grid[:, top : top + 64 : 4, left : left + 96 : 4]
             assert torch.equal(picture, image[number, :3].expand(3, -1, -1))
 
 
 def test_one_image_makes_one_triple():
-    grid = reconstruction_grid(model_of(), pictures(1), 0.75)
+    grid = triples_grid(reconstruct(model_of(), pictures(1), 0.75))
     assert grid.shape[0] == 3 and grid.shape[1] < 100 and grid.shape[2] < 350
+
+
+def test_the_errors_are_written_below_the_grid():
+    model, imgs = model_of(), pictures()
+    found, drawing = reconstruct(model, imgs, 0.75), draw_images(model, imgs, 0.75)
+    assert f"{found.error:.3f}" in drawing.errors and f"{found.trivial:.3f}" in drawing.errors
+    grid = triples_grid(found)
+    assert torch.equal(drawing.picture[:, : grid.shape[1]], grid)
+    strip = drawing.picture[:, grid.shape[1] :]
+    assert strip.shape[1] > 15 and strip[:, :, :4].eq(1).all() and strip.min() == 0
+
+
+@pytest.mark.parametrize("width", [100, 300, 2000])
+def test_no_line_of_a_caption_is_cut_off(width):
+    strip = captioned(torch.zeros(3, 1, width), "many short words " * 12)[:, 1:]
+    assert strip[:, :, -1].eq(1).all() and strip[:, -1].eq(1).all()
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -263,5 +310,5 @@ def test_no_data_are_black_and_do_not_stretch_the_others(channels):
 
 def test_a_reconstruction_of_seven_channels_has_three_colours():
     model, imgs = model_of(in_chans=7), torch.randn(2, 7, *SIZE)
-    grid = reconstruction_grid(model, imgs, 0.75, show=stretched(imgs))
+    grid = draw_images(model, imgs, 0.75, show=stretched(imgs)).picture
     assert grid.shape[0] == 3 and grid.min() >= 0 and grid.max() <= 1

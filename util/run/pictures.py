@@ -1,13 +1,17 @@
 """Pictures of a run: reconstructions of a masked autoencoder, and the loss curve."""
 
 import contextlib
+import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
 
 from util.data.array_views import ArrayFormat, centre_transform, split_nodata
@@ -25,6 +29,46 @@ PERCENTILES = (2, 98)  # of channels of any range, shown as black and white
 Show = Callable[[Tensor, int], Tensor]
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """Images filled in again where patches were removed, and how far off that is.
+
+    The trivial fill is the mean of an image's visible pixels, channel by channel; where the model
+    is given the mean of each patch (`norm_pix_loss`), it is that.
+
+    Attributes:
+        original: pictures `[N, C, *img_size]`, in [0, 1].
+        masked: the same, removed patches gray.
+        filled: removed patches predicted, visible ones as they were.
+        error: root mean square of `filled - original` over the removed pixels.
+        trivial: the same of the trivial fill.
+        means_given: the trivial fill is each patch's mean.
+    """
+
+    original: Tensor
+    masked: Tensor
+    filled: Tensor
+    error: float
+    trivial: float
+    means_given: bool
+
+    @property
+    def errors(self) -> str:
+        """Both errors in words."""
+        fill = "each patch's own mean" if self.means_given else "the mean of the visible ones"
+        return (
+            f"root mean square error of the removed pixels, of 0 to 1: {self.error:.3f}; of "
+            f"filling in {fill}: {self.trivial:.3f}"
+        )
+
+
+class Drawing(NamedTuple):
+    """A picture `[3, height, width]` in [0, 1], on the CPU, and the errors written below it."""
+
+    picture: Tensor
+    errors: str
+
+
 @torch.no_grad()
 def reconstruct(
     model: nn.Module,
@@ -32,7 +76,7 @@ def reconstruct(
     mask_ratio: float,
     seed: int = 0,
     show: Show = denormalize,
-) -> tuple[Tensor, Tensor]:
+) -> Reconstruction:
     """Mask images and fill them in again.
 
     The model's mode and the random state stay as they are.
@@ -43,13 +87,8 @@ def reconstruct(
         mask_ratio: share of patches to remove.
         seed: of the masks.
         show: from inputs, and the dimension of their channels, to pictures.
-
-    Returns:
-        masked: pictures of `imgs`, in [0, 1], removed patches gray.
-        filled: the same with removed patches predicted, visible ones as they were. Where there
-            are no data nothing is predicted.
     """
-    originals = show(imgs, 1)
+    original = show(imgs, 1)
     imgs, valid = split_nodata(imgs)
     noise = torch.rand(
         len(imgs), model.geometry.num_mask_units, generator=torch.Generator().manual_seed(seed)
@@ -60,42 +99,71 @@ def reconstruct(
     pred, mask = pred[: len(imgs)], mask[: len(imgs)]  # of several masks the first
     model.train(training)
 
-    pred = model.undo_target(pred, imgs, model.patchify(valid.float()))
-    removed = model.unpatchify(mask.unsqueeze(-1).expand_as(pred)).bool()[:, :1]
-    pred = model.unpatchify(pred).masked_fill(~valid, torch.nan)
-    masked = originals.masked_fill(removed, GRAY)
-    return masked, torch.where(removed, show(pred, 1), originals)
+    removed = model.unpatchify(mask.unsqueeze(-1).expand_as(pred)).bool()
+    has_data = model.patchify(valid.float())
+    trivial = model.unpatchify(model.undo_target(torch.zeros_like(pred), imgs, has_data))
+    if not model.norm_pix_loss:
+        pixels, visible = tuple(range(2, imgs.ndim)), valid & ~removed
+        total = (imgs * visible).sum(pixels, keepdim=True)
+        trivial = (total / visible.sum(pixels, keepdim=True).clamp(min=1)).expand_as(imgs)
+    removed = removed[:, :1]
+    judged = (removed & valid.any(1, keepdim=True)).expand_as(original)
+
+    def filled_with(values: Tensor) -> tuple[Tensor, float]:
+        filled = show(values.masked_fill(~valid, torch.nan), 1)
+        differences = (filled - original)[judged]
+        return torch.where(removed, filled, original), differences.square().mean().sqrt().item()
+
+    filled, error = filled_with(model.unpatchify(model.undo_target(pred, imgs, has_data)))
+    _, trivial_error = filled_with(trivial)
+    masked = original.masked_fill(removed, GRAY)
+    return Reconstruction(original, masked, filled, error, trivial_error, model.norm_pix_loss)
 
 
-def reconstruction_grid(
+def enlarged(pictures: Tensor, side: int) -> Tensor:
+    """Small pictures `[…, H, W]` a whole number of times as large, up to `side` pixels wide."""
+    scale = max(1, side // pictures.shape[-1])
+    return pictures.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+
+
+def triples_grid(found: Reconstruction, columns: int = 2) -> Tensor:
+    """Original, masked and filled side by side for each image.
+
+    Args:
+        found: of pictures.
+        columns: triples next to each other.
+
+    Returns:
+        `[3, height, width]` in [0, 1], on the CPU.
+    """
+    triples = torch.stack([found.original, found.masked, found.filled], dim=1)  # [N, 3, C, H, W]
+    triples = enlarged(triples.flatten(0, 1)[:, :3].cpu(), 96)  # without alpha
+    rows = [make_grid(triple, nrow=3, padding=4, pad_value=1) for triple in triples.split(3)]
+    return make_grid(rows, nrow=columns, padding=8, pad_value=1)
+
+
+def captioned(picture: Tensor, text: str) -> Tensor:
+    """A picture `[3, H, W]` in [0, 1] with black text on white below it, in lines as wide."""
+    font = ImageFont.load_default(13)
+    columns = int(picture.shape[2] / font.getlength(text) * len(text)) - 4
+    lines = textwrap.wrap(text, max(1, columns))
+    strip = Image.new("RGB", (picture.shape[2], 17 * len(lines) + 6), "white")
+    ImageDraw.Draw(strip).multiline_text((8, 0), "\n".join(lines), "black", font, spacing=3)
+    return torch.cat([picture, to_tensor(strip)], dim=1)
+
+
+def draw_images(
     model: nn.Module,
     imgs: Tensor,
     mask_ratio: float,
     seed: int = 0,
     columns: int = 2,
     show: Show = denormalize,
-) -> Tensor:
-    """Original, masked and filled side by side for each image.
-
-    Args:
-        model: a `MaskedAutoencoderConvViT` of images.
-        imgs: `[N, C, H, W]`, normalised.
-        mask_ratio: share of patches to remove.
-        seed: of the masks.
-        columns: triples next to each other.
-        show: see `reconstruct`.
-
-    Returns:
-        `[3, height, width]` in [0, 1], on the CPU.
-    """
-    masked, filled = reconstruct(model, imgs, mask_ratio, seed, show)
-    triples = torch.stack([show(imgs, 1), masked, filled], dim=1)  # [N, 3, C, H, W]
-    triples = triples.flatten(0, 1)[:, :3].cpu()  # without alpha
-    # Small pictures are enlarged so that a person sees them.
-    scale = max(1, 96 // triples.shape[-1])
-    triples = triples.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
-    rows = [make_grid(triple, nrow=3, padding=4, pad_value=1) for triple in triples.split(3)]
-    return make_grid(rows, nrow=columns, padding=8, pad_value=1)
+) -> Drawing:
+    """Reconstruct images and draw them, see `reconstruct` and `triples_grid`."""
+    found = reconstruct(model, imgs, mask_ratio, seed, show)
+    text = f"Original, masked, filled in; {found.errors}"
+    return Drawing(captioned(triples_grid(found, columns), text), found.errors)
 
 
 def stretched(imgs: Tensor, rgb: Sequence[int] | None = None) -> Show:
