@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 
 def digits() -> dict[str, np.ndarray]:
@@ -16,6 +14,10 @@ def digits() -> dict[str, np.ndarray]:
 
     A fifth of each class is in `val`.
     """
+    # Here, as it takes a second that no other run than the demo should wait for.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     _, val = train_test_split(
         np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
