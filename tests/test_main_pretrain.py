@@ -692,7 +692,7 @@ def test_files_that_are_no_pictures_are_skipped_and_named_once(odd_images, launc
     result = launcher.run(*flags(folder, tmp_path, **settings))
     assert_ok(result)
     assert "30 images of" in result.out
-    assert "bad_images 6" in result.out.splitlines()[-2]
+    assert "bad_images 6" in result.out.splitlines()[-3]
     assert_each_named_once(result.err, bad)
     assert_finite(tmp_path)
 
@@ -702,7 +702,7 @@ def test_several_processes_count_and_name_a_bad_file_once(odd_images, launcher, 
     settings = {"batch_size": 5, "max_bad_images": 0.2}
     results = launcher.run_ranks(*flags(folder, tmp_path, **settings))
     assert_ok(*results)
-    assert "bad_images 6" in results[0].out.splitlines()[-2]
+    assert "bad_images 6" in results[0].out.splitlines()[-3]
     named = [line for r in results for line in r.err.splitlines() if line.startswith(str(folder))]
     assert_each_named_once("\n".join(named), bad)
 
@@ -833,7 +833,7 @@ def test_output_to_a_file_is_plain_lines(whole_run):
     assert progress[0].startswith("Epoch 1/4  [1/6]")
     for name in ("lr", "loss", "grad_norm", "images_per_s", "data_wait", "memory_mb", "left"):
         assert all(f"  {name} " in line for line in progress)
-    assert lines[-1].startswith("done: ") and str(output) in lines[-1]
+    assert lines[-2].startswith("done: ") and str(output) in lines[-2]
 
 
 def test_a_terminal_gets_a_progress_bar(images, tmp_path):
@@ -1063,7 +1063,7 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit_and_with_no_other(
     content = load(whole / "checkpoint.pth")
     assert content["args"]["mimic_weight"] == 1.0
     names = ("loss", "loss_reconstruction", "loss_mimic", "teacher_seconds")
-    shown = result.out.splitlines()[-2].split("  ")
+    shown = result.out.splitlines()[-3].split("  ")
     assert all(sum(part.startswith(f"{name} ") for part in shown) == 1 for name in names)
     for line in log_lines(whole):
         loss, *parts = (line[f"train_{name}"] for name in names[:3])
