@@ -1138,7 +1138,7 @@ def test_visualize_takes_folders(whole, images, launcher, tmp_path):
     result = visualize(launcher, *command, "--output", tmp_path / "grid.png", "--columns", 1)
     assert_ok(result)
     grid = Image.open(tmp_path / "grid.png")
-    assert 300 < grid.width < 350 and 200 < grid.height < 250
+    assert 300 < grid.width < 350 and 200 < grid.height < 300
 
 
 def keep_encoder(good: Path, path: Path) -> None:

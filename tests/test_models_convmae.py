@@ -297,7 +297,7 @@ def test_the_encoder_of_a_class_token_is_the_classifiers():
 def test_a_class_token_is_seen_by_every_prediction_and_predicts_nothing(predict_share):
     model = build(class_token=True, mimic_dim=6, complementary=True)
     imgs, noise = inputs(model)
-    _, pred, _ = model(imgs, 0.75, noise, predict_share, torch.zeros(2, 16, 6))
+    _, pred, *_ = model(imgs, 0.75, noise, predict_share, torch.zeros(2, 16, 6))
     assert pred.shape[:2] == (8, 16 if predict_share == 1 else 6)
     (by_token,) = torch.autograd.grad(pred.square().sum(), model.cls_token)
     assert by_token.ne(0).all()
