@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 
 from tests.runs import Launcher
@@ -16,6 +18,10 @@ LONGEST = (
     ),
     *("tests/test_models_convmae.py", "tests/test_main_shards.py", "tests/benchmarks"),
 )
+
+# A shell's background jobs ignore Ctrl-C, and so would the programs that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
