@@ -56,7 +56,8 @@ def fake_gpu() -> Iterator[None]:
     """Tensors have no values, of CUDA or not, and autocast is that of a GPU with bfloat16."""
     supported = mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True)
     available = mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    with supported, available, FakeTensorMode():
+    capability = mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0))
+    with supported, available, capability, FakeTensorMode():
         try:
             yield
         finally:

@@ -18,7 +18,8 @@ import main_pretrain
 from tests.checks import command_line
 from tests.pictures import write_pictures
 from util.errors import UsageError
-from util.run.compiler import missing_for_compile, settle_compile
+from util.layers.codegen import missing_for_compile
+from util.run.compiler import settle_compile
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -4,13 +4,17 @@ A token's neighbours are looked up in a map of the grid, so that nothing is comp
 read where nothing is visible. The result is that of `util.layers.depthwise`, up to rounding.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from torch.utils._triton import has_triton_package
+
+from util.layers.codegen import missing_for_compile
 
 if has_triton_package():
     import triton
@@ -22,8 +26,17 @@ TOKENS, CHANNELS, STRETCH = 16, 128, 256  # of a program; STRETCH tokens share a
 
 
 def is_supported(x: Tensor) -> bool:
-    """Tell whether the kernels run on the device of `x`."""
-    return triton is not None and x.is_cuda and torch.version.hip is None
+    """Tell whether the kernels run on the device of `x`; not in a trace, not vectorised."""
+    if triton is None or not x.is_cuda or torch.version.hip or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return torch.compiler.is_compiling() or _runs_on(x.device)
+
+
+@cache
+def _runs_on(device: torch.device) -> bool:
+    return not missing_for_compile(device)
 
 
 def token_map(index: Tensor, canvas: Sequence[int]) -> Tensor:
@@ -59,8 +72,16 @@ def depthwise(
     """
     kernel, grid = _three(weight.shape[2:]), _three(map_.shape[1:])
     taps = weight.flatten(1).t().contiguous()  # [K, C]
-    out = torch.ops.convmae.depthwise(x.contiguous(), taps, index, map_, kernel, grid)
+    with _current(x.device):
+        out = torch.ops.convmae.depthwise(x.contiguous(), taps, index, map_, kernel, grid)
     return out if bias is None else out + bias
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make a GPU the one that Triton starts kernels on; autograd and the compiler do it themselves."""
+    if torch.compiler.is_compiling() or torch.cuda.device_count() < 2:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _three(size: Sequence[int]) -> list[int]:
