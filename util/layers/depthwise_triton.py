@@ -78,7 +78,7 @@ def depthwise(
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """Make a GPU the one that Triton starts kernels on; autograd and the compiler do it themselves."""
+    """Make a GPU the one that Triton starts kernels on; autograd and the compiler do it alone."""
     if torch.compiler.is_compiling() or torch.cuda.device_count() < 2:
         return contextlib.nullcontext()
     return torch.cuda.device(device)
