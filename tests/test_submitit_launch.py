@@ -84,7 +84,7 @@ def ended(launcher, images, tmp_path_factory) -> Path:
 
 
 def test_a_job_trains_with_its_processes_and_ends(ended):
-    assert "2 x 1 x 2 = 4 an epoch" in ended.read_text()
+    assert "2 x 1 x 2 = 4 (" in ended.read_text()
     assert [line["epoch"] for line in log_lines(ended.parent / "out")] == [0, 1]
 
 

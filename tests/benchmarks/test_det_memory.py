@@ -17,6 +17,8 @@ def det_step():
 
 
 def test_help_and_a_refusal_need_no_detectron2(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "DET"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "detectron2", None)
     program = importlib.reload(det_memory)
     with pytest.raises(SystemExit, match="0"):

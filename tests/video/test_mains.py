@@ -378,7 +378,7 @@ def test_repeats_do_not_change_the_number_of_steps(data, pretrained, launcher, t
     options = {"finetune": pretrained / "checkpoint.pth", "repeats": 3} | BARELY
     result = launcher.run(*finetune_flags(data, tmp_path, **options), program=FINETUNE)
     assert_ok(result)
-    assert "3 steps of 4 x 1 x 1 = 4 an epoch" in result.out
+    assert "3 steps an epoch, each of 4 x 1 x 1 = 4 (" in result.out
 
 
 # ---- Bad use -------------------------------------------------------------------------------------

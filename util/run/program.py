@@ -88,7 +88,7 @@ def run_main(
         )
         code = 1
     except KeyboardInterrupt:
-        complain("interrupted: the last checkpoint counts")
+        complain("interrupted: the last checkpoint counts, if one was saved (SIGTERM saves first)")
         code = INTERRUPTED
     # Only where all processes get here: after a failure the others may wait in a collective.
     if dist.is_initialized() and code == together:

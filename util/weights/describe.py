@@ -49,8 +49,8 @@ def _decoder(weights: Weights) -> str:
 
 
 def show_stats(stats: Sequence[Sequence[float]]) -> str:
-    """Mean and deviation of each channel as flags, with few digits."""
-    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in stats)
+    """Mean and deviation of each channel as flags, as `tools.mean_std` prints them."""
+    mean, std = (" ".join(f"{value:.6g}" for value in values) for values in stats)
     return f"--mean {mean} --std {std}"
 
 
