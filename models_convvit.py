@@ -610,7 +610,7 @@ def convvit_from_weights(
             `global_pool` (default: as trained; "avg" for what had no head).
 
     Returns:
-        The model and how the weights were matched.
+        The model, with `data_cfg` as its `pretrained_cfg`, and how the weights were matched.
 
     Raises:
         UsageError: weights of something else, or arguments that do not fit them.
@@ -627,7 +627,20 @@ def convvit_from_weights(
         model.add_probe_norm()
     as_trained = num_classes is None and trained
     report = load_weights(model, weights, new=() if as_trained else NEW_IN_CLASSIFIER)
+    model.pretrained_cfg = data_cfg(model, weights)
     return model, report
+
+
+def data_cfg(model: ConvViT, weights: Weights) -> dict:
+    """What timm's `resolve_model_data_config` is to say of a model's images.
+
+    Empty of arrays, and of gray pictures and those with alpha by ImageNet's numbers.
+    """
+    mean, std = weights.stats or (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    if weights.args.get("arrays") or len(mean) != model.in_chans:
+        return {}
+    size = (model.in_chans, *model.geometry.img_size[-2:])
+    return pretrained_cfg(num_classes=model.num_classes, input_size=size, mean=mean, std=std)
 
 
 def convvit_from_checkpoint(path: str | Path, **kwargs) -> ConvViT:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import timm.data
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -111,6 +112,20 @@ def test_safetensors_are_read(tmp_path):
     safetensors.save_file(model.state_dict(), tmp_path / "x.safetensors")
     loaded = convvit_from_checkpoint(tmp_path / "x.safetensors", num_heads=2)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_timm_is_told_by_what_the_images_of_a_checkpoint_were_normalised(tmp_path):
+    stats = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    for args, mean in ((stats, (0.1, 0.2, 0.3)), ({}, timm.data.IMAGENET_DEFAULT_MEAN)):
+        path = saved(tmp_path / "x.pth", autoencoder(), args=args)
+        told = timm.data.resolve_model_data_config(convvit_from_checkpoint(path, num_heads=2))
+        assert told["mean"] == mean and told["input_size"] == (3, 64, 64)
+
+
+def test_of_arrays_timm_is_told_nothing(tmp_path):
+    args = dict(arrays=True, mean=[900.0] * 3, std=[9.0] * 3)
+    path = saved(tmp_path / "x.pth", autoencoder(), args=args)
+    assert not convvit_from_checkpoint(path, num_heads=2).pretrained_cfg
 
 
 def test_averaged_weights_are_taken_where_a_file_has_them(tmp_path):
