@@ -124,7 +124,7 @@ def test_images_are_normalised_as_in_the_pretraining_and_checkpoints_keep_it(tra
 
 def test_another_normalisation_in_the_same_folder_is_refused(scenes, trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "copy")
-    with pytest.raises(UsageError, match=r"another run: images are normalised by --mean 0\.03922"):
+    with pytest.raises(UsageError, match=r"another run: images are normalised by --mean 0\.0392"):
         run(scenes, folder, "model.pixel_mean=[10,10,10]", resume="auto")
 
 

@@ -105,7 +105,7 @@ def test_pretraining_says_what_it_does_and_leaves_what_images_leave(pretrained_r
     assert_ok(result)
     for phrase in (
         "videoconvmae_tiny_patch16_msd", "4x32x32 pixels, 8 of 32 patches visible",
-        "12 videos of", "3 steps of 4 x 1 x 1", "Epoch 3/3  [3/3]",
+        "12 videos of", "3 steps an epoch, each of 4 x 1 x 1", "Epoch 3/3  [3/3]",
     ):  # fmt: skip
         assert phrase in result.out
     assert [line["epoch"] for line in log_lines(output)] == [0, 1, 2]
