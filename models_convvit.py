@@ -632,7 +632,7 @@ def convvit_from_weights(
 
 
 def data_cfg(model: ConvViT, weights: Weights) -> dict:
-    """What timm's `resolve_model_data_config` is to say of a model's images.
+    """The configuration that timm's `resolve_model_data_config` takes a model's images from.
 
     Empty of arrays, and of gray pictures and those with alpha by ImageNet's numbers.
     """

@@ -44,7 +44,7 @@ COLUMNS = {
     "image_ms": "ms an image",
     "worker_mib": "MiB of a worker's own",
 }
-"""What a row tells, by its name in the JSON file."""
+"""The columns of a row, by their names in the JSON file."""
 
 
 def get_args_parser() -> Parser:

@@ -64,6 +64,20 @@ def fake_gpu() -> Iterator[None]:
             _scale_and_shift.cache_clear()  # whose tensors have no values either
 
 
+def devices_of_maps(backbone: nn.Module, size: tuple[int, int], trained: tuple[int, int]) -> set:
+    """The devices of the maps of a backbone in training, of two images `[3, *size]` on the GPU.
+
+    The tables of another size than the trained one are made on the host, and only training on that
+    one does not wait for them.
+    """
+    with fake_gpu():
+        to_fake_gpu(backbone.train())
+        waits = contextlib.nullcontext() if size != trained else NeverWait()
+        with torch.autocast("cuda", torch.bfloat16), waits:
+            maps = backbone(torch.empty(2, 3, *size, device=GPU))
+    return {features.device for features in tree_leaves(maps)}
+
+
 def to_fake_gpu(module: nn.Module) -> nn.Module:
     """Put a module's parameters and buffers there, in place; they lose their values."""
     for part in module.modules():

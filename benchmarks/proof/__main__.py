@@ -178,7 +178,7 @@ def shown(argument: str) -> str:
 
 
 def setting_of(args: argparse.Namespace, device: torch.device) -> dict[str, object]:
-    """What the page says of the experiment beside its settings."""
+    """The facts of the experiment that the page tells beside its settings."""
     architecture = Architecture.named(args.model).with_flags(vars(args))
     return {
         "counts": args.counts,

@@ -14,7 +14,7 @@ Results = dict[str, dict[int, dict[str, dict]]]
 
 
 class Book:
-    """What an experiment is and what its jobs found, written after every job.
+    """The settings of an experiment and the findings of its jobs, written after every job.
 
     Args:
         folder: the output folder; its `results.json` is read if it is there.

@@ -32,7 +32,7 @@ PICTURE = "reconstruction.png"
 
 
 def verdicts(results: Results, arm: str, measure: str) -> dict[int, dict]:
-    """What `verdict_of` gave for each seed: one of `MEASURES`, or a fine-tuning."""
+    """The verdicts by seed, as `verdict_of` gave them, of one of `MEASURES` or a fine-tuning."""
     found = {}
     for seed, jobs in results.get(arm, {}).items():
         of = jobs if measure.startswith("finetune") else jobs.get("probe", {})

@@ -203,7 +203,7 @@ def _receive(worker: Worker) -> tuple[Job, dict]:
 
 
 def _last_words(workers: Sequence[Worker]) -> Iterator[tuple[Job, dict]]:
-    """What processes that have left had done before."""
+    """The jobs of processes that have left, with what they found."""
     for worker in workers:
         if worker.job:
             with contextlib.suppress(UsageError, TrainingError):

@@ -17,7 +17,7 @@ def det_step():
 
 
 def test_help_and_a_refusal_need_no_detectron2(monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.split(".")[0] == "DET"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "detectron2"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "detectron2", None)
     program = importlib.reload(det_memory)

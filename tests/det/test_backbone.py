@@ -1,5 +1,4 @@
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from DET.backbone import (
     GridAttention,
     SingleScaleConvViTDet,
 )
-from tests.fake_gpu import GPU, NeverWait, fake_gpu, to_fake_gpu
+from tests.fake_gpu import GPU, devices_of_maps
 from util.layers.architecture import SIZES
 from util.layers.pos_embed import get_sincos_pos_embed
 
@@ -393,14 +392,4 @@ def test_a_backbone_takes_any_number_of_channels(backbone):
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)], ids=["trained size", "another size"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_all_that_a_backbone_makes_is_on_the_gpu(backbone, size):
-    model = small(backbone).train()
-    with fake_gpu():
-        to_fake_gpu(model)
-        imgs = torch.empty(2, 3, *size, device=GPU)
-        # The tables of another size are made on the host: only training does not wait for them.
-        with (
-            torch.autocast("cuda", torch.bfloat16),
-            NeverWait() if size == (64, 64) else nullcontext(),
-        ):
-            maps = model(imgs)
-    assert {features.device for features in maps.values()} == {GPU}
+    assert devices_of_maps(small(backbone), size, trained=(64, 64)) == {GPU}

@@ -1,6 +1,5 @@
 import json
 import math
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from safetensors import safe_open
 from models_convmae import MaskedAutoencoderConvViT
 from models_convvit import ConvViT
 from SEG.backbone import ConvMAE
-from tests.fake_gpu import GPU, NeverWait, fake_gpu, to_fake_gpu
+from tests.fake_gpu import GPU, devices_of_maps
 from util.errors import UsageError
 from util.layers.geometry import to_cells
 from util.layers.rel_pos import resize_relative_table
@@ -235,14 +234,4 @@ def test_the_backbone_takes_any_number_of_channels_and_a_colour_checkpoint(tmp_p
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)], ids=["trained size", "another size"])
 def test_all_that_the_backbone_makes_is_on_the_gpu(size):
-    model = small().train()
-    with fake_gpu():
-        to_fake_gpu(model)
-        imgs = torch.empty(2, 3, *size, device=GPU)
-        # The tables of another size are made on the host: only training does not wait for them.
-        with (
-            torch.autocast("cuda", torch.bfloat16),
-            NeverWait() if size == (64, 64) else nullcontext(),
-        ):
-            maps = model(imgs)
-    assert {features.device for features in maps} == {GPU}
+    assert devices_of_maps(small(), size, trained=(64, 64)) == {GPU}

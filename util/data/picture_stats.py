@@ -52,6 +52,6 @@ def measure_pictures(
 
 
 def _histogram(pixels: np.ndarray) -> np.ndarray:
-    """How often each channel of `[H, W(, C)]`, uint8, has each value: `[C, 256]`."""
+    """Counts of each value in each channel of `[H, W(, C)]`, uint8: `[C, 256]`."""
     channels = pixels.reshape(-1, pixels.shape[2] if pixels.ndim == 3 else 1).T
     return np.stack([np.bincount(channel, minlength=256) for channel in channels])

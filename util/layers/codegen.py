@@ -1,4 +1,4 @@
-"""What generated code needs of a machine: torch.compile's and Triton's."""
+"""Needs of generated code, torch.compile's and Triton's, on this machine."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ OLDEST_GPU = (7, 0)
 
 
 def missing_for_compile(device: torch.device) -> str:
-    """What torch.compile lacks here to generate code for a device; "" where all is there."""
+    """The first thing that torch.compile lacks here to generate code for a device; "" if none."""
     name, programs = (
         ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
     )

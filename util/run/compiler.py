@@ -1,4 +1,4 @@
-"""Whether and how the steps are compiled."""
+"""The settings of compiled steps."""
 
 import argparse
 

@@ -86,7 +86,7 @@ def check_stats(args: argparse.Namespace) -> None:
 
 
 def given_stats(args: argparse.Namespace) -> Stats | None:
-    """What completed arguments say of 8-bit images; None for ImageNet's, and for arrays."""
+    """Mean and deviation of 8-bit images by completed arguments; None: ImageNet's, or arrays."""
     if getattr(args, "arrays", None) or getattr(args, "mean", None) is None:
         return None
     return tuple(args.mean), tuple(args.std)

@@ -62,7 +62,7 @@ def plain(args: argparse.Namespace) -> dict[str, object]:
 
 
 def hyperparameters(args: argparse.Namespace) -> dict[str, object]:
-    """What TensorBoard shows of the arguments, lists as one types them."""
+    """The arguments that TensorBoard shows, lists as one types them."""
     values = {n: v for n, v in plain(args).items() if n not in ("log_dir", "output_dir", "resume")}
     return {n: show_value(v) if isinstance(v, list) else v for n, v in values.items()}
 
