@@ -192,6 +192,24 @@ def test_fine_tuning_flips_only_if_asked_to():
     assert 16 < sum(left_is_white(True)) < 48
 
 
+def test_without_a_policy_and_jitter_a_view_is_a_crop_of_pretraining_normalised():
+    image = png(picture(0, 64, 80))
+    plain = finetune_transform((32, 32), scale=(0.2, 1.0), auto_augment=None, reprob=0.0)
+    views = []
+    for transform in (plain, pretrain_transform((32, 32))):
+        with seeded(0):
+            views.append(transform(image))
+    torch.testing.assert_close(views[0], normalize(views[1]), rtol=0, atol=0)
+
+
+def test_colour_jitter_changes_colours_where_there_is_no_policy():
+    image = png(picture(0, 32, 32))
+    options = dict(hflip=False, scale=(1.0, 1.0), auto_augment=None, reprob=0.0)
+    with seeded(0):
+        jittered = finetune_transform((32, 32), color_jitter=0.4, **options)(image)
+    assert (jittered - finetune_transform((32, 32), **options)(image)).abs().max() > 0.1
+
+
 # --- pretraining against the reference -----------------------------------------------------------
 
 

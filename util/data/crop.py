@@ -120,13 +120,20 @@ def load_crop(
     # Whatever may be wrong with it, `load_image` knows what to do, or to say.
     with contextlib.suppress(Exception):
         header = open_image(file, max_pixels)
-        if _is_plain_jpeg(header, in_chans):
-            box = choose(header)
-            file.seek(0)
-            return _crop_jpeg(file.read(), header.size, box, size, in_chans)
+        if not _is_plain_jpeg(header, in_chans):
+            return _crop_image(load_image(file, in_chans, max_pixels, header), choose, size)
+        box = choose(header)
+        file.seek(0)
+        return _crop_jpeg(file.read(), header.size, box, size, in_chans)
     file.seek(0)
-    image = load_image(file, in_chans, max_pixels)
-    pixels = np.array(image).reshape(image.height, image.width, in_chans)
+    return _crop_image(load_image(file, in_chans, max_pixels), choose, size)
+
+
+def _crop_image(
+    image: Image.Image, choose: Callable[[Image.Image], Box], size: tuple[int, int]
+) -> Tensor:
+    """`load_crop` of a decoded picture."""
+    pixels = np.array(image).reshape(image.height, image.width, -1)
     return resize_crop(pixels, choose(image), size)
 
 

@@ -39,7 +39,10 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def load_image(
-    file: str | os.PathLike | BinaryIO, in_chans: int = 3, max_pixels: int = MAX_PIXELS
+    file: str | os.PathLike | BinaryIO,
+    in_chans: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    header: Image.Image | None = None,
 ) -> Image.Image:
     """The picture that a viewer shows for a file, upright and with 8 bits a channel.
 
@@ -50,6 +53,7 @@ def load_image(
         file: an image file, by its path or open.
         in_chans: 1 for grayscale, 3 for RGB, 4 for RGB with alpha.
         max_pixels: a larger image is not decoded.
+        header: what `open_image` gives for the open file, if that was called already.
 
     Raises:
         UsageError: another number of channels.
@@ -61,7 +65,7 @@ def load_image(
     try:
         if path is file:
             file = read_file(path)
-        with open_image(file, max_pixels) as image:
+        with header or open_image(file, max_pixels) as image:
             image.load()
             return _upright(_to_8_bit(image, mode), orientation(image))
     except TrainingError:

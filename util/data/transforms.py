@@ -157,14 +157,15 @@ def finetune_transform(
         (in_chans, *img_size),
         is_training=True,
         separate=True,  # what comes before and after is done here, on 8-bit pixels
-        color_jitter=color_jitter,
+        color_jitter=color_jitter or None,
         auto_augment=auto_augment,
         interpolation="bicubic",
         mean=mean,
     )
     crop = dict(hflip=hflip, scale=scale, max_pixels=max_pixels)
     view = pretrain_transform(img_size, in_chans, **crop)
-    parts = [view, to_image, augment, to_pixels, partial(normalize, stats=stats)]
+    changed = [to_image, augment, to_pixels] if augment.transforms else []
+    parts = [view, *changed, partial(normalize, stats=stats)]
     if reprob > 0:
         parts.append(RandomErasing(reprob, mode=remode, max_count=recount, device="cpu"))
     return v2.Compose(parts)
