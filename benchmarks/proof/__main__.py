@@ -187,6 +187,8 @@ def setting_of(args: argparse.Namespace, device: torch.device) -> dict[str, obje
         "strides": " ".join(map(str, args.patch_size)),
         "depth": architecture.depth,
         "jobs": args.jobs,
+        "arms": args.arms,
+        "seeds": args.seeds,
         "environment": environment("proof", [shown(text) for text in args.argv], device.type),
     }
 

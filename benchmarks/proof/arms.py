@@ -1,6 +1,6 @@
 """The arms of the proof: what is pretrained, and what the paper says of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,8 @@ from models_convmae import MaskedAutoencoderConvViT
 from util.layers.geometry import Geometry
 from util.layers.pos_embed import get_sincos_pos_embed
 
+# The share of the labels, in percent, that the ablations are fine-tuned with.
+ABLATION_SHARE = 10.0
 # The decoder of each size; the others have the paper's, which is the default.
 DECODERS = {"tiny": TINY_DECODER}
 
@@ -166,6 +168,10 @@ class Arm:
         return lambda **kwargs: self.build(
             **{**kwargs, **DECODERS.get(size, {}), **self.changes},
         )
+
+    def shares(self, shares: Sequence[float]) -> list[float]:
+        """Of shares of the labels, in percent, those that it is fine-tuned with."""
+        return [share for share in shares if self.main or share == ABLATION_SHARE]
 
 
 _PLAIN = dict(family="plain", build=plain_autoencoder)

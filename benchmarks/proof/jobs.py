@@ -30,8 +30,6 @@ FINETUNE = (
 LAYER_DECAY = {True: "0.8", False: "1"}
 # Share of the epochs of any training that the learning rate rises.
 WARMUP = 0.1
-# The share of the labels, in percent, that the ablations are fine-tuned with.
-ABLATION_SHARE = 10.0
 # Arms whose reconstructions are drawn, and those measured without their position table, too.
 DRAWN = ("convmae", "pixels")
 TABLE_TESTED = ("convmae", "mae")
@@ -228,11 +226,11 @@ def jobs_of(args: argparse.Namespace, arm: Arm, seed: int, device: torch.device)
             before = ((TEACHER, seed, "finetune-100"),)
         jobs.append(Job(arm, seed, "pretrain", passes, pretrain, before))
     jobs.append(Job(arm, seed, "probe", looked_at, probe, needs))
-    for share, epochs in zip(args.shares, args.finetune_epochs, strict=True):
-        if arm.main or share == ABLATION_SHARE:
-            passes = counts[f"labels-{share:g}"] * epochs + counts["test"]
-            run = partial(finetune, share)
-            jobs.append(Job(arm, seed, f"finetune-{share:g}", passes, run, needs))
+    epochs = dict(zip(args.shares, args.finetune_epochs, strict=True))
+    for share in arm.shares(args.shares):
+        passes = counts[f"labels-{share:g}"] * epochs[share] + counts["test"]
+        run = partial(finetune, share)
+        jobs.append(Job(arm, seed, f"finetune-{share:g}", passes, run, needs))
     if arm.pretrained and arm.main and args.curve_points > 1:
         passes = looked_at * (args.curve_points - 1)
         jobs.append(Job(arm, seed, "curve", passes, curve, needs))

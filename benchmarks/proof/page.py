@@ -59,6 +59,21 @@ def measures_of(shares: Sequence[float]) -> dict[str, str]:
     return MEASURES | {f"finetune-{share:g}": f"fine-tuned, {share:g} %" for share in shares}
 
 
+def measured(results: Results, arm: str, shares: Sequence[float]) -> list[int]:
+    """The seeds of an arm of which all is there that its row shows."""
+    names = ["probe", *(f"finetune-{share:g}" for share in ARMS[arm].shares(shares))]
+    return [s for s, jobs in results.get(arm, {}).items() if all(name in jobs for name in names)]
+
+
+def not_done(results: Results, setting: Mapping[str, object], shares: Sequence[float]) -> str:
+    """The arms that an experiment has asked for and not measured with all seeds; "" if none."""
+    seeds = setting.get("seeds", 0)
+    left = {n: seeds - len(measured(results, n, shares)) for n in setting.get("arms", ())}
+    return ", ".join(
+        f"{ARMS[name].what} ({count} of {seeds} seeds)" for name, count in left.items() if count > 0
+    )
+
+
 def accuracy_table(results: Results, shares: Sequence[float]) -> str:
     """Every arm's accuracies in percent, and the costs of its pretraining."""
     measures = measures_of(shares)
@@ -66,13 +81,16 @@ def accuracy_table(results: Results, shares: Sequence[float]) -> str:
     for name, arm in ARMS.items():
         if name not in results:
             continue
-        cells = [spread(list(values(results, name, m).values())) for m in measures]
+        seeds, cells = len(measured(results, name, shares)), []
+        for measure in measures:
+            found = list(values(results, name, measure).values())
+            fewer = f" ({len(found)})" if found and len(found) != seeds else ""
+            cells.append(spread(found) + fewer)
         trained = [jobs["pretrain"] for jobs in results[name].values() if "pretrain" in jobs]
         epochs = str(trained[0]["epochs"]) if trained else "0"
         cost = f"{trained[0]['mflops']:.0f}" if trained else "–"
         seconds = [job["seconds_an_epoch"] for job in trained if job["seconds_an_epoch"]]
-        seeds = str(len(results[name]))
-        rows.append([arm.what, seeds, epochs, cost, *cells, spread(seconds)])
+        rows.append([arm.what, str(seeds), epochs, cost, *cells, spread(seconds)])
     return markdown_table(rows)
 
 
@@ -282,7 +300,8 @@ def write_page(page: Path, book: Book) -> None:
         f"logistic regression, C = 1. Fine-tuning with {labels or 'no'} labelled pictures, the "
         f"accuracy of the last epoch. Peak learning rates {settings['lr']:g} and, in fine-tuning, "
         f"{settings['finetune_lr']:g} at batches of {settings['batch_size']}, the same for all "
-        f"arms; layer decay 0.8, for random weights none. ± is the standard deviation over seeds. "
+        f"arms; layer decay 0.8, for random weights none. ± is the standard deviation over seeds, "
+        f"whose number stands in brackets where it is not the row's. "
         f"MFLOP are those of a picture in pretraining, forward and backward; seconds are on a CPU "
         f"the processor's, on a GPU the clock's{beside}. The arms without masked convolution and "
         f"with masks of stage 1 compute everything, masked or not. The teacher of MR-MCMAE is the "
@@ -310,12 +329,13 @@ def write_page(page: Path, book: Book) -> None:
         picture = page.with_name("proof_reconstruction.png")
         shutil.copyfile(source, picture)
         lines += [f"![Reconstructions]({picture.name})", "", f"*{drawn[0]['caption']}*", ""]
-    environment = setting["environment"]
+    environment, missing = setting["environment"], not_done(results, setting, shares)
     lines += [
         "## How it was run",
         "",
         *(f"- {name}: {text}" for name, text in environment.items() if name != "command"),
         f"- time: {duration(book.seconds)}{several}, on a machine that may have done other work",
+        *([f"- not done: {missing}"] if missing else []),
         "",
         "```",
         environment["command"],

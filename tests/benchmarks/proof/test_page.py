@@ -8,6 +8,7 @@ from benchmarks.proof.page import (
     claims_table,
     difference,
     headline,
+    not_done,
     position_table,
     verdict,
 )
@@ -43,6 +44,22 @@ def test_accuracies_stand_with_mean_and_standard_deviation():
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         *("ConvMAE", "3", "5", "140", "–", "–", "52.0 ± 2.0", "–", "2.0 ± 0.0")
     ]
+
+
+def test_a_measure_of_fewer_seeds_than_the_row_says_so():
+    found = results(leaky=[first(50), first(52)])
+    found["leaky"][1]["finetune-10"] = verdict_of(np.array(first(40)))
+    row = accuracy_table(found, [10.0]).splitlines()[2]
+    assert [cell.strip() for cell in row.split("|")[2:-2]] == [
+        *("1", "5", "140", "–", "–", "51.0 ± 1.4 (2)", "–", "40.0")
+    ]
+
+
+def test_arms_and_seeds_that_are_missing_are_named():
+    setting = {"arms": ["convmae", "leaky", "kernel3"], "seeds": 2}
+    found = results(convmae=[first(50), first(52)], leaky=[first(50)])
+    missing = "without masked convolution (1 of 2 seeds), 3×3 convolutions (2 of 2 seeds)"
+    assert not_done(found, setting, []) == missing
 
 
 def test_a_difference_is_paired_by_seed_and_picture():
