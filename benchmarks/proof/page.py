@@ -205,7 +205,7 @@ def draw_figure(results: Results, shares: Sequence[float], path: Path) -> None:
     for name in names:
         curves = [curve for jobs in results[name].values() if (curve := curve_of(jobs))]
         epochs = sorted(set.intersection(*map(set, curves))) if curves else []
-        if epochs:
+        if len(epochs) > 1:
             means = [mean(curve[epoch] for curve in curves) for epoch in epochs]
             lines.plot(epochs, means, marker="o", label=ARMS[name].what)
     lines.set(xlabel="epochs of pretraining", ylabel="k-NN, all scales, %")
