@@ -177,8 +177,12 @@ def shown(argument: str) -> str:
     return f"/path/to/{Path(argument).name}" if Path(argument).is_absolute() else argument
 
 
-def setting_of(args: argparse.Namespace, device: torch.device) -> dict[str, object]:
-    """The facts of the experiment that the page tells beside its settings."""
+def setting_of(args: argparse.Namespace, device: torch.device, book: Book) -> dict[str, object]:
+    """The facts of the experiment that the page tells beside its settings.
+
+    The seeds that were asked for by earlier commands remain so.
+    """
+    asked = book.setting.get("asked", {})
     architecture = Architecture.named(args.model).with_flags(vars(args))
     return {
         "counts": args.counts,
@@ -187,8 +191,7 @@ def setting_of(args: argparse.Namespace, device: torch.device) -> dict[str, obje
         "strides": " ".join(map(str, args.patch_size)),
         "depth": architecture.depth,
         "jobs": args.jobs,
-        "arms": args.arms,
-        "seeds": args.seeds,
+        "asked": {name: max(args.seeds, asked.get(name, 0)) for name in args.arms},
         "environment": environment("proof", [shown(text) for text in args.argv], device.type),
     }
 
@@ -240,7 +243,7 @@ def main(args: argparse.Namespace) -> None:
     selection = (args.images, args.test_images, args.shares, args.tune)
     args.counts = prepare(args.data_path, folder, *selection)
     args.classes = len(list((folder / "all/train").iterdir()))
-    book.begin(settings_of(args), setting_of(args, device))
+    book.begin(settings_of(args), setting_of(args, device, book))
 
     jobs = all_jobs(args, device)
     done = {job.key for job in jobs if job.name in book.of(*job.key[:2])}

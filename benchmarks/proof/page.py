@@ -67,11 +67,21 @@ def measured(results: Results, arm: str, shares: Sequence[float]) -> list[int]:
 
 def not_done(results: Results, setting: Mapping[str, object], shares: Sequence[float]) -> str:
     """The arms that an experiment has asked for and not measured with all seeds; "" if none."""
-    seeds = setting.get("seeds", 0)
-    left = {n: seeds - len(measured(results, n, shares)) for n in setting.get("arms", ())}
-    return ", ".join(
-        f"{ARMS[name].what} ({count} of {seeds} seeds)" for name, count in left.items() if count > 0
-    )
+    parts = []
+    for name, seeds in setting.get("asked", {}).items():
+        left = seeds - len(measured(results, name, shares))
+        if left > 0:
+            parts.append(f"{ARMS[name].what} ({left} of {seeds} seeds)")
+    return ", ".join(parts)
+
+
+def spreads(columns: Sequence[Sequence[float]]) -> list[str]:
+    """`spread` of each column of a row, with the number of seeds where it is not the most."""
+    most = max(map(len, columns))
+    return [
+        spread(column) + (f" ({len(column)})" if 0 < len(column) < most else "")
+        for column in columns
+    ]
 
 
 def accuracy_table(results: Results, shares: Sequence[float]) -> str:
@@ -81,16 +91,13 @@ def accuracy_table(results: Results, shares: Sequence[float]) -> str:
     for name, arm in ARMS.items():
         if name not in results:
             continue
-        seeds, cells = len(measured(results, name, shares)), []
-        for measure in measures:
-            found = list(values(results, name, measure).values())
-            fewer = f" ({len(found)})" if found and len(found) != seeds else ""
-            cells.append(spread(found) + fewer)
         trained = [jobs["pretrain"] for jobs in results[name].values() if "pretrain" in jobs]
         epochs = str(trained[0]["epochs"]) if trained else "0"
         cost = f"{trained[0]['mflops']:.0f}" if trained else "–"
         seconds = [job["seconds_an_epoch"] for job in trained if job["seconds_an_epoch"]]
-        rows.append([arm.what, str(seeds), epochs, cost, *cells, spread(seconds)])
+        columns = [list(values(results, name, measure).values()) for measure in measures]
+        seeds = str(max(map(len, columns)))
+        rows.append([arm.what, seeds, epochs, cost, *spreads([*columns, seconds])])
     return markdown_table(rows)
 
 
@@ -101,8 +108,8 @@ def headline(results: Results, shares: Sequence[float]) -> str:
     rows = [["encoder", *(measures[name] for name in shown)]]
     for name in HEADLINE:
         if name in results:
-            cells = [spread(list(values(results, name, m).values())) for m in shown]
-            rows.append([ARMS[name].what, *cells])
+            columns = [list(values(results, name, measure).values()) for measure in shown]
+            rows.append([ARMS[name].what, *spreads(columns)])
     return markdown_table(rows)
 
 
@@ -160,6 +167,11 @@ def claims_table(results: Results, shares: Sequence[float]) -> str:
         found = [difference(results, *pair) for pair in pairs]
         if any(found):
             cells = [f"{d[0]:+.1f} ± {d[1]:.1f}: {verdict(*d)}" if d else "–" for d in found]
+            seeds = [len(values(results, *a).keys() & values(results, *b)) for a, b in pairs]
+            cells = [
+                f"{cell} ({n})" if 0 < n < max(seeds) else cell
+                for cell, n in zip(cells, seeds, strict=True)
+            ]
             pair = f"{ARMS[claim.better].what} − {ARMS[claim.worse].what}"
             rows.append([pair, claim.says, *cells])
     return markdown_table(rows) if len(rows) > 1 else "No two arms to compare yet."
@@ -284,7 +296,7 @@ def write_page(page: Path, book: Book) -> None:
     lines = [
         "# The paper's claims, replayed small",
         "",
-        "Written by the command below; a longer run replaces it.",
+        "Tables and pictures are made by the command below; a longer run replaces them.",
         "",
         f"Pretrained on {counts['all']} pictures of {setting['classes']} classes, without their "
         f"labels, {settings['epochs']} epochs, {setting['size']} pixels, model "
@@ -301,7 +313,7 @@ def write_page(page: Path, book: Book) -> None:
         f"accuracy of the last epoch. Peak learning rates {settings['lr']:g} and, in fine-tuning, "
         f"{settings['finetune_lr']:g} at batches of {settings['batch_size']}, the same for all "
         f"arms; layer decay 0.8, for random weights none. ± is the standard deviation over seeds, "
-        f"whose number stands in brackets where it is not the row's. "
+        f"whose number stands in brackets where it is less than the row's. "
         f"MFLOP are those of a picture in pretraining, forward and backward; seconds are on a CPU "
         f"the processor's, on a GPU the clock's{beside}. The arms without masked convolution and "
         f"with masks of stage 1 compute everything, masked or not. The teacher of MR-MCMAE is the "
@@ -315,7 +327,7 @@ def write_page(page: Path, book: Book) -> None:
         "",
         "Points of difference, paired by seed and picture, ± standard error: that of the pictures "
         "and that of the seeds, which are few, together. Within "
-        f"{ERRORS} errors of zero it reads no difference.",
+        f"{ERRORS} errors of zero it reads no difference. Seeds in brackets as above.",
         "",
         claims_table(results, shares),
         "",

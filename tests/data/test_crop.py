@@ -1,3 +1,4 @@
+import contextlib
 import json
 from functools import partial
 from io import BytesIO
@@ -108,6 +109,23 @@ def test_a_colour_jpeg_in_other_channels_is_read_by_load_image(tmp_path, general
     got = crop_of(tmp_path / "a.jpg", in_chans=in_chans)
     assert torch.equal(got, expected(tmp_path / "a.jpg", in_chans=in_chans))
     assert general == [1]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["sound", "truncated"])
+def test_a_png_is_opened_once(monkeypatch, whole):
+    file, opened = BytesIO(), []
+    photo(60, 80).save(file, "PNG")
+    data = file.getvalue()
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or real(*a, **k))
+    with contextlib.nullcontext() if whole else pytest.raises(OSError, match="cannot be decoded"):
+        view = load_crop(
+            BytesIO(data if whole else data[: len(data) // 2]),
+            lambda _: Box(0, 0, 60, 80),
+            (60, 80),
+        )
+        assert view.shape == (3, 60, 80)
+    assert len(opened) == 1
 
 
 def test_an_upright_jpeg_with_metadata_is_plain(tmp_path, general):

@@ -117,23 +117,19 @@ def load_crop(
     Raises:
         OSError: a file that cannot be decoded.
     """
+    other = None  # the header of what is no plain JPEG, to be decoded without opening it again
     # Whatever may be wrong with it, `load_image` knows what to do, or to say.
     with contextlib.suppress(Exception):
         header = open_image(file, max_pixels)
-        if not _is_plain_jpeg(header, in_chans):
-            return _crop_image(load_image(file, in_chans, max_pixels, header), choose, size)
-        box = choose(header)
+        if _is_plain_jpeg(header, in_chans):
+            box = choose(header)
+            file.seek(0)
+            return _crop_jpeg(file.read(), header.size, box, size, in_chans)
+        other = header
+    if other is None:
         file.seek(0)
-        return _crop_jpeg(file.read(), header.size, box, size, in_chans)
-    file.seek(0)
-    return _crop_image(load_image(file, in_chans, max_pixels), choose, size)
-
-
-def _crop_image(
-    image: Image.Image, choose: Callable[[Image.Image], Box], size: tuple[int, int]
-) -> Tensor:
-    """`load_crop` of a decoded picture."""
-    pixels = np.array(image).reshape(image.height, image.width, -1)
+    image = load_image(file, in_chans, max_pixels, other)
+    pixels = np.array(image).reshape(image.height, image.width, in_chans)
     return resize_crop(pixels, choose(image), size)
 
 

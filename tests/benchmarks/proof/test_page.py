@@ -47,19 +47,23 @@ def test_accuracies_stand_with_mean_and_standard_deviation():
 
 
 def test_a_measure_of_fewer_seeds_than_the_row_says_so():
-    found = results(leaky=[first(50), first(52)])
+    found = results(leaky=[first(50), first(52)], convmae=[first(60), first(60)])
     found["leaky"][1]["finetune-10"] = verdict_of(np.array(first(40)))
-    row = accuracy_table(found, [10.0]).splitlines()[2]
-    assert [cell.strip() for cell in row.split("|")[2:-2]] == [
-        *("1", "5", "140", "–", "–", "51.0 ± 1.4 (2)", "–", "40.0")
+    for seed in range(2):
+        found["convmae"][seed]["finetune-10"] = verdict_of(np.array(first(45)))
+    found["leaky"][1]["pretrain"]["seconds_an_epoch"] = None
+    row = accuracy_table(found, [10.0]).splitlines()[3]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        *("2", "5", "140", "–", "–", "51.0 ± 1.4", "–", "40.0 (1)", "2.0 (1)")
     ]
+    cells = claims_table(found, [10.0]).splitlines()[2].split("|")
+    assert "(" not in cells[3] and cells[5].strip().endswith("**as the paper** (1)")
 
 
 def test_arms_and_seeds_that_are_missing_are_named():
-    setting = {"arms": ["convmae", "leaky", "kernel3"], "seeds": 2}
     found = results(convmae=[first(50), first(52)], leaky=[first(50)])
     missing = "without masked convolution (1 of 2 seeds), 3×3 convolutions (2 of 2 seeds)"
-    assert not_done(found, setting, []) == missing
+    assert not_done(found, {"asked": {"convmae": 2, "leaky": 2, "kernel3": 2}}, []) == missing
 
 
 def test_a_difference_is_paired_by_seed_and_picture():

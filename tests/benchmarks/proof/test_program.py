@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.proof import jobs
-from benchmarks.proof.__main__ import main, parse_args, shown
+from benchmarks.proof.__main__ import main, parse_args, setting_of, shown
 from benchmarks.proof.arms import ARMS
 from benchmarks.proof.book import Book
 from benchmarks.proof.jobs import all_jobs, epochs_of, flops_of
@@ -136,6 +136,14 @@ def test_the_main_arms_come_first_with_all_their_seeds(data, tmp_path):
     assert list(dict.fromkeys(order)) == [
         *(("convmae", 0), ("convmae", 1), ("leaky", 0), ("leaky", 1))
     ]
+
+
+def test_seeds_that_an_earlier_command_asked_for_stay_asked_for(data, tmp_path):
+    args = parse_args([str(word) for word in command(data, tmp_path)])
+    args.counts, args.classes, book = {}, 2, Book(tmp_path)
+    book.setting = {"asked": {"convmae": 3, "leaky": 2}}
+    book.begin({}, setting_of(args, torch.device("cpu"), book))
+    assert book.setting["asked"] == {"convmae": 3, "leaky": 2, "random": 1, "mimic": 1}
 
 
 def test_a_student_without_its_teacher_is_one_line(data, tmp_path):
