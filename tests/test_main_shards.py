@@ -97,7 +97,7 @@ def test_a_run_that_waits_for_its_data_for_long_says_so_once(launcher, tmp_path,
     data = {"data_path": write_images(tmp_path / "set", 24), "output_dir": tmp_path / "run"}
     command = command_line(PRETRAIN | data | {"num_workers": 0})
     result = launcher.run(
-        *command, before=code_of(slow_pictures, seconds=0.2, judge_after=judge_after)
+        *command, before=code_of(slow_pictures, seconds=0.05, judge_after=judge_after)
     )
     assert_ok(result)
     lines = [
