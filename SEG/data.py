@@ -146,7 +146,7 @@ class ImagesAndMasks(BaseSegDataset):
         super().__init__(metainfo=meta, img_suffix=img_suffix, **kwargs)
 
     def _name(self, image: Path, folder: Path) -> str:
-        """What an image has in common with its mask: its place below a folder, without ending."""
+        """The name that an image and its mask share: the place below a folder, without ending."""
         name = str(image.relative_to(folder))
         return name.removesuffix(self.img_suffix or image.suffix)
 

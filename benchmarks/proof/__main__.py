@@ -22,7 +22,7 @@ from benchmarks.measuring import environment
 from benchmarks.proof.arms import ARMS, TEACHER
 from benchmarks.proof.book import Book
 from benchmarks.proof.data import prepare, write_cifar10
-from benchmarks.proof.jobs import Job, all_jobs, flops_of
+from benchmarks.proof.jobs import Job, all_jobs, finetunings, flops_of
 from benchmarks.proof.page import duration, headline, write_page
 from benchmarks.proof.workers import run_beside, run_here
 from util.errors import UsageError
@@ -166,9 +166,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
         "lr": args.lr,
         "finetune_lr": args.finetune_lr,
         "curve_points": args.curve_points,
-        "finetunings": dict(
-            zip((f"{s:g}" for s in args.shares), args.finetune_epochs, strict=True)
-        ),
+        "finetunings": {f"{share:g}": epochs for share, epochs in finetunings(args).items()},
     }
 
 

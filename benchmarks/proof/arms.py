@@ -1,6 +1,6 @@
 """The arms of the proof: what is pretrained, and what the paper says of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -169,7 +169,7 @@ class Arm:
             **{**kwargs, **DECODERS.get(size, {}), **self.changes},
         )
 
-    def shares(self, shares: Sequence[float]) -> list[float]:
+    def shares(self, shares: Iterable[float]) -> list[float]:
         """Of shares of the labels, in percent, those that it is fine-tuned with."""
         return [share for share in shares if self.main or share == ABLATION_SHARE]
 

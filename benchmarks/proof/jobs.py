@@ -66,7 +66,7 @@ def finetune_args(
     args: argparse.Namespace, arm: Arm, seed: int, share: float
 ) -> argparse.Namespace:
     """The command line of an arm's fine-tuning, as `main_finetune.py` reads it."""
-    epochs = dict(zip(args.shares, args.finetune_epochs, strict=True))[share]
+    epochs = finetunings(args)[share]
     name = f"labels-{share:g}"
     flags = [
         *("--data_path", args.output_dir / "data" / name, "--input_size", args.input_size),
@@ -79,6 +79,11 @@ def finetune_args(
     complete = main_finetune.parse_args([str(flag) for flag in flags])
     complete.model = f"{arm.name}_{args.model}"
     return complete
+
+
+def finetunings(args: argparse.Namespace) -> dict[float, int]:
+    """Epochs of fine-tuning by the share of the labels in percent."""
+    return dict(zip(args.shares, args.finetune_epochs, strict=True))
 
 
 def common_flags(args: argparse.Namespace, arm: Arm, epochs: int, seed: int) -> list[object]:
@@ -226,8 +231,8 @@ def jobs_of(args: argparse.Namespace, arm: Arm, seed: int, device: torch.device)
             before = ((TEACHER, seed, "finetune-100"),)
         jobs.append(Job(arm, seed, "pretrain", passes, pretrain, before))
     jobs.append(Job(arm, seed, "probe", looked_at, probe, needs))
-    epochs = dict(zip(args.shares, args.finetune_epochs, strict=True))
-    for share in arm.shares(args.shares):
+    epochs = finetunings(args)
+    for share in arm.shares(epochs):
         passes = counts[f"labels-{share:g}"] * epochs[share] + counts["test"]
         run = partial(finetune, share)
         jobs.append(Job(arm, seed, f"finetune-{share:g}", passes, run, needs))

@@ -59,29 +59,31 @@ def measures_of(shares: Sequence[float]) -> dict[str, str]:
     return MEASURES | {f"finetune-{share:g}": f"fine-tuned, {share:g} %" for share in shares}
 
 
-def measured(results: Results, arm: str, shares: Sequence[float]) -> list[int]:
-    """The seeds of an arm of which all is there that its row shows."""
-    names = ["probe", *(f"finetune-{share:g}" for share in ARMS[arm].shares(shares))]
-    return [s for s, jobs in results.get(arm, {}).items() if all(name in jobs for name in names)]
+def count_measured(results: Results, arm: str, shares: Sequence[float]) -> int:
+    """The number of seeds of an arm of which all is there that its row shows."""
+    names = {"probe", *(f"finetune-{share:g}" for share in ARMS[arm].shares(shares))}
+    return sum(names <= jobs.keys() for jobs in results.get(arm, {}).values())
 
 
 def not_done(results: Results, setting: Mapping[str, object], shares: Sequence[float]) -> str:
     """The arms that an experiment has asked for and not measured with all seeds; "" if none."""
     parts = []
     for name, seeds in setting.get("asked", {}).items():
-        left = seeds - len(measured(results, name, shares))
+        left = seeds - count_measured(results, name, shares)
         if left > 0:
             parts.append(f"{ARMS[name].what} ({left} of {seeds} seeds)")
     return ", ".join(parts)
 
 
+def with_seeds(cells: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """The cells of a row, those of fewer seeds than the most with their number."""
+    most = max(seeds)
+    return [f"{c} ({n})" if 0 < n < most else c for c, n in zip(cells, seeds, strict=True)]
+
+
 def spreads(columns: Sequence[Sequence[float]]) -> list[str]:
-    """`spread` of each column of a row, with the number of seeds where it is not the most."""
-    most = max(map(len, columns))
-    return [
-        spread(column) + (f" ({len(column)})" if 0 < len(column) < most else "")
-        for column in columns
-    ]
+    """`spread` of each column of a row, see `with_seeds`."""
+    return with_seeds(list(map(spread, columns)), list(map(len, columns)))
 
 
 def accuracy_table(results: Results, shares: Sequence[float]) -> str:
@@ -168,12 +170,8 @@ def claims_table(results: Results, shares: Sequence[float]) -> str:
         if any(found):
             cells = [f"{d[0]:+.1f} ± {d[1]:.1f}: {verdict(*d)}" if d else "–" for d in found]
             seeds = [len(values(results, *a).keys() & values(results, *b)) for a, b in pairs]
-            cells = [
-                f"{cell} ({n})" if 0 < n < max(seeds) else cell
-                for cell, n in zip(cells, seeds, strict=True)
-            ]
             pair = f"{ARMS[claim.better].what} − {ARMS[claim.worse].what}"
-            rows.append([pair, claim.says, *cells])
+            rows.append([pair, claim.says, *with_seeds(cells, seeds)])
     return markdown_table(rows) if len(rows) > 1 else "No two arms to compare yet."
 
 

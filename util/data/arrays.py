@@ -155,7 +155,7 @@ def _fetch(fetch: Callable, path: str, slices: tuple[slice, ...]) -> np.ndarray:
 
 
 class _Found(NamedTuple):
-    """What a file says of itself: as in `Picture`, the axes None where it does not say."""
+    """The facts that a file states, as in `Picture`; the axes None where it does not say."""
 
     axes: str | None
     shape: tuple[int, ...]

@@ -176,7 +176,7 @@ def write_index(
 
 
 def _columns(place: int, samples: Sequence[_Sample]) -> dict[str, np.ndarray]:
-    """What an index holds of the samples of one shard."""
+    """The entries of an index on the samples of one shard."""
     kinds = {"name": np.bytes_, "header": np.uint32}
     return {"shard": np.full(len(samples), place, np.int32)} | {
         name: np.array([sample[i] for sample in samples], kinds.get(name, np.int64))
